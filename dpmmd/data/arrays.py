@@ -1,0 +1,141 @@
+"""Images that are one array in memory: the fast path, without a Python loop over images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dpmmd.data.labels import as_labels
+from dpmmd.data.pixels import Geometry, to_float
+from dpmmd.data.source import (
+    Batch,
+    ImageSource,
+    check_batch_size,
+    check_not_empty,
+    check_source_labels,
+    source_identity,
+)
+
+
+class ArraySource(ImageSource):
+    """Images and labels in memory.
+
+    Float images that are not finite or leave [0, 1] are invalid. Note that float images on a
+    0..255 scale are invalid one and all: divide them by 255, or pass uint8.
+
+    Args:
+        images: uint8, or float in [0, 1]; ``[N, H, W]``, ``[N, H, W, C]`` or ``[N, C, H, W]``,
+            C 1 or 3; an array or a tensor.
+        labels: integers ``[N]``, or None.
+        name: what messages call the data.
+        identity: ledger identity; by default derived from `name`, so that all arrays under one
+            name count as the same data set.
+        class_names: names of the classes, or None.
+        num_classes: K to check the labels against, or None.
+        geometry: declared size and channels.
+
+    Raises:
+        TypeError: images or labels of another type.
+        ValueError: wrong rank, no images, labels that do not match.
+    """
+
+    def __init__(
+        self,
+        images: Any,
+        labels: Any = None,
+        *,
+        name: str = "arrays",
+        identity: str | None = None,
+        class_names: tuple[str, ...] | None = None,
+        num_classes: int | None = None,
+        geometry: Geometry | None = None,
+    ) -> None:
+        self.name = name
+        self.identity = identity or source_identity("arrays", name)
+        self.class_names = class_names
+        self._images = _channels_first(images, name)  # [N, C, h, w], a view where possible
+        self.num_images = check_not_empty(self._images.shape[0], name)
+        self._labels = None if labels is None else as_labels(labels, self.num_images, name)
+        self.labelled = self._labels is not None
+        check_source_labels(self._labels, num_classes, name)
+        self._geometry = geometry or Geometry()
+        channels, height, width = self._images.shape[1:]
+        self.image_shape = self._geometry.output_shape(channels, height, width)
+        # The array's shape is public, so a shape that cannot be resized may be refused here.
+        self._geometry.apply(torch.zeros(1, channels, height, width))
+
+    def check_labels(self, num_classes: int) -> None:
+        check_source_labels(self._labels, num_classes, self.name)
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        check_batch_size(batch_size)
+        return self._batches(batch_size)
+
+    def _batches(self, batch_size: int) -> Iterator[Batch]:
+        for start in range(0, self.num_images, batch_size):
+            raw = self._images[start : start + batch_size]  # [n, C, h, w]
+            n, missing = raw.shape[0], batch_size - raw.shape[0]
+            pixels = to_float(raw)
+            valid = torch.ones(n, dtype=torch.bool)
+            if raw.is_floating_point():
+                valid = ((pixels >= 0) & (pixels <= 1)).flatten(1).all(1)
+                pixels = pixels.masked_fill(~valid[:, None, None, None], 0)
+            labels = torch.zeros(n, dtype=torch.int64)
+            if self._labels is not None:
+                labels = self._labels[start : start + batch_size] * valid
+            if missing:
+                pixels = F.pad(pixels, (0, 0, 0, 0, 0, 0, 0, missing))
+                valid, labels = F.pad(valid, (0, missing)), F.pad(labels, (0, missing))
+            # to_float or masked_fill has copied: a caller may write into the batch.
+            yield Batch(self._geometry.apply(pixels).contiguous(), labels, valid)
+
+    def arrays(self, batch_size: int = 256) -> tuple[Tensor, Tensor]:
+        unchanged = self.image_shape == tuple(self._images.shape[1:])
+        if self._images.dtype == torch.uint8 and unchanged:
+            labels = self._labels
+            if labels is None:
+                labels = torch.zeros(self.num_images, dtype=torch.int64)
+            return self._images.clone(memory_format=torch.contiguous_format), labels.clone()
+        return super().arrays(batch_size)
+
+
+def _channels_first(images: Any, name: str) -> Tensor:
+    """Any accepted array as a tensor ``[N, C, H, W]``."""
+    if isinstance(images, Tensor):
+        tensor = images.detach().cpu()
+    else:
+        array = np.asarray(images)
+        if array.dtype != np.uint8 and array.dtype.kind != "f":
+            raise _image_type_error(name, str(array.dtype))
+        if not array.dtype.isnative:
+            array = array.astype(array.dtype.newbyteorder("="))
+        if array.dtype.kind == "f" and array.dtype.itemsize > 8:
+            array = array.astype(np.float64)
+        if not array.flags.writeable or any(stride < 0 for stride in array.strides):
+            array = array.copy()  # torch refuses or warns about both
+        tensor = torch.from_numpy(array)
+    if tensor.dtype != torch.uint8 and not tensor.is_floating_point():
+        raise _image_type_error(name, str(tensor.dtype))
+    if tensor.ndim == 3:
+        tensor = tensor[:, None]
+    elif tensor.ndim == 4 and tensor.shape[1] not in (1, 3) and tensor.shape[3] in (1, 3):
+        tensor = tensor.permute(0, 3, 1, 2)
+    if tensor.ndim != 4 or tensor.shape[1] not in (1, 3) or min(tensor.shape[2:]) < 1:
+        shape = tuple(images.shape) if hasattr(images, "shape") else tuple(tensor.shape)
+        raise ValueError(
+            f"images of source {name!r} have shape {shape}: expected [N, H, W], [N, H, W, C] or "
+            "[N, C, H, W] with C = 1 or 3; reshape the array, or drop an alpha channel."
+        )
+    return tensor
+
+
+def _image_type_error(name: str, found: str) -> TypeError:
+    return TypeError(
+        f"images of source {name!r} are of type {found}: expected uint8 (0..255) or float (in "
+        "[0, 1]); convert them with images.astype('uint8')."
+    )

@@ -1,0 +1,238 @@
+"""A torch Dataset of (image, label) as a source."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, Subset, TensorDataset
+
+from dpmmd.data.arrays import ArraySource
+from dpmmd.data.items import ItemSource, Refusal
+from dpmmd.data.labels import as_labels, check_label_range, one_label
+from dpmmd.data.pixels import Geometry, from_item
+from dpmmd.data.source import ImageSource, source_identity
+
+# torchvision data sets that hold everything in .data: class name -> (source name, labels).
+_IN_MEMORY = {
+    "MNIST": ("mnist", "targets"),
+    "FashionMNIST": ("fashion-mnist", "targets"),
+    "CIFAR10": ("cifar10", "targets"),
+    "SVHN": ("svhn", "labels"),
+}
+# Exceptions that speak of the data set's code, whatever the record.
+_CODE_ERRORS = (ImportError, NameError, NotImplementedError)
+
+
+def open_dataset(
+    dataset: Any,
+    *,
+    geometry: Geometry,
+    num_classes: int | None,
+    image_key: str | None,
+    label_key: str | None,
+    workers: int,
+) -> ImageSource:
+    """A map-style Dataset as a source; in-memory ones take the array path."""
+    if isinstance(dataset, IterableDataset) or not all(
+        hasattr(dataset, method) for method in ("__getitem__", "__len__")
+    ):
+        raise TypeError(
+            f"source is a {type(dataset).__name__}: expected a map-style Dataset, with __len__ "
+            "and __getitem__, of (image, label); collect a stream into a Dataset first."
+        )
+    name, identity = _describe(dataset)
+    known = _IN_MEMORY.get(type(dataset).__name__) if _is_torchvision(dataset) else None
+    if known is not None and _is_plain(dataset):
+        return ArraySource(
+            dataset.data,
+            getattr(dataset, known[1]),
+            name=name,
+            identity=identity,
+            class_names=_class_names(dataset),
+            num_classes=num_classes,
+            geometry=geometry,
+        )
+    if isinstance(dataset, TensorDataset) and len(dataset.tensors) in (1, 2):
+        return ArraySource(
+            *dataset.tensors,
+            name=name,
+            identity=identity,
+            num_classes=num_classes,
+            geometry=geometry,
+        )
+    return DatasetSource(
+        dataset,
+        name=name,
+        identity=identity,
+        geometry=geometry,
+        num_classes=num_classes,
+        image_key=image_key,
+        label_key=label_key,
+        workers=workers,
+    )
+
+
+class DatasetSource(ItemSource):
+    """Any map-style Dataset of ``(image, label)`` or of mappings with an image and a label.
+
+    Images are PIL images, encoded bytes, or uint8 / float-in-[0, 1] arrays and tensors in HW,
+    CHW or HWC. An item that raises, or an image that is none of these, is an invalid row.
+    Labels are checked at opening where the data set keeps them in ``targets``, else as they are
+    read.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        *,
+        name: str,
+        identity: str,
+        geometry: Geometry,
+        num_classes: int | None,
+        image_key: str | None,
+        label_key: str | None,
+        workers: int,
+    ) -> None:
+        self._dataset = dataset
+        self._image_key = image_key or "image"
+        self._label_key = label_key or "label"
+        self._num_classes = num_classes
+        super().__init__(
+            name=name,
+            identity=identity,
+            num_images=len(dataset),
+            labels=_targets(dataset, name),
+            class_names=_class_names(dataset),
+            num_classes=None,
+            geometry=geometry,
+            workers=workers,
+        )
+        self.labelled = True
+        if num_classes is not None:
+            self.check_labels(num_classes)
+        self._settle_shape()
+
+    def check_labels(self, num_classes: int) -> None:
+        ImageSource.check_labels(self, num_classes)
+        if self._labels is not None:
+            check_label_range(self._labels, num_classes, self.name)
+        self._num_classes = num_classes
+
+    def _shapes(self) -> Iterator[tuple[int, int, int] | None]:
+        try:
+            for pixels, _ in self.read(range(self.num_images)):
+                yield None if pixels is None else tuple(pixels.shape)  # type: ignore[misc]
+        except Refusal as refusal:
+            raise refusal.kind(refusal.message) from None
+
+    def read(self, indices: Sequence[int]) -> Iterator[tuple[Tensor | None, int]]:
+        for index in indices:
+            item = self._item(index)
+            if item is None:
+                yield None, 0
+                continue
+            image, label = self._split(item)
+            try:
+                pixels = from_item(image)
+            except Exception:
+                pixels = None
+            yield pixels, self._label(label)
+
+    def _item(self, index: int) -> Any:
+        broken = ""
+        try:
+            return self._dataset[index]
+        except _CODE_ERRORS as error:
+            broken = type(error).__name__
+        except Exception:
+            return None
+        raise Refusal(
+            RuntimeError,
+            f"source {self.name!r}: the data set's own code stopped with {broken}: expected "
+            "(image, label) items; try one item by hand.",
+        )
+
+    def _split(self, item: Any) -> tuple[Any, Any]:
+        if isinstance(item, Mapping):
+            if self._image_key in item and self._label_key in item:
+                return item[self._image_key], item[self._label_key]
+            raise Refusal(
+                TypeError,
+                f"source {self.name!r} has items without the keys {self._image_key!r} and "
+                f"{self._label_key!r}: expected an image and a label; name them with image_key "
+                "and label_key.",
+            )
+        if isinstance(item, tuple | list) and len(item) == 2:
+            return item[0], item[1]
+        raise Refusal(
+            TypeError,
+            f"source {self.name!r} has items of type {type(item).__name__}: expected pairs "
+            "(image, label); wrap the data set so that it returns them (label 0 when there are "
+            "no labels).",
+        )
+
+    def _label(self, label: Any) -> int:
+        try:
+            value = one_label(label, self.name)
+            check_label_range(torch.tensor([value]), self._num_classes, self.name)
+        except (TypeError, ValueError) as error:
+            kind, message = type(error), str(error)
+        else:
+            return value
+        raise Refusal(kind, message)
+
+
+def _is_torchvision(dataset: Any) -> bool:
+    return type(dataset).__module__.startswith("torchvision.datasets.")
+
+
+def _is_plain(dataset: Any) -> bool:
+    """No transform, or only the one that makes a float tensor, as this package does anyway."""
+    transform = getattr(dataset, "transform", None)
+    to_tensor = (
+        type(transform).__name__ == "ToTensor"
+        and type(transform).__module__ == "torchvision.transforms.transforms"
+    )
+    return (transform is None or to_tensor) and getattr(dataset, "target_transform", None) is None
+
+
+def _describe(dataset: Any) -> tuple[str, str]:
+    """Name and identity. A Subset counts as the whole: the ledger then errs on the safe side."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    kind = type(dataset)
+    split = getattr(dataset, "split", None)
+    if not isinstance(split, str):
+        train = getattr(dataset, "train", None)
+        split = {True: "train", False: "test"}.get(train, "") if isinstance(train, bool) else ""
+    if _is_torchvision(dataset):
+        known = _IN_MEMORY.get(kind.__name__, ("",))[0]
+        known = known or {"CelebA": "celeba"}.get(kind.__name__, "")
+        if known:
+            return f"{known}/{split}", source_identity("named", known, split)
+    root = getattr(dataset, "root", "")
+    canonical = f"{kind.__module__}.{kind.__qualname__}:{root}"
+    name = kind.__name__ + (f"/{split}" if split else "")
+    return name, source_identity("dataset", canonical, split)
+
+
+def _targets(dataset: Any, name: str) -> Tensor | None:
+    """The labels a data set keeps beside its images, where they are what its items will say."""
+    if isinstance(dataset, Subset):
+        whole = _targets(dataset.dataset, name)
+        return None if whole is None else whole[torch.as_tensor(list(dataset.indices))]
+    if not hasattr(dataset, "targets") or getattr(dataset, "target_transform", None) is not None:
+        return None
+    return as_labels(dataset.targets, len(dataset), name)
+
+
+def _class_names(dataset: Any) -> tuple[str, ...] | None:
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    classes = getattr(dataset, "classes", None)
+    if isinstance(classes, list | tuple) and all(isinstance(name, str) for name in classes):
+        return tuple(classes)
+    return None

@@ -1,0 +1,71 @@
+"""Label checks. They speak of the schema only: no record's index, no record's value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def as_labels(labels: Any, num_images: int, name: str) -> Tensor:
+    """Labels of any integer array type as an int64 tensor ``[N]``.
+
+    Raises:
+        TypeError: the labels are not integers.
+        ValueError: there is not exactly one label per image.
+    """
+    array = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    if array.ndim == 2 and array.shape[1] == 1:
+        array = array[:, 0]
+    if array.ndim != 1 or array.shape[0] != num_images:
+        raise ValueError(
+            f"labels of source {name!r} have shape {tuple(array.shape)}: expected one integer per "
+            f"image, shape ({num_images},); turn one-hot labels into indices with argmax(axis=1)."
+        )
+    if array.dtype.kind not in "iu":
+        raise label_type_error(name, str(array.dtype))
+    if array.dtype == np.uint64 and array.size and int(array.max()) > np.iinfo(np.int64).max:
+        raise label_range_error(None, name)
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def one_label(label: Any, name: str) -> int:
+    """One label of a data set's item as a Python int. Raises TypeError for a non-integer."""
+    if isinstance(label, Tensor) and label.numel() == 1 and not label.is_floating_point():
+        label = label.item()
+    elif isinstance(label, np.ndarray) and label.size == 1:
+        label = label.reshape(())[()]
+    if isinstance(label, bool | np.bool_) or not isinstance(label, int | np.integer):
+        raise label_type_error(name, type(label).__name__)
+    return int(label)
+
+
+def check_label_range(labels: Tensor, num_classes: int | None, name: str) -> None:
+    """Raise ValueError when a label is negative or, with `num_classes` given, not below it."""
+    if labels.numel() == 0:
+        return
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or (num_classes is not None and high >= num_classes):
+        raise label_range_error(num_classes, name)
+
+
+def label_range_error(num_classes: int | None, name: str) -> ValueError:
+    if num_classes is None:
+        return ValueError(
+            f"source {name!r} has labels that are not class indices: expected whole numbers from "
+            "0 on; relabel the data to 0..K-1 and give num_classes=K."
+        )
+    return ValueError(
+        f"num_classes={num_classes}: source {name!r} has labels outside the permitted range "
+        f"0..{num_classes - 1}; give the number of classes that the data really have, or relabel "
+        "the data."
+    )
+
+
+def label_type_error(name: str, found: str) -> TypeError:
+    return TypeError(
+        f"labels of source {name!r} are of type {found}: expected integers 0..K-1; convert them "
+        "to int64 class indices, or name another label field with label_key."
+    )

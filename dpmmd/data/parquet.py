@@ -1,0 +1,222 @@
+"""Parquet files of encoded images, as HuggingFace writes them, read a row group at a time."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpmmd.data.items import EncodedSource
+from dpmmd.data.labels import as_labels, label_type_error
+from dpmmd.data.pixels import Encoded, Geometry
+from dpmmd.data.source import file_identity
+
+_SHARD = re.compile(r"(train|test|val|valid|validation)[-_.]", re.IGNORECASE)
+_IMAGE_COLUMNS = ("image", "img", "images", "x")
+_LABEL_COLUMNS = ("label", "labels", "fine_label", "y")
+
+
+class ParquetSource(EncodedSource):
+    """A parquet file, or the shards of one data set, with a column of encoded images.
+
+    The image column is ``binary`` or ``struct{bytes, path}``; a cell with a path and no bytes
+    is read from that path, relative to the shard. Labels, if any, are an integer column, read
+    when the source is opened; images stream by row group.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        split: str,
+        geometry: Geometry,
+        num_classes: int | None,
+        image_key: str | None,
+        label_key: str | None,
+        workers: int,
+    ) -> None:
+        pq = _pyarrow_parquet()
+        files, part = _shards(path, split)
+        self._groups: list[tuple[Path, int]] = []  # (shard, row group) in order
+        counts: list[int] = []
+        labels: list[Tensor] = []
+        class_names: tuple[str, ...] | None = None
+        for position, file in enumerate(files):
+            try:
+                with pq.ParquetFile(file) as parquet:
+                    schema = parquet.schema_arrow
+                    if position == 0:
+                        self._column = _image_column(schema, image_key, path)
+                        label_column = _label_column(schema, label_key, path)
+                        class_names = _class_names(schema, label_column)
+                    elif self._column not in schema.names or (
+                        label_column is not None and label_column not in schema.names
+                    ):
+                        raise _SchemaError(
+                            f"source={str(path)!r}: its shards have different columns; expected "
+                            "one schema. Give a single file, or a folder of one data set."
+                        )
+                    for group in range(parquet.num_row_groups):
+                        self._groups.append((file, group))
+                        counts.append(parquet.metadata.row_group(group).num_rows)
+                    if label_column is not None:
+                        column = parquet.read(columns=[label_column]).column(label_column)
+                        labels.append(_labels(column, path.name))
+            except (_SchemaError, TypeError) as error:
+                kind = TypeError if isinstance(error, TypeError) else ValueError
+                raise kind(str(error)) from None
+            except Exception as error:
+                raise ValueError(
+                    f"source={str(file)!r} is not a readable parquet file "
+                    f"({type(error).__name__}): expected one that pyarrow opens; write or "
+                    "download it again."
+                ) from None
+        self._ends = list(itertools.accumulate(counts))
+        self._cached: tuple[int, Any] | None = None
+        super().__init__(
+            name=path.name + (f"/{part}" if part else ""),
+            identity=file_identity("parquet", path, part),
+            num_images=self._ends[-1] if self._ends else 0,
+            labels=torch.cat(labels) if labels else None,
+            class_names=class_names,
+            num_classes=num_classes,
+            geometry=geometry,
+            workers=workers,
+        )
+        self._settle_shape()
+        self._cached = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cached": None}
+
+    def encoded(self, indices: Sequence[int]) -> Iterator[Encoded]:
+        for index in indices:
+            group = bisect.bisect_right(self._ends, index)
+            column = self._read_group(group)
+            row = index - (self._ends[group - 1] if group else 0)
+            try:
+                yield _cell(column[row].as_py(), self._groups[group][0].parent)
+            except Exception:
+                yield None
+
+    def _read_group(self, group: int) -> Any:
+        if self._cached is None or self._cached[0] != group:
+            self._cached = None  # frees the last group before the next is read
+            file, number = self._groups[group]
+            try:
+                with _pyarrow_parquet().ParquetFile(file) as parquet:
+                    table = parquet.read_row_group(number, columns=[self._column])
+                self._cached = (group, table.column(self._column))
+            except Exception:
+                self._cached = (group, None)  # a damaged group: its records are invalid
+        return self._cached[1]
+
+
+class _SchemaError(ValueError):
+    pass
+
+
+def _pyarrow_parquet() -> ModuleType:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise ImportError(
+            "parquet sources need the package pyarrow: install it with pip install pyarrow."
+        ) from None
+    return pyarrow.parquet
+
+
+def _shards(path: Path, split: str) -> tuple[list[Path], str]:
+    """The files to read and the split they were chosen by ("" when nothing was chosen)."""
+    if path.is_file():
+        return [path], ""
+    files = sorted(entry for entry in path.iterdir() if entry.suffix == ".parquet")
+    if not any(_SHARD.match(file.name) for file in files):
+        return files, ""
+    chosen = [
+        file for file in files if (m := _SHARD.match(file.name)) and m[1].lower() == split.lower()
+    ]
+    if not chosen:
+        known = sorted({m[1].lower() for file in files if (m := _SHARD.match(file.name))})
+        raise ValueError(
+            f"split={split!r}: no shard in {str(path)!r} belongs to it; expected one of "
+            f"{', '.join(known)}."
+        )
+    return chosen, split.lower()
+
+
+def _image_column(schema: Any, image_key: str | None, path: Path) -> str:
+    import pyarrow as pa
+
+    def holds_images(kind: Any) -> bool:
+        if pa.types.is_struct(kind):
+            return kind.get_field_index("bytes") >= 0
+        return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+    fitting = [field.name for field in schema if holds_images(field.type)]
+    if image_key is not None:
+        if image_key in fitting:
+            return image_key
+        raise _SchemaError(
+            f"image_key={image_key!r}: no column of encoded images of that name in "
+            f"{path.name!r}; expected one of {', '.join(fitting) or 'none (there is no such)'}."
+        )
+    for name in _IMAGE_COLUMNS:
+        if name in fitting:
+            return name
+    if len(fitting) == 1:
+        return fitting[0]
+    raise _SchemaError(
+        f"source={str(path)!r}: cannot tell which column holds the images; expected a binary or "
+        f"struct{{bytes, path}} column, found {', '.join(schema.names) or 'none'}. Name it with "
+        "image_key."
+    )
+
+
+def _label_column(schema: Any, label_key: str | None, path: Path) -> str | None:
+    if label_key is None:
+        return next((name for name in _LABEL_COLUMNS if name in schema.names), None)
+    if label_key in schema.names:
+        return label_key
+    raise _SchemaError(
+        f"label_key={label_key!r}: no such column in {path.name!r}; expected one of "
+        f"{', '.join(schema.names)}."
+    )
+
+
+def _labels(column: Any, name: str) -> Tensor:
+    import pyarrow as pa
+
+    if not pa.types.is_integer(column.type):
+        raise label_type_error(name, str(column.type))
+    if column.null_count:
+        raise _SchemaError(
+            f"labels of source {name!r} have missing values: expected an integer for every image; "
+            "drop the unlabelled records or give them a class of their own."
+        )
+    return as_labels(column.to_numpy(), len(column), name)
+
+
+def _class_names(schema: Any, label_column: str | None) -> tuple[str, ...] | None:
+    """Class names from the metadata that HuggingFace's ``datasets`` writes, if any."""
+    try:
+        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+        return tuple(str(name) for name in features[label_column]["names"])
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _cell(value: Any, folder: Path) -> Encoded:
+    if isinstance(value, dict):
+        if value.get("bytes") is not None:
+            return value["bytes"]
+        return folder / value["path"]
+    return value

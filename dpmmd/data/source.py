@@ -1,0 +1,144 @@
+"""What every private image source offers: a shape, an identity, and fixed-shape batches."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dpmmd.data.labels import check_label_range
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch of exactly the requested number of rows.
+
+    Attributes:
+        images: float32 ``[B, C, H, W]`` in [0, 1]; all zero where not valid.
+        labels: int64 ``[B]``; 0 where not valid or unlabelled.
+        valid: bool ``[B]``; False for the padding of the last batch and for images that could
+            not be decoded, are not finite, or leave [0, 1].
+    """
+
+    images: Tensor
+    labels: Tensor
+    valid: Tensor
+
+
+class ImageSource(ABC):
+    """A data set of private images, read in one fixed order in batches of one fixed shape.
+
+    Subclass it to read a format of your own: set the attributes and write :meth:`batches`.
+
+    Attributes:
+        name: what messages call the data set, e.g. ``"fashion-mnist/train"`` or a file's name.
+        identity: 64 hexadecimal digits naming the data set in a privacy ledger. A hash of the
+            kind of source, its canonical path or name and its split; never of pixels. It
+            recognises the same source under the same name only: a copy, or a second source
+            that holds some of the same records, has another identity, and it is the data
+            holder who must then compose the two privacy losses.
+        num_images: the number of records N, undecodable ones included. Private under the
+            add-remove adjacency.
+        class_names: names of the classes 0..K-1 where the source knows them, else None.
+        image_shape: ``(C, H, W)`` of every batch row, after the declared channels and resize.
+        labelled: False when the source has no labels (every label is then 0).
+    """
+
+    name: str
+    identity: str
+    num_images: int
+    class_names: tuple[str, ...] | None = None
+    image_shape: tuple[int, int, int]
+    labelled: bool = True
+
+    @abstractmethod
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """Yield ``ceil(N / batch_size)`` batches of exactly `batch_size` rows.
+
+        The order and the bits are the same at every call. The last batch is padded with rows of
+        zeros whose ``valid`` is False.
+
+        Args:
+            batch_size: rows of a batch, at least 1.
+        """
+
+    def check_labels(self, num_classes: int) -> None:
+        """Raise ValueError when a label lies outside 0..num_classes-1.
+
+        Sources that hold their labels check them here, before any image is touched. Like every
+        check of the input, a refusal is for the data holder and not covered by the privacy
+        guarantee.
+        """
+        check_num_classes(num_classes)
+
+    def arrays(self, batch_size: int = 256) -> tuple[Tensor, Tensor]:
+        """Everything decodable, in memory: for evaluation on real data only.
+
+        The result is not private in any sense: its length tells how many images could be
+        decoded.
+
+        Returns:
+            uint8 images ``[n, C, H, W]`` and int64 labels ``[n]``, n <= N.
+        """
+        images, labels = [], []
+        for batch in self.batches(batch_size):
+            kept = batch.images[batch.valid]
+            images.append(kept.mul(255).round_().to(torch.uint8))
+            labels.append(batch.labels[batch.valid])
+        return torch.cat(images), torch.cat(labels)
+
+
+def source_identity(kind: str, canonical: str, split: str = "") -> str:
+    """The ledger identity of a source: sha256 of its kind, canonical path or name, and split."""
+    text = "\0".join(("dpmmd image source", kind, canonical, split))
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def file_identity(kind: str, path: Path, split: str = "") -> str:
+    """Identity of a file or folder: its absolute path with links resolved."""
+    return source_identity(kind, str(path.resolve()), split)
+
+
+def check_batch_size(batch_size: int) -> int:
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(
+            f"batch_size={batch_size!r}: expected a whole number of rows, at least 1; try 100."
+        )
+    return batch_size
+
+
+def check_num_classes(num_classes: int) -> int:
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+        raise ValueError(
+            f"num_classes={num_classes!r}: expected a whole number, at least 1; "
+            "leave it out to accept the labels as they are."
+        )
+    return num_classes
+
+
+def check_not_empty(num_images: int, name: str) -> int:
+    if num_images < 1:
+        raise ValueError(
+            f"source {name!r} holds no images: expected at least one; check the path, the split "
+            "and, for a folder, that its files end in a known image extension."
+        )
+    return num_images
+
+
+def check_source_labels(labels: Tensor | None, num_classes: int | None, name: str) -> None:
+    """The label checks that need no image: presence and range."""
+    if num_classes is not None:
+        check_num_classes(num_classes)
+        if labels is None and num_classes > 1:
+            raise ValueError(
+                f"num_classes={num_classes}: source {name!r} has no labels; expected one label "
+                "per image. Give num_classes=1 or leave it out, or name the labels with "
+                "label_key."
+            )
+    if labels is not None:
+        check_label_range(labels, num_classes, name)

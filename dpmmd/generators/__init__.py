@@ -1,0 +1,70 @@
+"""Generators: plain modules ``generator(z, y) -> images`` in [0, 1].
+
+Any module with that call and an attribute ``z_dim`` can be trained instead:
+
+    class Mine(torch.nn.Module):
+        z_dim = 64
+        def forward(self, z, y):       # z float32 [n, z_dim], y int64 [n] or None
+            ...                        # images [n, C, H, W] in [0, 1]
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import nn
+
+from dpmmd.generators.conv import ConvGenerator
+from dpmmd.generators.resnet import ResNetGenerator
+
+__all__ = ["NAMES", "ConvGenerator", "ResNetGenerator", "build"]
+
+
+class _Builder(Protocol):
+    def __call__(
+        self,
+        *,
+        num_classes: int | None,
+        image_size: int,
+        channels: int,
+        z_dim: int,
+        base_channels: int,
+    ) -> nn.Module: ...
+
+
+_REGISTRY: dict[str, _Builder] = {"conv": ConvGenerator, "resnet": ResNetGenerator}
+NAMES = tuple(_REGISTRY)
+
+
+def build(
+    name: str,
+    *,
+    num_classes: int | None,
+    image_size: int,
+    channels: int,
+    z_dim: int = 100,
+    base_channels: int = 64,
+) -> nn.Module:
+    """A generator by name.
+
+    Args:
+        name: ``"conv"`` (small, 28 or 32 px and other multiples of 4) or ``"resnet"`` (the paper's,
+            32 to 256 px).
+        num_classes: K for a class-conditional generator, None for an unconditional one.
+        image_size: side of the images in pixels.
+        channels: 1 or 3.
+        z_dim: size of the latent vector.
+        base_channels: width of the layers at full resolution.
+
+    Raises:
+        ValueError: an unknown name, or a size the generator cannot make.
+    """
+    if name not in _REGISTRY:
+        raise ValueError(f"generator {name!r}: expected one of {', '.join(NAMES)}.")
+    return _REGISTRY[name](
+        num_classes=num_classes,
+        image_size=image_size,
+        channels=channels,
+        z_dim=z_dim,
+        base_channels=base_channels,
+    )

@@ -1,0 +1,76 @@
+"""The paper's generator: residual blocks with upsampling (Harder et al. 2023, appendix; the
+architecture of generative feature matching networks, Santos et al. 2019)."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dpmmd.generators.latent import LatentInput, initialise
+
+
+class ResNetGenerator(nn.Module):
+    """Linear to 4 x 4, then residual blocks that double the side up to the image's.
+
+    The width is ``base_channels`` at full resolution and doubles with every halving of the side,
+    up to eight times.
+
+    Args:
+        num_classes: K, or None for no labels.
+        image_size: side in pixels: 32, 64, 128 or 256.
+        channels: 1 or 3.
+        z_dim: size of the latent vector; the paper's is 100.
+        base_channels: the paper's is 64.
+
+    Raises:
+        ValueError: another ``image_size``.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int | None,
+        image_size: int = 32,
+        channels: int = 3,
+        z_dim: int = 100,
+        base_channels: int = 64,
+    ) -> None:
+        super().__init__()
+        if image_size not in (32, 64, 128, 256):
+            raise ValueError(f"image_size={image_size}: expected 32, 64, 128 or 256.")
+        self.z_dim, self.num_classes = z_dim, num_classes
+        self.image_size, self.channels = image_size, channels
+        doublings = image_size.bit_length() - 3  # from 4 x 4
+        widths = [base_channels * min(8, 1 << i) for i in range(doublings, -1, -1)]
+        self.latent = LatentInput(z_dim, num_classes, widths[0], 4)
+        self.blocks = nn.Sequential(*(_UpBlock(a, b) for a, b in pairwise(widths)))
+        self.norm = nn.BatchNorm2d(widths[-1])
+        self.to_image = nn.Conv2d(widths[-1], channels, 3, padding=1)
+        initialise(self)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, z: Tensor, y: Tensor | None = None) -> Tensor:
+        """z [n, z_dim], y int64 [n] or None, to images [n, channels, image_size, image_size]."""
+        h = self.blocks(self.latent(z, y))
+        return torch.sigmoid(self.to_image(F.relu(self.norm(h))))
+
+
+class _UpBlock(nn.Module):
+    """x -> up(skip(x)) + conv(relu(norm(conv(up(relu(norm(x)))))))."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(inputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.interpolate(F.relu(self.norm1(x)), scale_factor=2)
+        h = self.conv2(F.relu(self.norm2(self.conv1(h))))
+        # A 1x1 convolution and nearest upsampling commute: the cheap order first.
+        return h + F.interpolate(self.skip(x), scale_factor=2)

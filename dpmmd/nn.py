@@ -1,0 +1,182 @@
+"""Modules over `dpmmd.functional`: the loss that trains a generator on a release."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpmmd.encoders import Encoder
+from dpmmd.functional import mean_difference, mean_embedding
+from dpmmd.privacy import PrivacyError, Release
+
+ESTIMATORS = ("batch", "ema", "adam")
+
+
+class MMDLoss(nn.Module):
+    """Squared MMD between a release and a batch of generated images.
+
+    ``loss = MMDLoss(release, encoder); loss(images, labels).backward()`` in any training loop. It
+    reads the release only: any number of steps costs no privacy.
+
+    The gradient follows an estimate of d = target - mean embedding of the generator:
+
+    - ``"batch"``: of this batch, the gradient of the plain squared MMD;
+    - ``"ema"``: an exponential moving average over the steps (bias-corrected), for a generator
+      that changes slowly against ``1 / (1 - decay)`` steps;
+    - ``"adam"``: the paper's (Harder et al. 2023, section 3.2, after Santos et al. 2019): a vector
+      v is trained by Adam (rate ``lr``) on mean((v - d)^2), the loss is <v, d>.
+
+    With ``"ema"`` and ``"adam"`` the value is <v, d>, whose gradient is that of the squared MMD up
+    to a factor; the state moves on each call in training mode and stays in eval mode.
+
+    Args:
+        release: what to match.
+        encoder: the encoder the release was made with; any difference in name, weights, taps,
+            image size or pooling is refused.
+        estimator: see above.
+        decay: of the ``"ema"`` estimate, in [0, 1).
+        lr: rate of the ``"adam"`` estimate; the paper's settings use 1e-4 to 1e-3.
+        backend: see `dpmmd.backends`.
+
+    Raises:
+        PrivacyError: the release was made with another encoder.
+        ValueError: unknown estimator, decay or lr out of range.
+    """
+
+    target: Tensor
+    difference: Tensor
+    steps: Tensor
+    first_moment: Tensor
+    second_moment: Tensor
+
+    def __init__(
+        self,
+        release: Release,
+        encoder: Encoder,
+        *,
+        estimator: str = "adam",
+        decay: float = 0.9,
+        lr: float = 1e-3,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if estimator not in ESTIMATORS:
+            raise ValueError(
+                f"estimator={estimator!r}: expected one of {', '.join(map(repr, ESTIMATORS))}."
+            )
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"decay={decay!r}: expected a number in [0, 1).")
+        if not 0.0 < lr < 1.0:
+            raise ValueError(f"lr={lr!r}: expected a number in (0, 1).")
+        check_encoder(release, encoder)
+        self.encoder = encoder
+        self.estimator, self.decay, self.lr, self.backend = estimator, decay, lr, backend
+        m = release.metadata
+        self.moments, self.bound, self.clip = m.moments, m.bound, m.clip
+        self.joint_weight, self.num_classes, self.labelled = (
+            m.joint_weight,
+            m.num_classes,
+            m.labelled,
+        )
+        device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
+        target = release.target.to(device)  # [M, K, D]
+        self.register_buffer("target", target, persistent=False)
+        if estimator != "batch":
+            self.register_buffer("difference", torch.zeros_like(target))  # v
+            self.register_buffer("steps", torch.zeros(target.shape[1], device=device))  # [K]
+        if estimator == "adam":
+            self.register_buffer("first_moment", torch.zeros_like(target))
+            self.register_buffer("second_moment", torch.zeros_like(target))
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The loss of one batch of generated images.
+
+        Args:
+            images: [n, 3, H, W] or [n, 1, H, W] in [0, 1], differentiable.
+            labels: int64 [n] in 0..K-1 for a labelled release, None for an unlabelled one.
+
+        Returns:
+            Scalar, differentiable in ``images``.
+
+        Raises:
+            ValueError: labels given to an unlabelled release or missing for a labelled one, or
+                images the encoder refuses.
+        """
+        if (labels is not None) != self.labelled:
+            raise ValueError(
+                f"labels={'given' if labels is not None else None}: the release is "
+                f"{'labelled' if self.labelled else 'unlabelled'}; "
+                f"{'pass' if self.labelled else 'leave out'} the labels of the images."
+            )
+        means, counts = mean_embedding(
+            self.encoder(images),
+            labels,
+            self.num_classes,
+            moments=self.moments,
+            bound=self.bound,
+            clip=self.clip,
+            joint_weight=self.joint_weight,
+            backend=self.backend,
+        )
+        d = mean_difference(means, counts, self.target.to(means.dtype))
+        if self.estimator == "batch":
+            return d.square().sum()
+        return (self._direction(d.detach(), counts) * d).sum()
+
+    @torch.no_grad()
+    def _direction(self, d: Tensor, counts: Tensor) -> Tensor:
+        """The current estimate v, moved on by d for the classes of this batch if training."""
+        present = counts > 0
+        if self.training:
+            self.steps += present
+            if self.estimator == "ema":
+                rate = torch.where(present, 1 - self.decay, 0.0)[None, :, None]
+                self.difference.lerp_(d.to(self.difference.dtype), rate)
+            else:
+                self._adam_step(d, present)
+        if self.estimator == "ema":
+            correction = 1 - self.decay ** self.steps.clamp(min=1)
+            return self.difference / correction[None, :, None]
+        return self.difference
+
+    def _adam_step(self, d: Tensor, present: Tensor) -> None:
+        """One step of Adam (betas 0.9, 0.999, eps 1e-8) on mean((v - d)^2) for present classes."""
+        beta1, beta2, eps = 0.9, 0.999, 1e-8
+        gradient = (self.difference - d) * (2.0 / d.numel())
+        where = present[None, :, None]
+        self.first_moment.lerp_(gradient, torch.where(where, 1 - beta1, 0.0))
+        self.second_moment.lerp_(gradient.square(), torch.where(where, 1 - beta2, 0.0))
+        steps = self.steps.clamp(min=1)[None, :, None]
+        denominator = (self.second_moment / (1 - beta2**steps)).sqrt_().add_(eps)
+        step = self.first_moment / (1 - beta1**steps) / denominator * self.lr
+        self.difference -= torch.where(where, step, 0.0)
+
+    def extra_repr(self) -> str:
+        return (
+            f"estimator={self.estimator!r}, moments={self.moments}, classes={self.num_classes}, "
+            f"bound={self.bound!r}"
+        )
+
+
+def check_encoder(release: Release, encoder: Encoder) -> None:
+    """Raises a PrivacyError naming the first thing in which encoder and release differ."""
+    recorded: dict[str, Any] = release.metadata.encoder
+    given = encoder.spec()
+    for key in sorted(set(recorded) | set(given)):
+        if recorded.get(key) != given.get(key):
+            raise PrivacyError(
+                f"encoder: its {key} is {_brief(given.get(key))}, the release was made with "
+                f"{_brief(recorded.get(key))}. Load the same encoder with "
+                "dpmmd.encoders.from_spec(release.metadata.encoder)."
+            )
+
+
+def _brief(value: Any) -> str:
+    text = ", ".join(t["name"] for t in value) if _is_taps(value) else repr(value)
+    return text if len(text) < 120 else text[:117] + "..."
+
+
+def _is_taps(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(t, dict) and "name" in t for t in value)

@@ -1,0 +1,20 @@
+"""The trusted core: everything that a privacy claim rests on, and nothing else."""
+
+from dpmmd.privacy.accounting import Calibration, calibrate, compose, delta, epsilon
+from dpmmd.privacy.mechanism import release
+from dpmmd.privacy.release_file import PrivacyError, Release
+from dpmmd.privacy.sensitivity import ADJACENCIES, Block, sensitivity
+
+__all__ = [
+    "ADJACENCIES",
+    "Block",
+    "Calibration",
+    "PrivacyError",
+    "Release",
+    "calibrate",
+    "compose",
+    "delta",
+    "epsilon",
+    "release",
+    "sensitivity",
+]

@@ -1,0 +1,181 @@
+"""The privacy report: what a release promises, to whom, and what it does not cover."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from scipy.special import ndtr, ndtri
+
+from dpmmd.privacy import accounting
+from dpmmd.privacy.release_file import Release
+
+ADJACENCY_MEANING = {
+    "replace-one": "any one image, with its label, exchanged for any other",
+    "zero-out": "any one image blanked out",
+    "add-remove": "any one image, with its label, added or removed",
+}
+NOT_COVERED = (
+    "Choosing recipes, settings or checkpoints by looking at private data.",
+    "Further releases from the same data: their mu add up as the root of the sum of squares.",
+    "Accuracies measured on private or real held-out images: they read those images directly.",
+    "Side channels: run time, memory, and whoever can read the machine while it releases.",
+    "Images that were also among the encoder's public training data.",
+    "Several images of one person: the unit is one image.",
+)
+
+
+def facts(release: Release) -> dict[str, Any]:
+    """The report as a JSON-able dictionary; every number follows from ``mu`` and the metadata."""
+    m = release.metadata
+    blocks = []
+    for block in m.blocks:
+        noise_norm = m.noise_sd * math.sqrt(block.size / m.num_classes)
+        blocks.append(
+            {
+                "name": block.name,
+                "kind": block.kind,
+                "bound": block.bound * m.clip,
+                "nonnegative": block.nonnegative,
+                "size": block.size,
+                "noise_sd": m.noise_sd,
+                # of a class mean, with the released divisors; counts are noised in images
+                "expected_noise_norm_per_class": [noise_norm / n for n in release.counts.tolist()]
+                if block.kind == "sums"
+                else None,
+                "noise_sd_images": m.noise_sd / (block.bound * m.clip)
+                if block.kind == "counts"
+                else None,
+            }
+        )
+    return {
+        "private": m.private,
+        "promise": promise(release),
+        "mu": m.mu,
+        "epsilon": m.epsilon,
+        "delta": m.delta,
+        "epsilon_at": {
+            f"{d:g}": accounting.epsilon(mu=m.mu, delta=d) for d in (m.delta, 1e-5, 1e-6)
+        },
+        "zcdp_rho": m.mu**2 / 2,
+        "attacker_advantage": float(2 * ndtr(m.mu / 2) - 1),
+        "attacker_true_positive_rate_at": {
+            f"{fpr:g}": float(ndtr(m.mu + ndtri(fpr))) for fpr in (0.01, 0.001)
+        },
+        "adjacency": m.adjacency,
+        "unit": m.unit,
+        "num_images": m.num_images,
+        "num_classes": m.num_classes,
+        "labels": "private" if m.labelled else "not read",
+        "assumed_public": _public(release),
+        "sensitivity": m.sensitivity / 2**m.grid_bits * m.clip,
+        "sd_over_sensitivity": m.sd / m.sensitivity,
+        "noise_sd": m.noise_sd,
+        "mean_norm_bound_per_class": m.clip,
+        "blocks": blocks,
+        "not_covered": list(NOT_COVERED),
+        "source": m.source,
+        "encoder": m.encoder["name"],
+        "encoder_weights_sha256": m.encoder["weights_sha256"],
+        "version": m.version,
+        "array_sha256": m.array_sha256,
+    }
+
+
+def promise(release: Release) -> str:
+    """The guarantee in one sentence."""
+    m = release.metadata
+    if not m.private:
+        return "NOT PRIVATE: made with test noise. It promises nothing; do not publish it."
+    return (
+        f"This release, and everything computed from it, is ({m.epsilon:g}, {m.delta:g})-"
+        f"differentially private with respect to {m.adjacency} adjacency: two data sets that differ"
+        f" in {ADJACENCY_MEANING[m.adjacency]}, cannot be told apart better than by "
+        f"{m.mu:.4g}-GDP."
+    )
+
+
+def markdown(release: Release) -> str:
+    """The report for people."""
+    f = facts(release)
+    lines = ["# Privacy report", "", f["promise"], ""]
+    lines += ["| what | value |", "| --- | --- |"]
+    lines += [f"| {name} | {value} |" for name, value in rows(f)]
+    lines += ["", "Noise against signal:", ""]
+    lines += [f"- {line}" for line in utility(f)]
+    lines += ["", "Not covered:", ""]
+    lines += [f"- {line}" for line in f["not_covered"]]
+    return "\n".join(lines) + "\n"
+
+
+def rows(f: dict[str, Any]) -> list[tuple[str, str]]:
+    """The table of the report, from `facts`."""
+    result = [
+        ("mu (Gaussian DP)", f"{f['mu']:.6g}"),
+        ("(epsilon, delta)", f"({f['epsilon']:g}, {f['delta']:g})"),
+    ]
+    result += [
+        (f"epsilon at delta = {d}", f"{e:.4g}")
+        for d, e in f["epsilon_at"].items()
+        if float(d) != f["delta"]
+    ]
+    rates = f["attacker_true_positive_rate_at"]
+    result += [
+        ("zCDP rho", f"{f['zcdp_rho']:.4g}"),
+        ("attacker's advantage", f"at most {f['attacker_advantage']:.1%} over guessing"),
+        (
+            "attacker's true-positive rate",
+            ", ".join(
+                f"at most {r:.2%} at {float(p):.1%} false positives" for p, r in rates.items()
+            ),
+        ),
+        ("adjacency", f"{f['adjacency']} ({ADJACENCY_MEANING[f['adjacency']]})"),
+        ("unit", f"one {f['unit']}"),
+        ("labels", f["labels"]),
+        ("assumed public", "; ".join(f["assumed_public"])),
+        ("L2 sensitivity", f"{f['sensitivity']:.6g}"),
+        ("noise sd / sensitivity", f"{f['sd_over_sensitivity']:.6g}"),
+        ("source", f["source"]),
+        ("encoder", f"{f['encoder']} (weights {f['encoder_weights_sha256'][:12]})"),
+        ("released array", f"sha256 {f['array_sha256']}"),
+        ("dpmmd", f["version"]),
+    ]
+    for block in f["blocks"]:
+        sign = ", non-negative" if block["nonnegative"] else ""
+        result.append(
+            (
+                f"block {block['name']}",
+                f"{block['size']} numbers, one image's norm at most {block['bound']:g}{sign}",
+            )
+        )
+    return result
+
+
+def utility(f: dict[str, Any]) -> list[str]:
+    """What the noise costs, from the formulas alone, before any training."""
+    lines = []
+    for block in f["blocks"]:
+        if block["kind"] == "counts":
+            lines.append(f"class counts: noise sd {block['noise_sd_images']:.3g} images")
+            continue
+        norms = block["expected_noise_norm_per_class"]
+        lines.append(
+            f"{block['name']}: expected norm of the noise on a class mean "
+            f"{min(norms):.3g} to {max(norms):.3g}, against means of norm at most "
+            f"{f['mean_norm_bound_per_class']:g}; the squared MMD to the noised target exceeds "
+            f"that to the true one by {sum(n * n for n in norms):.3g} in expectation, whatever "
+            "the generator"
+        )
+    return lines
+
+
+def _public(release: Release) -> list[str]:
+    m = release.metadata
+    public = [
+        f"the {m.num_classes} classes" if m.labelled else "that there are no labels",
+        "the size and channels that images are brought to",
+        f"the encoder {m.encoder['name']} and its training data",
+    ]
+    if m.num_images is not None:
+        public.insert(0, f"the number of images, N = {m.num_images}")
+    return public

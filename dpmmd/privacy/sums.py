@@ -1,0 +1,205 @@
+"""Bounded integer class sums of private features: the only state that ever holds raw statistics.
+
+Per image, a feature vector v (all taps together, float64) becomes an integer vector q with
+
+    |q|_2 <= B   (B = 2^30 times the block's weight), checked in exact integer arithmetic,
+
+and the class sums of q are exact int64. No step reduces in floating point, so the result is the
+same bits for any order, batch size, thread count or device, given the same features.
+
+1. e is the exponent of max |v|, g = v 2^-e is in (-1, 1): multiplication by a power of two.
+2. s = sum over j of ceil(g_j^2 2^b), int64, with b = 62 - ceil(log2 D), so that s <= 2^62. The norm
+   sqrt(s 2^-b) of g is an overestimate by at most a relative D 2^-b: rounding up is the safe side.
+3. q = trunc(g r), r = B (1 - 2^-20) / |g| for a sphere. Truncation toward zero never lengthens
+   a vector; the guard 1 - 2^-20 covers the rounding of r and of the product (below 2^-50).
+4. Certificate: sum q^2 <= B^2 in int64, and no q_j < 0 where the block is declared non-negative.
+   What fails it contributes zero, as do vectors that are zero, not finite, or not valid to begin
+   with. No message is made, no shape changes.
+
+Steps 1 to 3 are for usefulness; the sensitivity rests on step 4 alone, whatever the encoder did.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+GRID_BITS = 30
+GUARD = 1.0 - 2.0**-20
+BOUNDS = ("sphere", "ball", "sphere-per-tap", "ball-per-tap")
+_CHUNK_ELEMENTS = 1 << 19  # rows are taken so many numbers at a time: temporaries stay in cache
+
+
+def bounded_integers(
+    vectors: Sequence[Tensor], limit: int, *, bound: str, clip: float, nonnegative: bool
+) -> tuple[list[Tensor], Tensor]:
+    """Integer vectors of norm at most ``limit``, one an image.
+
+    Args:
+        vectors: one float64 [n, d_l] per tap.
+        limit: B, the greatest norm in grid units; at most 2^30.
+        bound: one of BOUNDS.
+        clip: c > 0, the norm that maps to ``limit`` (only balls depend on it).
+        nonnegative: whether negative entries fail the certificate.
+
+    Returns:
+        int64 [n, d_l] per tap, and bool [n]: False where the vector was zero, not finite or failed
+        the certificate. Those rows are zero.
+    """
+    if bound.endswith("-per-tap"):
+        share = 1.0 / math.sqrt(len(vectors))
+        groups = [[v] for v in vectors]
+    else:
+        share = 1.0
+        groups = [list(vectors)]
+    integers: list[Tensor] = []
+    for group in groups:
+        integers += _quantise(group, limit * share, bound.startswith("ball"), clip * share)
+    return certify(integers, limit, nonnegative=nonnegative)
+
+
+def certify(
+    integers: list[Tensor], limit: int, *, nonnegative: bool
+) -> tuple[list[Tensor], Tensor]:
+    """Zeroes every row whose squared norm, summed exactly over the taps, is 0 or over limit^2."""
+    n = integers[0].shape[0]
+    square = torch.zeros(n, dtype=torch.int64, device=integers[0].device)
+    within = torch.ones_like(square, dtype=torch.bool)
+    for q in integers:
+        # A double-precision estimate below 2^61 (relative error below 2^-25) bounds every entry by
+        # 2^31 and excludes an int64 overflow, so the integer comparison after it is exact.
+        within &= (q.double() ** 2).sum(dim=1) < 2.0**61
+        square += torch.where(within[:, None], q * q, 0).sum(dim=1)
+        within &= square <= limit * limit
+        if nonnegative and q.shape[1]:
+            within &= q.amin(dim=1) >= 0
+    within &= square > 0
+    return [q.mul_(within[:, None]) for q in integers], within
+
+
+def _quantise(group: list[Tensor], limit: float, ball: bool, clip: float) -> list[Tensor]:
+    n = group[0].shape[0]
+    dim = sum(v.shape[1] for v in group)
+    largest = torch.zeros(n, dtype=torch.float64, device=group[0].device)
+    for v in group:
+        if v.shape[1]:
+            largest = torch.maximum(largest, v.abs().amax(dim=1))  # NaN propagates
+    usable = torch.isfinite(largest) & (largest >= 2.0**-1000)
+    exponent = torch.frexp(torch.where(usable, largest, 1.0)).exponent.to(torch.int64)
+    inverse = _power_of_two(-exponent)[:, None]
+    bits = 62 - max(0, math.ceil(math.log2(max(dim, 1))))
+
+    unit = [torch.where(usable[:, None], v, 0.0) * inverse for v in group]  # g, in (-1, 1)
+    square = torch.zeros(n, dtype=torch.int64, device=group[0].device)
+    for g in unit:
+        square += (g * g).mul_(2.0**bits).ceil_().to(torch.int64).sum(dim=1)
+    norm = (square.double() * 2.0**-bits).sqrt_()
+    rate = limit * GUARD / norm
+    if ball:
+        rate = torch.minimum(rate, limit * GUARD * _power_of_two(exponent) / clip)
+    rate = torch.where(usable, rate, 0.0)[:, None]
+    return [g.mul_(rate).trunc_().to(torch.int64) for g in unit]
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """Exactly 2^exponent as float64, by its bits (exponent int64 within +-1022)."""
+    return ((exponent + 1023) << 52).view(torch.float64)
+
+
+class PrivateSums:
+    """Exact int64 class sums of one block: write-only until noise is added.
+
+    Has no representation, cannot be pickled, copied, compared, iterated or converted; its content
+    leaves through `take` alone, which `mechanism.release` calls once to add the noise in place.
+    """
+
+    __slots__ = ("_sums",)
+
+    def __init__(self, num_classes: int, dim: int, device: torch.device | str = "cpu") -> None:
+        self._sums: Tensor | None = torch.zeros(
+            num_classes, dim, dtype=torch.int64, device=device
+        )  # [K, D]
+
+    def add(
+        self,
+        features: Sequence[Tensor],
+        labels: Tensor,
+        valid: Tensor,
+        limit: int,
+        *,
+        moments: Sequence[int],
+        joint_weight: float,
+        bound: str,
+        clip: float,
+        nonnegative: bool,
+    ) -> Tensor:
+        """Adds the bounded integer vectors of one batch to the rows of its labels.
+
+        Args:
+            features: one [n, d_l] per tap.
+            labels: int64 [n] in 0..K-1.
+            valid: bool [n]; rows that are False contribute zero.
+            limit: greatest norm of one image's vector, in grid units.
+            moments: (1,), (2,) or (1, 2); the last is the joint vector (f, joint_weight f^2).
+            joint_weight: weight of the second moment within the joint vector.
+            bound: one of BOUNDS.
+            clip: c > 0.
+            nonnegative: whether images with negative entries contribute zero.
+
+        Returns:
+            bool [n], private: which images contributed.
+        """
+        if self._sums is None:
+            raise RuntimeError("PrivateSums: the sums have been taken.")
+        counted = torch.zeros_like(valid)
+        width = sum(f.shape[1] for f in features) * len(moments)
+        rows = max(1, _CHUNK_ELEMENTS // max(width, 1))
+        for start in range(0, labels.shape[0], rows):
+            part = slice(start, start + rows)
+            vectors: list[Tensor] = []
+            for moment in moments:
+                for f in features:
+                    v = f[part].double()
+                    if moment == 2:
+                        v = v * v
+                        if len(moments) == 2:
+                            v.mul_(joint_weight)
+                    vectors.append(v)
+            integers, within = bounded_integers(
+                vectors, limit, bound=bound, clip=clip, nonnegative=nonnegative
+            )
+            within &= valid[part]
+            column = 0
+            for q in integers:
+                view = self._sums[:, column : column + q.shape[1]]
+                view.index_add_(0, labels[part], q.mul_(within[:, None]))
+                column += q.shape[1]
+            counted[part] = within
+        return counted
+
+    def add_counts(self, labels: Tensor, counted: Tensor, tau: int) -> None:
+        """Adds tau to the entry of each counted image's class."""
+        if self._sums is None:
+            raise RuntimeError("PrivateSums: the sums have been taken.")
+        self._sums[:, 0].index_add_(0, labels, counted.to(torch.int64) * tau)
+
+    def take(self) -> Tensor:
+        """The int64 sums [K, D] on the CPU, once; nothing is left here afterwards."""
+        if self._sums is None:
+            raise RuntimeError("PrivateSums: the sums have been taken.")
+        sums, self._sums = self._sums.cpu(), None
+        return sums
+
+    def __repr__(self) -> str:
+        return "<PrivateSums>"
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError("PrivateSums holds raw private statistics: it cannot be copied or stored.")
+
+    __reduce__ = __reduce_ex__ = __getstate__ = __copy__ = __deepcopy__ = _refuse
+    __iter__ = __len__ = __getitem__ = __eq__ = __array__ = __format__ = __dir__ = _refuse
+    __hash__ = None  # type: ignore[assignment]

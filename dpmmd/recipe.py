@@ -1,0 +1,203 @@
+"""Recipes: one TOML file that says everything about a run, checked before any image is read."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be found, read or used."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+
+_S = TypeVar("_S", bound=_Section)
+
+
+class DataSection(_Section):
+    """The private images, and the real test images that only the final evaluation reads."""
+
+    source: str
+    split: str = "train"
+    test_source: str | None = None  # default: `source`
+    test_split: str = "test"
+    root: str | None = None
+    image_size: int | tuple[int, int] | None = None
+    channels: Literal[1, 3] | None = None
+    crop: Literal["center"] | None = None
+    num_classes: int | None = Field(default=None, ge=1)  # None: unlabelled
+    workers: int = Field(default=0, ge=0)
+
+    def options(self) -> dict[str, Any]:
+        """What `dpmmd.data.open_source` takes, but for source, split and num_classes."""
+        keys = ("root", "image_size", "channels", "crop", "workers")
+        return {key: getattr(self, key) for key in keys}
+
+
+class EncoderSection(_Section):
+    """Arguments of `dpmmd.encoders.load`."""
+
+    name: str = "squeezenet1.1"
+    image_size: int | tuple[int, int] = 32
+    taps: list[str] | None = None
+    pool: int | None = None
+    weights: str | None = None
+
+
+class ReleaseSection(_Section):
+    """Arguments of `dpmmd.release`. epsilon, delta and adjacency have no default."""
+
+    epsilon: float
+    delta: float
+    adjacency: str
+    moments: tuple[int, ...] = (1,)
+    bound: str = "sphere"
+    clip: float = 1.0
+    joint_weight: float | None = None
+    batch_size: int = 256
+
+
+class GeneratorSection(_Section):
+    """Arguments of `dpmmd.generators.build`; classes and channels follow from the data."""
+
+    name: str = "conv"
+    image_size: int = Field(default=28, ge=8)
+    channels: Literal[1, 3] = 1
+    z_dim: int = Field(default=100, ge=1)
+    base_channels: int = Field(default=32, ge=1)
+
+
+class TrainSection(_Section):
+    """How a generator is trained on a release.
+
+    ``lr`` decays to zero over the steps by ``schedule``; ``ema_decay`` averages the weights that
+    images are sampled from (0: the last weights).
+    """
+
+    steps: int = Field(default=2000, ge=1)
+    batch_size: int = Field(default=100, ge=1)
+    lr: float = Field(default=3e-3, gt=0)
+    betas: tuple[float, float] = (0.5, 0.999)
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup: int = Field(default=0, ge=0)
+    estimator: Literal["batch", "ema", "adam"] = "batch"
+    estimator_decay: float = Field(default=0.9, ge=0, lt=1)
+    estimator_lr: float = Field(default=1e-3, gt=0, lt=1)
+    ema_decay: float = Field(default=0.99, ge=0, lt=1)
+    seed: int = 0
+    checkpoint_every: int = Field(default=500, ge=1)
+    log_every: int = Field(default=20, ge=1)
+    grid_every: int = Field(default=500, ge=1)
+
+
+class SampleSection(_Section):
+    """How many images the synthetic set holds (classes in equal parts)."""
+
+    num_images: int = Field(default=60_000, ge=1)
+    batch_size: int = Field(default=500, ge=1)
+    seed: int = 0
+
+
+class EvaluateSection(_Section):
+    """Which classifiers are trained on synthetic (and on real) images and tested on real ones."""
+
+    classifiers: tuple[str, ...] = ("logistic_regression", "mlp", "cnn")
+    num_train: int | None = Field(default=None, ge=1)  # images of each set; None: all
+    seed: int = 0
+
+
+class Recipe(_Section):
+    """A run from private images to an evaluated synthetic set."""
+
+    description: str = ""
+    data: DataSection
+    encoder: EncoderSection = EncoderSection()
+    release: ReleaseSection
+    generator: GeneratorSection = GeneratorSection()
+    train: TrainSection = TrainSection()
+    sample: SampleSection = SampleSection()
+    evaluate: EvaluateSection | None = None
+
+
+def names() -> tuple[str, ...]:
+    """The recipes that come with the package."""
+    folder = resources.files("dpmmd") / "recipes"
+    return tuple(
+        sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
+    )
+
+
+def read(recipe: str | Path) -> tuple[Recipe, str]:
+    """The recipe and its text, by path or by the name of one that comes with the package.
+
+    Raises:
+        RecipeError: not found, not TOML, an unknown key or a value out of range; the message names
+            the key.
+    """
+    path = Path(recipe)
+    if path.suffix == ".toml" or path.exists():
+        if not path.is_file():
+            raise RecipeError(f"recipe {str(recipe)!r}: there is no such file.")
+        text = path.read_text(encoding="utf-8")
+    elif str(recipe) in names():
+        text = (resources.files("dpmmd") / "recipes" / f"{recipe}.toml").read_text("utf-8")
+    else:
+        raise RecipeError(
+            f"recipe {str(recipe)!r}: neither a .toml file nor one of {', '.join(names())}."
+        )
+    return parse(text, str(recipe)), text
+
+
+def parse(text: str, name: str = "recipe") -> Recipe:
+    """A recipe from TOML text; raises as `read`."""
+    try:
+        return Recipe.model_validate(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{name}: not valid TOML: {error}") from None
+    except ValidationError as error:
+        problems = "; ".join(_problem(e) for e in error.errors())
+        raise RecipeError(f"{name}: {problems}") from None
+
+
+def revised(section: _S, changes: Mapping[str, Any]) -> _S:
+    """The section with some values changed (None: kept), checked like one from a file.
+
+    Raises:
+        RecipeError: a value out of range.
+    """
+    kept = section.model_dump()
+    kept.update({key: value for key, value in changes.items() if value is not None})
+    try:
+        return type(section).model_validate(kept)
+    except ValidationError as error:
+        raise RecipeError("; ".join(_problem(e) for e in error.errors())) from None
+
+
+def _problem(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        section: Any = Recipe
+        for part in error["loc"][:-1]:
+            annotation = section.model_fields[part].annotation
+            section = next(
+                (a for a in getattr(annotation, "__args__", ()) if hasattr(a, "model_fields")),
+                annotation,
+            )
+        known = ", ".join(section.model_fields)
+        return f"unknown key {where!r} (known here: {known})"
+    if error["type"] == "missing":
+        return f"{where!r} is missing"
+    return f"{where} = {error['input']!r}: {error['msg'].lower()}"

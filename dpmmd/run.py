@@ -1,0 +1,378 @@
+"""A recipe from private images to a report, in one folder, resumable at every stage.
+
+The folder: ``recipe.toml``, ``release.safetensors``, ``privacy.json``, ``checkpoints/``,
+``samples.png``, ``synthetic.npz``, ``report.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from dpmmd import encoders, recipe, train
+from dpmmd.data import open_source
+from dpmmd.encoders import Encoder
+from dpmmd.nn import check_encoder
+from dpmmd.privacy import Release
+from dpmmd.privacy import release as make_release
+from dpmmd.privacy.release_file import write_atomically
+from dpmmd.privacy.report import facts
+
+Say = Callable[[str], None]
+
+
+class RunError(ValueError):
+    """A folder that cannot be used for this run."""
+
+
+def run(
+    recipe_name: str | Path, out: str | Path, *, say: Say, progress: bool = True
+) -> dict[str, Any]:
+    """Runs a recipe: release, train, sample, evaluate. Stages that are finished are re-used.
+
+    A finished release is never made again: that would cost privacy a second time.
+
+    Args:
+        recipe_name: the path of a TOML file, or the name of one of `dpmmd.recipe.names()`.
+        out: the run's folder; created, or continued if it holds a run of the same recipe.
+        say: called with one line of text at each stage.
+        progress: show progress bars on standard error.
+
+    Returns:
+        The content of ``report.json``.
+
+    Raises:
+        RecipeError, RunError: before any image is read.
+    """
+    settings, text = recipe.read(recipe_name)
+    out = Path(out)
+    kept = out / "recipe.toml"
+    if kept.exists():
+        if recipe.parse(kept.read_text("utf-8"), str(kept)) != settings:
+            raise RunError(
+                f"{out}: holds a run of another recipe ({kept}). Choose another folder with --out, "
+                "or go on with that recipe."
+            )
+    elif out.exists() and any(out.iterdir()):
+        raise RunError(f"{out}: exists and is not a run folder; choose another with --out.")
+    out.mkdir(parents=True, exist_ok=True)
+    if not kept.exists():
+        write_atomically(kept, text.encode())
+    if settings.evaluate is not None and settings.data.num_classes is None:
+        raise RunError("evaluate: needs labels; set data.num_classes or leave out [evaluate].")
+
+    measured = _Measured(out / "measured.json")
+    encoder = load_encoder(settings.encoder)
+    released = _release(settings, encoder, out, measured, say, progress)
+    trained = _train(settings, released, encoder, out, measured, say, progress)
+    _sample(settings, trained, out, measured, say, progress)
+    return _evaluate(settings, released, out, measured, say, progress)
+
+
+def load_encoder(settings: recipe.EncoderSection) -> Encoder:
+    """The encoder that a recipe's ``[encoder]`` section describes."""
+    return encoders.load(
+        settings.name,
+        image_size=settings.image_size,
+        taps=settings.taps,
+        pool=settings.pool,
+        weights=settings.weights,
+    )
+
+
+def _release(
+    settings: recipe.Recipe,
+    encoder: Encoder,
+    out: Path,
+    measured: _Measured,
+    say: Say,
+    progress: bool,
+) -> Release:
+    path = out / "release.safetensors"
+    data, wanted = settings.data, settings.release
+    if path.exists():
+        released = Release.load(path)
+        _check_release(released, settings, encoder, path)
+        say(f"release: found {path}, finished; re-used, no further privacy is spent")
+    else:
+        say(
+            f"release: {data.source} ({data.split}), encoder {encoder.name}, D = {encoder.dim}, "
+            f"epsilon = {wanted.epsilon:g}, delta = {wanted.delta:g}, {wanted.adjacency}"
+        )
+        with measured.stage("release"):
+            released = make_release(
+                data.source,
+                encoder,
+                epsilon=wanted.epsilon,
+                delta=wanted.delta,
+                adjacency=wanted.adjacency,
+                num_classes=data.num_classes,
+                moments=wanted.moments,
+                bound=wanted.bound,
+                clip=wanted.clip,
+                joint_weight=wanted.joint_weight,
+                batch_size=wanted.batch_size,
+                out=path,
+                progress=progress,
+                split=data.split,
+                **data.options(),
+            )
+    privacy = json.dumps(facts(released), indent=2) + "\n"
+    write_atomically(out / "privacy.json", privacy.encode(), overwrite=True)
+    return released
+
+
+def _check_release(
+    released: Release, settings: recipe.Recipe, encoder: Encoder, path: Path
+) -> None:
+    """Refuses a release that the recipe would not have made."""
+    m, wanted = released.metadata, settings.release
+    pairs = {
+        "epsilon": (m.epsilon, wanted.epsilon),
+        "delta": (m.delta, wanted.delta),
+        "adjacency": (m.adjacency, wanted.adjacency),
+        "moments": (m.moments, wanted.moments),
+        "bound": (m.bound, wanted.bound),
+        "clip": (m.clip, wanted.clip),
+        "joint_weight": (m.joint_weight, wanted.joint_weight),
+        "num_classes": (m.num_classes, settings.data.num_classes or 1),
+    }
+    for name, (found, asked) in pairs.items():
+        if found != asked:
+            raise RunError(
+                f"{path}: made with {name} = {found!r}, the recipe asks for {asked!r}. "
+                "Choose another folder with --out."
+            )
+    check_encoder(released, encoder)
+
+
+def _train(
+    settings: recipe.Recipe,
+    released: Release,
+    encoder: Encoder,
+    out: Path,
+    measured: _Measured,
+    say: Say,
+    progress: bool,
+) -> train.Trained:
+    checkpoint = out / "checkpoints" / train.CHECKPOINT
+    step = int(train.load_checkpoint(checkpoint)["step"]) if checkpoint.exists() else 0
+    if step >= settings.train.steps:
+        say(f"train: found {checkpoint}, finished; re-used")
+    else:
+        origin = f"resumes at step {step} of" if step else "starts:"
+        say(f"train: {origin} {settings.train.steps} steps, batch {settings.train.batch_size}")
+    trained = train.train(
+        released,
+        encoder,
+        settings=settings.train,
+        generator_settings=settings.generator,
+        out=out,
+        progress=progress,
+    )
+    measured.seconds["train"] = trained.seconds
+    measured.write()
+    return trained
+
+
+def _sample(
+    settings: recipe.Recipe,
+    trained: train.Trained,
+    out: Path,
+    measured: _Measured,
+    say: Say,
+    progress: bool,
+) -> None:
+    path = out / "synthetic.npz"
+    if path.exists():
+        say(f"sample: found {path}, finished; re-used")
+        return
+    say(f"sample: {settings.sample.num_images} images")
+    with measured.stage("sample"):
+        write_samples(
+            trained,
+            path,
+            settings.sample.num_images,
+            settings.data.num_classes,
+            picture=out / "samples.png",
+            batch_size=settings.sample.batch_size,
+            seed=settings.sample.seed,
+            progress=progress,
+        )
+
+
+def write_samples(
+    trained: train.Trained,
+    path: Path,
+    num_images: int,
+    num_classes: int | None,
+    *,
+    picture: Path,
+    batch_size: int = 500,
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> None:
+    """Writes a synthetic set (.npz with x uint8 [n, C, H, W] and y) and a grid of samples (PNG)."""
+    from dpmmd.data import write_npz
+
+    images, labels = train.sample(
+        trained.generator,
+        num_images,
+        num_classes,
+        batch_size=batch_size,
+        seed=seed,
+        progress=progress,
+    )
+    device = next(trained.generator.parameters()).device
+    train.save_png(picture, train.sample_grid(trained.generator, num_classes, device))
+    write_npz(path, images, labels, overwrite=overwrite)
+
+
+def _evaluate(
+    settings: recipe.Recipe,
+    released: Release,
+    out: Path,
+    measured: _Measured,
+    say: Say,
+    progress: bool,
+) -> dict[str, Any]:
+    path = out / "report.json"
+    if path.exists():
+        say(f"evaluate: found {path}, finished; re-used")
+        report: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        return report
+    accuracy: dict[str, dict[str, float]] = {}
+    if settings.evaluate is not None:
+        say(f"evaluate: {', '.join(settings.evaluate.classifiers)}, on real test images")
+        data = settings.data
+        with measured.stage("evaluate"):
+            accuracy = evaluate_files(
+                out / "synthetic.npz",
+                test=(data.test_source or data.source, data.test_split),
+                real=(data.source, data.split),
+                num_classes=data.num_classes,
+                settings=settings.evaluate,
+                progress=progress,
+                **data.options(),
+            )
+    report = make_report(released, accuracy, measured)
+    write_atomically(path, (json.dumps(report, indent=2) + "\n").encode())
+    return report
+
+
+def evaluate_files(
+    synthetic: str | Path,
+    *,
+    test: tuple[str, str],
+    real: tuple[str, str] | None,
+    num_classes: int | None,
+    settings: recipe.EvaluateSection,
+    progress: bool = True,
+    **options: Any,
+) -> dict[str, dict[str, float]]:
+    """Accuracies {classifier: {"synthetic", "real"}} on real test images.
+
+    Reads real images directly: what it returns is NOT covered by the release's guarantee.
+
+    Args:
+        synthetic: .npz as `write_samples` writes it.
+        test: source and split of the real test images.
+        real: source and split of real training images for comparison, or None.
+        num_classes: K.
+        settings: classifiers, sizes, seed.
+        **options: of `dpmmd.data.open_source`, for the real images.
+    """
+    from dpmmd.evaluate import evaluate
+
+    def arrays(source: str | Path, split: str, **more: Any) -> Any:
+        return open_source(source, split=split, num_classes=num_classes, **more).arrays()
+
+    return evaluate(
+        arrays(synthetic, "train"),
+        arrays(test[0], test[1], **options),
+        None if real is None else arrays(real[0], real[1], **options),
+        classifiers=settings.classifiers,
+        num_train=settings.num_train,
+        seed=settings.seed,
+        progress=progress,
+    )
+
+
+EVALUATION_NOTE = (
+    "Accuracies were measured on real images: they are not covered by (epsilon, delta), and "
+    "publishing them says something about those images."
+)
+
+
+def make_report(
+    released: Release, accuracy: dict[str, dict[str, float]], measured: _Measured
+) -> dict[str, Any]:
+    m = released.metadata
+    return {
+        "private": m.private,
+        "privacy": {
+            key: getattr(m, key) for key in ("epsilon", "delta", "mu", "adjacency", "unit")
+        },
+        "accuracy": accuracy,
+        "accuracy_note": EVALUATION_NOTE,
+        "seconds": {k: round(v, 2) for k, v in measured.seconds.items()},
+        "peak_rss_bytes": measured.peak(),
+        "version": m.version,
+    }
+
+
+class _Measured:
+    """Seconds of each stage and the greatest resident memory, kept over resumptions."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.seconds: dict[str, float] = {}
+        self._peak = 0
+        if path.exists():
+            kept = json.loads(path.read_text("utf-8"))
+            self.seconds, self._peak = kept["seconds"], kept["peak_rss_bytes"]
+
+    def stage(self, name: str) -> _Stage:
+        return _Stage(self, name)
+
+    def peak(self) -> int:
+        unit = 1 if sys.platform == "darwin" else 1024
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        self._peak = max(self._peak, used)
+        return self._peak
+
+    def write(self) -> None:
+        data = {"seconds": self.seconds, "peak_rss_bytes": self.peak()}
+        write_atomically(self.path, (json.dumps(data) + "\n").encode(), overwrite=True)
+
+
+class _Stage:
+    def __init__(self, measured: _Measured, name: str) -> None:
+        self.measured, self.name = measured, name
+
+    def __enter__(self) -> None:
+        self.started = perf_counter()
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self.measured.seconds[self.name] = perf_counter() - self.started
+            self.measured.write()
+
+
+def accuracy_rows(accuracy: dict[str, dict[str, float]]) -> list[tuple[str, str, str]]:
+    """classifier, trained on synthetic, trained on real: for a table."""
+
+    def percent(value: float | None) -> str:
+        return "" if value is None or math.isnan(value) else f"{100 * value:.1f} %"
+
+    return [
+        (name.replace("_", " "), percent(a.get("synthetic")), percent(a.get("real")))
+        for name, a in accuracy.items()
+    ]

@@ -1,0 +1,475 @@
+"""Training a generator on a release, and sampling from it. Nothing here sees private data."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import pickle
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from dpmmd.encoders import Encoder
+from dpmmd.generators import build
+from dpmmd.nn import MMDLoss
+from dpmmd.privacy.release_file import Release
+from dpmmd.recipe import GeneratorSection, TrainSection
+
+CHECKPOINT = "last.pt"
+_FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is corrupt, or belongs to another release or other settings."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A trained generator.
+
+    Attributes:
+        generator: in eval mode, with averaged weights if the settings ask for them.
+        num_classes: K, or None if it takes no labels.
+        private: False if the release was stamped NOT PRIVATE.
+        step: steps done.
+        seconds: spent on training, over all resumptions.
+    """
+
+    generator: nn.Module
+    num_classes: int | None
+    private: bool
+    step: int
+    seconds: float
+
+
+def train(
+    release: Release,
+    encoder: Encoder,
+    generator: nn.Module | None = None,
+    settings: TrainSection | None = None,
+    *,
+    generator_settings: GeneratorSection | None = None,
+    out: str | Path | None = None,
+    progress: bool = True,
+) -> Trained:
+    """Trains a generator to match a release.
+
+    Args:
+        release: the noised embedding.
+        encoder: the encoder it was made with.
+        generator: any nn.Module called as ``generator(z, y)``, z float32 [n, z_dim], y int64 [n] or
+            None, that returns images [n, C, H, W] in [0, 1] and has an attribute ``z_dim``.
+            None: one built from ``generator_settings``.
+        settings: steps, batch size, rates, estimator, seed.
+        generator_settings: which generator to build where ``generator`` is None.
+        out: folder for ``checkpoints/last.pt`` and TensorBoard logs. A checkpoint found there is
+            resumed from; on a CPU the result is the same bit for bit as without interruption.
+        progress: show a progress bar on standard error.
+
+    Returns:
+        `Trained`.
+
+    Raises:
+        CheckpointError: the checkpoint in ``out`` cannot be used.
+        PrivacyError: release and encoder do not belong together.
+        KeyboardInterrupt: after a checkpoint has been written.
+    """
+    settings = settings or TrainSection()
+    generator_settings = generator_settings or GeneratorSection()
+    device = next(encoder.parameters()).device
+    num_classes = release.num_classes if release.metadata.labelled else None
+    rng = torch.Generator().manual_seed(settings.seed)
+    if generator is None:
+        with _seeded(settings.seed):
+            generator = build_generator(generator_settings, num_classes)
+        record: dict[str, Any] = generator_settings.model_dump(mode="json")
+    else:
+        record = {"name": type(generator).__qualname__}
+    generator = generator.to(device).train()
+    loss = MMDLoss(
+        release,
+        encoder,
+        estimator=settings.estimator,
+        decay=settings.estimator_decay,
+        lr=settings.estimator_lr,
+    ).train()
+    optimizer = torch.optim.Adam(
+        generator.parameters(), lr=settings.lr, betas=settings.betas, foreach=True
+    )
+    averaged = AveragedModel(
+        generator, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay), use_buffers=True
+    )
+    run = _Run(generator, averaged, optimizer, loss, rng, settings, release, record)
+    folder = None if out is None else Path(out) / "checkpoints"
+    if folder is not None and (folder / CHECKPOINT).exists():
+        run.restore(load_checkpoint(folder / CHECKPOINT))
+    if run.step < settings.steps:
+        _loop(run, device, num_classes, folder, progress)
+    return Trained(
+        averaged.module.eval(), num_classes, release.metadata.private, run.step, run.seconds
+    )
+
+
+def build_generator(settings: GeneratorSection, num_classes: int | None) -> nn.Module:
+    """The generator that a recipe's ``[generator]`` section describes."""
+    return build(
+        settings.name,
+        num_classes=num_classes,
+        image_size=settings.image_size,
+        channels=settings.channels,
+        z_dim=settings.z_dim,
+        base_channels=settings.base_channels,
+    )
+
+
+def rate(settings: TrainSection, step: int) -> float:
+    """Learning rate of a step (0-based): linear warm-up, then the schedule down to zero."""
+    if step < settings.warmup:
+        return settings.lr * (step + 1) / settings.warmup
+    done = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
+    factor = {
+        "constant": 1.0,
+        "linear": 1.0 - done,
+        "cosine": 0.5 * (1 + math.cos(math.pi * done)),
+    }[settings.schedule]
+    return settings.lr * factor
+
+
+def balanced_labels(n: int, num_classes: int, offset: int = 0) -> Tensor:
+    """int64 [n]: the classes in turn, starting with ``offset``."""
+    return (torch.arange(n) + offset) % num_classes
+
+
+def _loop(
+    run: _Run,
+    device: torch.device,
+    num_classes: int | None,
+    folder: Path | None,
+    progress: bool,
+) -> None:
+    settings = run.settings
+    logs = _Logs(None if folder is None else folder.parent / "tensorboard", run.step)
+    started, before = perf_counter(), run.seconds
+    bar = tqdm(
+        total=settings.steps,
+        initial=run.step,
+        desc="train",
+        unit="step",
+        disable=not progress,
+    )
+    with bar, logs, _seeded_state(run), _deferred_interrupt() as interrupted:
+        while run.step < settings.steps and not interrupted:
+            value = run.advance(device, num_classes)
+            bar.update()
+            if run.step % settings.log_every == 0:
+                number = value.item()
+                bar.set_postfix(loss=f"{number:.4f}", refresh=False)
+                logs.scalars(run.step, loss=number, lr=rate(settings, run.step - 1))
+            if run.step % settings.grid_every == 0 and logs.active:
+                logs.grid(run.step, sample_grid(run.averaged.module, num_classes, device))
+                run.averaged.module.train()
+            run.seconds = before + perf_counter() - started
+            last = run.step == settings.steps or bool(interrupted)
+            if folder is not None and (last or run.step % settings.checkpoint_every == 0):
+                run.save(folder)
+    if interrupted:
+        raise KeyboardInterrupt
+
+
+class _Run:
+    """Everything that a checkpoint holds."""
+
+    def __init__(
+        self,
+        generator: nn.Module,
+        averaged: AveragedModel,
+        optimizer: torch.optim.Optimizer,
+        loss: MMDLoss,
+        rng: torch.Generator,
+        settings: TrainSection,
+        release: Release,
+        record: dict[str, Any],
+    ) -> None:
+        self.generator, self.averaged, self.optimizer = generator, averaged, optimizer
+        self.loss, self.rng, self.settings = loss, rng, settings
+        self.metadata, self.record = release.metadata, record
+        self.labelled = release.metadata.labelled
+        with _seeded(settings.seed):
+            self.global_rng = torch.get_rng_state()  # for dropout in a user's generator
+        self.step, self.seconds = 0, 0.0
+
+    def advance(self, device: torch.device, num_classes: int | None) -> Tensor:
+        """One step; returns the loss, on its device."""
+        settings, n = self.settings, self.settings.batch_size
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate(settings, self.step)
+        z = torch.randn(n, int(self.generator.z_dim), generator=self.rng).to(device)  # type: ignore[arg-type]
+        y = None
+        if num_classes is not None:
+            y = balanced_labels(n, num_classes, offset=self.step * n).to(device)
+        self.optimizer.zero_grad(set_to_none=True)
+        value = self.loss(self.generator(z, y), y)
+        value.backward()
+        self.optimizer.step()
+        self.averaged.update_parameters(self.generator)
+        self.step += 1
+        self.global_rng = torch.get_rng_state()
+        return value.detach()  # type: ignore[no-any-return]
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        loss_state = {
+            k: v for k, v in self.loss.state_dict().items() if not k.startswith("encoder.")
+        }
+        state = {
+            "format": _FORMAT,
+            "step": self.step,
+            "seconds": self.seconds,
+            "private": self.metadata.private,
+            "array_sha256": self.metadata.array_sha256,
+            "num_classes": self.metadata.num_classes if self.labelled else None,
+            "settings": self.settings.model_dump(mode="json"),
+            "generator_settings": self.record,
+            "generator": self.generator.state_dict(),
+            "averaged": self.averaged.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "loss": loss_state,
+            "rng": self.rng.get_state(),
+            "global_rng": self.global_rng,
+        }
+        temporary = folder / f".{CHECKPOINT}.tmp"
+        torch.save(state, temporary)
+        temporary.replace(folder / CHECKPOINT)
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        if state["array_sha256"] != self.metadata.array_sha256:
+            raise CheckpointError(
+                "checkpoint: it belongs to another release; train in another folder, or remove "
+                "the checkpoint."
+            )
+        wanted = self.settings.model_dump(mode="json")
+        found = dict(state["settings"])
+        for key in sorted(set(wanted) | set(found)):
+            if wanted.get(key) != found.get(key):
+                raise CheckpointError(
+                    f"checkpoint: made with {key} = {found.get(key)!r}, now {wanted.get(key)!r}; "
+                    "continue with the same settings, or train in another folder."
+                )
+        if state["generator_settings"] != self.record:
+            raise CheckpointError(
+                f"checkpoint: made with the generator {state['generator_settings']}, now "
+                f"{self.record}; continue with the same, or train in another folder."
+            )
+        self.generator.load_state_dict(state["generator"])
+        self.averaged.load_state_dict(state["averaged"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.loss.load_state_dict(state["loss"], strict=False)
+        self.rng.set_state(state["rng"])
+        self.global_rng = state["global_rng"]
+        self.step, self.seconds = int(state["step"]), float(state["seconds"])
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The content of a checkpoint, nothing executed.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError: truncated, corrupt or of another format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint; make one with `dpmmd train`.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"{path}: not a readable checkpoint ({str(error).splitlines()[0]}); remove it to start "
+            "training again from the release, which costs no privacy."
+        ) from None
+    if not isinstance(state, dict) or state.get("format") != _FORMAT:
+        raise CheckpointError(f"{path}: not a checkpoint of this version of dpmmd.")
+    return state
+
+
+def load_generator(path: str | Path, generator: nn.Module | None = None) -> Trained:
+    """The trained generator of a checkpoint, ready to sample.
+
+    Args:
+        path: a checkpoint, or a run folder that holds one.
+        generator: an untrained instance, for a generator of your own.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "checkpoints" / CHECKPOINT
+    state = load_checkpoint(path)
+    if generator is None:
+        record = state["generator_settings"]
+        if set(record) != set(GeneratorSection.model_fields):
+            raise CheckpointError(
+                f"{path}: holds a generator of your own ({record.get('name')}); "
+                "pass an instance as generator=..."
+            )
+        generator = build_generator(GeneratorSection(**record), state["num_classes"])
+    averaged = AveragedModel(generator, use_buffers=True)
+    averaged.load_state_dict(state["averaged"])
+    return Trained(
+        averaged.module.eval(),
+        state["num_classes"],
+        bool(state["private"]),
+        int(state["step"]),
+        float(state["seconds"]),
+    )
+
+
+@torch.no_grad()
+def sample(
+    generator: nn.Module,
+    num_images: int,
+    num_classes: int | None,
+    *,
+    batch_size: int = 500,
+    seed: int = 0,
+    progress: bool = False,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Synthetic images: free of privacy cost, any number.
+
+    Args:
+        generator: as returned by `train` or `load_generator`.
+        num_images: how many.
+        num_classes: K, to draw the classes in equal parts, or None for an unlabelled generator.
+
+    Returns:
+        images uint8 [n, C, H, W] and labels int64 [n] (None if unlabelled).
+    """
+    rng = torch.Generator().manual_seed(seed)
+    device = next(generator.parameters()).device
+    generator.eval()
+    parts = []
+    with tqdm(total=num_images, desc="sample", unit="image", disable=not progress) as bar:
+        for start in range(0, num_images, batch_size):
+            n = min(batch_size, num_images - start)
+            z = torch.randn(n, int(generator.z_dim), generator=rng).to(device)  # type: ignore[arg-type]
+            y = None
+            if num_classes is not None:
+                y = balanced_labels(n, num_classes, offset=start).to(device)
+            images = generator(z, y).clamp(0, 1)
+            parts.append(images.mul(255).round().to(torch.uint8).cpu().numpy())
+            bar.update(n)
+    labels = None
+    if num_classes is not None:
+        labels = balanced_labels(num_images, num_classes).numpy()
+    return np.concatenate(parts), labels
+
+
+def sample_grid(
+    generator: nn.Module, num_classes: int | None, device: torch.device, columns: int = 10
+) -> np.ndarray:
+    """uint8 [C, H', W']: a row per class (or ten rows), the same latent points on every call."""
+    rows = num_classes or 10
+    rng = torch.Generator().manual_seed(0)
+    z = torch.randn(rows * columns, int(generator.z_dim), generator=rng).to(device)  # type: ignore[arg-type]
+    y = None
+    if num_classes is not None:
+        y = torch.arange(rows).repeat_interleave(columns).to(device)
+    generator.eval()
+    with torch.no_grad():
+        images = generator(z, y).clamp(0, 1).mul(255).round().to(torch.uint8).cpu().numpy()
+    return tile(images, columns)
+
+
+def tile(images: np.ndarray, columns: int) -> np.ndarray:
+    """uint8 images [rows * columns, C, H, W] as one picture [C, rows * H, columns * W]."""
+    n, c, h, w = images.shape
+    grid = images.reshape(n // columns, columns, c, h, w).transpose(2, 0, 3, 1, 4)
+    return grid.reshape(c, n // columns * h, columns * w)
+
+
+def save_png(path: str | Path, picture: np.ndarray, scale: int = 2) -> None:
+    """Writes uint8 [1 or 3, H, W] as a PNG, each pixel ``scale`` x ``scale``."""
+    array = picture[0] if picture.shape[0] == 1 else picture.transpose(1, 2, 0)
+    array = array.repeat(scale, axis=0).repeat(scale, axis=1)
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    Image.fromarray(array).save(temporary, format="PNG")
+    temporary.replace(path)
+
+
+class _Logs:
+    """TensorBoard scalars and grids, where TensorBoard is installed and there is a folder."""
+
+    def __init__(self, folder: Path | None, step: int) -> None:
+        self._writer: Any = None
+        if folder is not None:
+            with contextlib.suppress(ImportError):
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._writer = SummaryWriter(str(folder), purge_step=step + 1)
+        self.active = self._writer is not None
+
+    def scalars(self, step: int, **values: float) -> None:
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+
+    def grid(self, step: int, picture: np.ndarray) -> None:
+        if self._writer is not None:
+            self._writer.add_image("samples", picture, step)
+
+    def __enter__(self) -> _Logs:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Within the block torch's global generator starts from seed; outside it is untouched."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def _seeded_state(run: _Run) -> Iterator[None]:
+    """Within the block torch's global generator is the run's own."""
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(run.global_rng)
+        yield
+
+
+@contextlib.contextmanager
+def _deferred_interrupt() -> Iterator[list[int]]:
+    """Within the block Ctrl-C and SIGTERM fill the list instead of breaking a step in two.
+
+    A second Ctrl-C interrupts at once. Outside the main thread signals are left alone.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    previous = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

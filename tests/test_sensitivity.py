@@ -1,0 +1,97 @@
+"""The sensitivity table by exhaustion: reached by some pair of neighbours, passed by none."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from dpmmd.privacy import ADJACENCIES, Block, sensitivity
+
+# All integer vectors of two coordinates with norm <= 5 that lie on the sphere, or are zero.
+RADIUS = 5
+SIGNED = [(a, b) for a in range(-5, 6) for b in range(-5, 6) if a * a + b * b in (0, 25)]
+NONNEGATIVE = [v for v in SIGNED if min(v) >= 0]
+CLASSES = 2
+
+
+def row(vector: tuple[int, ...], label: int) -> np.ndarray:
+    out = np.zeros((CLASSES, len(vector)), int)
+    out[label] = vector
+    return out.ravel()
+
+
+def contributions(blocks: list[Block]) -> list[np.ndarray]:
+    """Everything one image can add to the concatenated vector, over labels and vectors."""
+    result = []
+    for label in range(CLASSES):
+        choices = []
+        for b in blocks:
+            if b.kind == "counts":
+                choices.append([row((int(b.bound),), label)])
+            else:
+                vectors = NONNEGATIVE if b.nonnegative else SIGNED
+                scale = int(b.bound) // RADIUS
+                choices.append([row(tuple(scale * x for x in v), label) for v in vectors])
+        result += [np.concatenate(parts) for parts in itertools.product(*choices)]
+    return result
+
+
+def worst(adjacency: str, blocks: list[Block]) -> float:
+    points = np.array(contributions(blocks))
+    if adjacency != "replace-one":
+        return float(np.linalg.norm(points, axis=1).max())
+    difference = points[:, None] - points[None]
+    return math.sqrt((difference**2).sum(axis=2).max())
+
+
+MIXES = [
+    [Block("phi1", "sums", 5.0)],
+    [Block("phi1", "sums", 5.0, True)],
+    [Block("phi1", "sums", 5.0), Block("phi2", "sums", 10.0, True)],
+    [Block("phi1", "sums", 5.0, True), Block("phi2", "sums", 5.0, True)],
+    [Block("phi1", "sums", 5.0), Block("n", "counts", 5.0)],
+    [Block("phi1", "sums", 5.0), Block("n", "counts", 12.0)],
+    [Block("phi1", "sums", 5.0, True), Block("n", "counts", 1.0)],
+    [Block("phi1", "sums", 5.0), Block("phi2", "sums", 10.0, True), Block("n", "counts", 3.0)],
+    [Block("n", "counts", 4.0)],
+]
+
+
+@pytest.mark.parametrize("adjacency", ADJACENCIES)
+@pytest.mark.parametrize(
+    "blocks", MIXES, ids=lambda bs: "+".join(f"{b.name}{b.bound:g}" for b in bs)
+)
+def test_declared_sensitivity_is_reached_and_never_passed(
+    adjacency: str, blocks: list[Block]
+) -> None:
+    assert sensitivity(adjacency, blocks) == pytest.approx(worst(adjacency, blocks), rel=1e-14)
+    assert sensitivity(adjacency, blocks) >= worst(adjacency, blocks)
+
+
+def test_counts_are_free_beside_signed_sums() -> None:
+    sums = Block("phi1", "sums", 1.0)
+    assert sensitivity("replace-one", [sums, Block("n", "counts", 1.0)]) == sensitivity(
+        "replace-one", [sums]
+    )
+
+
+def test_second_moment_costs_its_share() -> None:
+    """Two blocks of bound c move together: forgetting the second is a factor sqrt(2)."""
+    one = Block("phi1", "sums", 1.0)
+    assert sensitivity("add-remove", [one, one]) == pytest.approx(math.sqrt(2))
+
+
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match=r"adjacency='replace'.*replace-one"):
+        sensitivity("replace", [Block("a", "sums", 1.0)])
+    with pytest.raises(ValueError, match="at least one block"):
+        sensitivity("zero-out", [])
+    with pytest.raises(ValueError, match="counts"):
+        sensitivity("zero-out", [Block("a", "counts", 1.0), Block("b", "counts", 1.0)])
+    with pytest.raises(ValueError, match="bound=nan"):
+        Block("a", "sums", math.nan)
+    with pytest.raises(ValueError, match="kind='sum'"):
+        Block("a", "sum", 1.0)

@@ -39,11 +39,13 @@ class DataSection(_Section):
     channels: Literal[1, 3] | None = None
     crop: Literal["center"] | None = None
     num_classes: int | None = Field(default=None, ge=1)  # None: unlabelled
+    image_key: str | None = None
+    label_key: str | None = None
     workers: int = Field(default=0, ge=0)
 
     def options(self) -> dict[str, Any]:
         """What `dpmmd.data.open_source` takes, but for source, split and num_classes."""
-        keys = ("root", "image_size", "channels", "crop", "workers")
+        keys = ("root", "image_size", "channels", "crop", "image_key", "label_key", "workers")
         return {key: getattr(self, key) for key in keys}
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from dpmmd.encoders import Encoder
@@ -108,17 +108,14 @@ def train(
     optimizer = torch.optim.Adam(
         generator.parameters(), lr=settings.lr, betas=settings.betas, foreach=True
     )
-    averaged = AveragedModel(
-        generator, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay), use_buffers=True
-    )
-    run = _Run(generator, averaged, optimizer, loss, rng, settings, release, record)
+    run = _Run(generator, optimizer, loss, rng, settings, release, record)
     folder = None if out is None else Path(out) / "checkpoints"
     if folder is not None and (folder / CHECKPOINT).exists():
         run.restore(load_checkpoint(folder / CHECKPOINT))
     if run.step < settings.steps:
         _loop(run, device, num_classes, folder, progress)
     return Trained(
-        averaged.module.eval(), num_classes, release.metadata.private, run.step, run.seconds
+        run.averaged.module.eval(), num_classes, release.metadata.private, run.step, run.seconds
     )
 
 
@@ -194,7 +191,6 @@ class _Run:
     def __init__(
         self,
         generator: nn.Module,
-        averaged: AveragedModel,
         optimizer: torch.optim.Optimizer,
         loss: MMDLoss,
         rng: torch.Generator,
@@ -202,8 +198,9 @@ class _Run:
         release: Release,
         record: dict[str, Any],
     ) -> None:
-        self.generator, self.averaged, self.optimizer = generator, averaged, optimizer
-        self.loss, self.rng, self.settings = loss, rng, settings
+        self.generator, self.optimizer, self.loss = generator, optimizer, loss
+        self.averaged = AveragedModel(generator, multi_avg_fn=self._average, use_buffers=True)
+        self.rng, self.settings = rng, settings
         self.metadata, self.record = release.metadata, record
         self.labelled = release.metadata.labelled
         with _seeded(settings.seed):
@@ -226,7 +223,17 @@ class _Run:
         self.averaged.update_parameters(self.generator)
         self.step += 1
         self.global_rng = torch.get_rng_state()
-        return value.detach()  # type: ignore[no-any-return]
+        return value.detach()
+
+    @torch.no_grad()
+    def _average(self, averaged: Any, current: Any, _: Any) -> None:
+        """Exponential moving average whose memory is short at first: decay (1 + t) / (10 + t)."""
+        decay = min(self.settings.ema_decay, (1 + self.step) / (10 + self.step))
+        if averaged[0].is_floating_point():
+            torch._foreach_lerp_(averaged, current, 1 - decay)
+        else:  # batch norm's counters
+            for a, c in zip(averaged, current, strict=True):
+                a.copy_(c)
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

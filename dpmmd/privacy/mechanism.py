@@ -36,6 +36,7 @@ from dpmmd.privacy.sensitivity import Block, check_adjacency, sensitivity
 from dpmmd.privacy.sums import BOUNDS, GRID_BITS, PrivateSums
 
 if TYPE_CHECKING:
+    from dpmmd.data import Batch
     from dpmmd.encoders import Encoder
 
 GRID = 1 << GRID_BITS
@@ -150,9 +151,8 @@ def release(
             unit="batch",
             disable=not (progress and public_n),
         ):
-            labels = (batch.labels if labelled else torch.zeros_like(batch.labels)).to(device)
-            valid = batch.valid.to(device)
-            features = [f.permute(0, 2, 3, 1).flatten(1) for f in encoder(batch.images.to(device))]
+            pixels, labels, valid = _harmless(batch, classes, labelled, device)
+            features = [f.permute(0, 2, 3, 1).flatten(1) for f in encoder(pixels)]
             counted = valid
             for block, group, sums in zip(blocks, groups, raw, strict=False):
                 counted = counted & sums.add(
@@ -167,7 +167,7 @@ def release(
                     nonnegative=block.nonnegative,
                 )
             raw_counts.add_counts(labels, counted, round(COUNTS_BOUND * GRID))
-            del features, labels, valid, counted, batch
+            del batch, pixels, labels, valid, features, counted
 
     sampler = insecure_test_noise or rounded_gaussian
     released = [_noised(sums, sd, sampler) for sums in raw]  # [K, D] or, joint, [K, 2 D] each
@@ -232,6 +232,18 @@ def _blocks(
         return [Block("phi1+phi2", "sums", float(GRID), signless)], [(1, 2)]
     blocks = [Block(f"phi{m}", "sums", float(GRID), signless or m == 2) for m in moments]
     return blocks, [(m,) for m in moments]
+
+
+def _harmless(
+    batch: Batch, classes: int, labelled: bool, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pixels, labels and validity such that nothing after it can raise because of one image."""
+    pixels, valid = batch.images.to(device), batch.valid.to(device)
+    labels = (batch.labels if labelled else torch.zeros_like(batch.labels)).to(device)
+    valid = valid & (labels >= 0) & (labels < classes)
+    valid = valid & ((pixels >= 0) & (pixels <= 1)).flatten(1).all(dim=1)  # NaN is neither
+    pixels = torch.where(valid[:, None, None, None], pixels, 0)
+    return pixels, torch.where(valid, labels, 0), valid
 
 
 def _noised(sums: PrivateSums, sd: float, sampler: Callable[[int, float], np.ndarray]) -> Tensor:

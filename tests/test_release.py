@@ -1,0 +1,494 @@
+"""The release: exact sums, sensitivity, silence about single images, and its file."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import dpmmd
+from dpmmd import functional, reference
+from dpmmd.data import Batch, ImageSource
+from dpmmd.privacy import Block, PrivacyError, Release, sensitivity
+from dpmmd.privacy.sums import BOUNDS, GUARD, PrivateSums, bounded_integers
+from tests.conftest import images, no_noise, nonnegative_encoder, small_encoder
+
+LIMIT = 2**30
+ARGUMENTS = {"epsilon": 1.0, "delta": 1e-3, "adjacency": "replace-one", "progress": False}
+
+
+def exact(source: object, encoder: object = None, **options: object) -> Release:
+    """A release whose noise is zero."""
+    arguments = {**ARGUMENTS, "insecure_test_noise": no_noise, **options}
+    return dpmmd.release(source, encoder or small_encoder(), **arguments)  # type: ignore[arg-type]
+
+
+class Rows(ImageSource):
+    """Given float images, labels and validity, as they are."""
+
+    name, identity = "rows", "0" * 64
+
+    def __init__(self, x: Tensor, y: Tensor, valid: Tensor) -> None:
+        self.x, self.y, self.valid = x, y, valid
+        self.num_images = len(x)
+        self.image_shape = tuple(x.shape[1:])  # type: ignore[assignment]
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        padding = -len(self.x) % batch_size
+        x = torch.cat([self.x, self.x.new_zeros(padding, *self.x.shape[1:])])
+        y = torch.cat([self.y, self.y.new_zeros(padding)])
+        valid = torch.cat([self.valid, self.valid.new_zeros(padding)])
+        for part in zip(*(t.split(batch_size) for t in (x, y, valid)), strict=True):
+            yield Batch(*part)
+
+
+def rows(n: int = 20) -> tuple[Tensor, Tensor, Tensor]:
+    x, y = images(n)
+    return torch.from_numpy(x).float() / 255, torch.from_numpy(y), torch.ones(n, dtype=torch.bool)
+
+
+# ----------------------------------------------------------------------------- integer vectors
+
+
+vectors = st.lists(
+    st.one_of(
+        st.floats(allow_nan=True, allow_infinity=True, width=32),
+        st.floats(-1, 1, width=32),
+        st.sampled_from([0.0, 1e38, -1e38, 1e-45, -1e-45, 1e-38, 2.0**-126]),
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+@given(values=vectors, bound=st.sampled_from(BOUNDS), clip=st.floats(1e-6, 1e6))
+@settings(max_examples=400, deadline=None)
+def test_no_vector_passes_the_limit(values: list[float], bound: str, clip: float) -> None:
+    v = torch.tensor([values], dtype=torch.float64)
+    taps = [v[:, : len(values) // 2], v[:, len(values) // 2 :]]
+    q, within = bounded_integers(taps, LIMIT, bound=bound, clip=clip, nonnegative=False)
+    numbers = [int(x) for part in q for x in part.flatten()]
+    square = sum(x * x for x in numbers)  # Python integers: exact
+    assert square <= LIMIT**2
+    assert bool(within) == (square > 0)
+    finite = all(np.isfinite(values)) and any(values)
+    if bound == "sphere" and finite and max(map(abs, values)) > 1e-300:
+        assert square > (LIMIT * GUARD * (1 - 1e-6)) ** 2 * 0.999999 - 13 * LIMIT
+    if not all(np.isfinite(values)) and not bound.endswith("per-tap"):
+        assert square == 0
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_integers_are_the_bounded_features(bound: str) -> None:
+    """q / 2^30 is B(f) / c up to the grid and the guard."""
+    rng = torch.Generator().manual_seed(0)
+    taps = [torch.randn(6, d, generator=rng, dtype=torch.float64) for d in (40, 7)]
+    clip = 5.0
+    q, within = bounded_integers(taps, LIMIT, bound=bound, clip=clip, nonnegative=False)
+    assert within.all()
+    ours = torch.cat(q, dim=1).double() / LIMIT * clip
+    truth = torch.cat(
+        [reference.bounded([t[i : i + 1] for t in taps], bound, clip) for i in range(6)]
+    )
+    torch.testing.assert_close(ours, truth, rtol=2e-6, atol=2e-8)
+
+
+def test_integers_do_not_depend_on_the_batch() -> None:
+    rng = torch.Generator().manual_seed(0)
+    v = torch.randn(33, 1001, generator=rng, dtype=torch.float64)
+    whole, _ = bounded_integers([v], LIMIT, bound="sphere", clip=1.0, nonnegative=False)
+    for i in (0, 17, 32):
+        one, _ = bounded_integers(
+            [v[i : i + 1]], LIMIT, bound="sphere", clip=1.0, nonnegative=False
+        )
+        assert torch.equal(one[0][0], whole[0][i])
+    shuffled = torch.randperm(1001, generator=rng)
+    other, _ = bounded_integers(
+        [v[:, shuffled]], LIMIT, bound="sphere", clip=1.0, nonnegative=False
+    )
+    assert torch.equal(other[0], whole[0][:, shuffled])
+
+
+def test_negative_entries_fail_a_nonnegative_block() -> None:
+    v = torch.tensor([[1.0, 2.0], [1.0, -1e-3]], dtype=torch.float64)
+    _, within = bounded_integers([v], LIMIT, bound="sphere", clip=1.0, nonnegative=True)
+    assert within.tolist() == [True, False]
+
+
+def test_raw_sums_cannot_be_looked_at() -> None:
+    sums = PrivateSums(2, 3)
+    assert repr(sums) == "<PrivateSums>"
+    for attempt in (pickle.dumps, copy.copy, copy.deepcopy, list, len, np.asarray, "{:s}".format):
+        with pytest.raises(TypeError, match="raw private statistics"):
+            attempt(sums)  # type: ignore[operator]
+    with pytest.raises(TypeError):
+        sums[0]
+    with pytest.raises(TypeError):
+        torch.tensor(sums)
+    sums.take()
+    with pytest.raises(RuntimeError, match="have been taken"):
+        sums.take()
+
+
+# ----------------------------------------------------------------------------- the release
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+@pytest.mark.parametrize("moments", [(1,), (2,), (1, 2)])
+def test_sums_are_those_of_the_features(moments: tuple[int, ...], bound: str) -> None:
+    encoder = small_encoder()
+    x, y, _ = rows(50)
+    released = exact(images(50), encoder, num_classes=3, moments=moments, bound=bound, clip=2.0)
+    means, counts = functional.mean_embedding(
+        encoder(x), y, 3, moments=moments, bound=bound, clip=2.0
+    )
+    torch.testing.assert_close(released.counts, counts.double())
+    torch.testing.assert_close(released.target, means, rtol=1e-5, atol=1e-6)
+
+
+def test_joint_bound_matches_the_loss_side() -> None:
+    encoder = small_encoder()
+    x, y, _ = rows(50)
+    options = {"moments": (1, 2), "joint_weight": 0.5}
+    released = exact(images(50), encoder, num_classes=3, **options)
+    means, _ = functional.mean_embedding(encoder(x), y, 3, **options)  # type: ignore[arg-type]
+    torch.testing.assert_close(released.target, means, rtol=1e-5, atol=1e-6)
+    assert [b.name for b in released.metadata.blocks] == ["phi1+phi2", "counts"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 50, 64])
+def test_batch_size_changes_no_bit_but_the_encoders(batch_size: int) -> None:
+    """With an encoder that computes each row alone, sums are the same bits for any batch size."""
+
+    encoder = small_encoder()
+    forward = encoder.forward
+    encoder.forward = lambda p: _alone(forward, p)  # type: ignore[method-assign]
+    part = exact(images(50), encoder, num_classes=3, batch_size=batch_size)
+    whole = exact(images(50), encoder, num_classes=3, batch_size=25)
+    assert torch.equal(part.sums, whole.sums)
+    assert torch.equal(part.counts, whole.counts)
+
+
+def _alone(forward: object, pixels: Tensor) -> list[Tensor]:
+    maps = [forward(p[None]) for p in pixels]  # type: ignore[operator]
+    return [torch.cat([m[tap] for m in maps]) for tap in range(len(maps[0]))]
+
+
+def test_order_changes_no_bit() -> None:
+    x, y = images(64)
+    order = np.random.default_rng(3).permutation(64)
+    encoder = small_encoder()
+    forward = encoder.forward
+    encoder.forward = lambda p: _alone(forward, p)  # type: ignore[method-assign]
+    a = exact((x, y), encoder, num_classes=3, batch_size=16)
+    b = exact((x[order], y[order]), encoder, num_classes=3, batch_size=16)
+    assert torch.equal(a.sums, b.sums)
+    assert torch.equal(a.counts, b.counts)
+
+
+BAD_ROWS = {
+    "nan": lambda x, y, v: x[3].fill_(float("nan")),
+    "one nan": lambda x, y, v: x[3, 0, 0, 0].fill_(float("nan")),
+    "inf": lambda x, y, v: x[3].fill_(float("inf")),
+    "huge": lambda x, y, v: x[3].fill_(1e38),
+    "below": lambda x, y, v: x[3].fill_(-0.1),
+    "invalid": lambda x, y, v: v[3].fill_(False),
+    "label high": lambda x, y, v: y[3].fill_(99),
+    "label low": lambda x, y, v: y[3].fill_(-5),
+}
+
+
+@pytest.mark.parametrize("adjacency", ["replace-one", "zero-out", "add-remove"])
+@pytest.mark.parametrize("damage", BAD_ROWS.values(), ids=BAD_ROWS)
+def test_a_bad_image_contributes_zero_in_silence(
+    damage: object,
+    adjacency: str,
+    capfd: pytest.CaptureFixture[str],
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    x, y, valid = rows()
+    good = exact(Rows(x, y, valid), num_classes=3, adjacency=adjacency, batch_size=8, delta=1e-9)
+    x2, y2, valid2 = x.clone(), y.clone(), valid.clone()
+    damage(x2, y2, valid2)  # type: ignore[operator]
+    bad = exact(Rows(x2, y2, valid2), num_classes=3, adjacency=adjacency, batch_size=8, delta=1e-9)
+    without = torch.ones(20, dtype=torch.bool)
+    without[3] = False
+    rest = exact(Rows(x, y, without), num_classes=3, adjacency=adjacency, batch_size=8, delta=1e-9)
+    assert torch.equal(bad.sums, rest.sums)
+    assert torch.equal(bad.counts, rest.counts)
+    assert (good.counts - bad.counts).abs().sum() == 1
+    assert bad.sums.shape == good.sums.shape
+    hidden = {"array_sha256"}
+    assert bad.metadata.model_dump(exclude=hidden) == good.metadata.model_dump(exclude=hidden)
+    assert capfd.readouterr() == ("", "")
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("adjacency", ["replace-one", "zero-out", "add-remove"])
+@pytest.mark.parametrize("make", [small_encoder, nonnegative_encoder])
+@pytest.mark.parametrize("moments", [(1,), (1, 2)])
+def test_replay_neighbours_differ_by_at_most_the_sensitivity(
+    adjacency: str, make: object, moments: tuple[int, ...]
+) -> None:
+    """With the noise frozen to zero: the released vector of neighbours, in units of the bound."""
+    encoder = make()  # type: ignore[operator]
+    x, y, valid = rows()
+    options = {"num_classes": 3, "adjacency": adjacency, "moments": moments, "delta": 1e-9}
+    base = exact(Rows(x, y, valid), encoder, **options)
+    m = base.metadata
+    blocks = [Block(b.name, b.kind, b.bound * 2.0**m.grid_bits, b.nonnegative) for b in m.blocks]
+    declared = sensitivity(adjacency, blocks)
+    assert m.sensitivity == declared
+    worst = 0.0
+    for change in range(6):
+        x2, y2, valid2 = x.clone(), y.clone(), valid.clone()
+        if adjacency == "replace-one":
+            x2[0] = [1 - x[0], x[5], torch.ones_like(x[0]), x[0], x[7], 0 * x[0]][change]
+            y2[0] = (y[0] + change) % 3
+        elif adjacency == "zero-out":
+            valid2[change] = False
+        else:
+            keep = torch.arange(20) != change
+            x2, y2, valid2 = x[keep], y[keep], valid[keep]
+        other = exact(Rows(x2, y2, valid2), encoder, **options)
+        sums = (base.sums.double() - other.sums.double()).square().sum()
+        counts = (0.1 * (base.counts - other.counts)).square().sum()
+        worst = max(worst, float((sums + counts).sqrt()) * 2**m.grid_bits)
+    assert worst <= declared * (1 + 1e-6)  # float32 of the file
+    assert worst > 0.2 * declared
+
+
+def test_noise_has_the_declared_sd(encoder: dpmmd.encoders.Encoder) -> None:
+    options = {"num_classes": 3, **ARGUMENTS}
+    clean = exact(images(100), encoder, num_classes=3)
+    noise = [
+        dpmmd.release(images(100), encoder, **options).sums - clean.sums  # type: ignore[arg-type]
+        for _ in range(30)
+    ]
+    values = torch.stack(noise).flatten() / clean.metadata.noise_sd
+    assert values.mean().abs() < 5 / values.numel() ** 0.5
+    assert (values.square().mean() - 1).abs() < 5 * (2 / values.numel()) ** 0.5
+    counts_sd = clean.metadata.noise_sd / 0.1
+    assert counts_sd == pytest.approx(10 * clean.metadata.sd / 2**30)
+
+
+def test_n_stays_private_under_add_remove(
+    encoder: dpmmd.encoders.Encoder, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sizes, texts = [], []
+    for n in (40, 41):
+        path = tmp_path / f"{n}.safetensors"
+        released = dpmmd.release(
+            images(n),
+            encoder,
+            epsilon=1.0,
+            delta=1e-9,
+            adjacency="add-remove",
+            progress=True,
+            out=path,
+        )
+        assert released.metadata.num_images is None
+        assert released.counts[0] != n
+        sizes.append(path.stat().st_size)
+        texts.append(released.metadata.model_dump_json(exclude={"array_sha256"}))
+    assert sizes[0] == sizes[1]
+    assert texts[0] == texts[1]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_counts_policy(encoder: dpmmd.encoders.Encoder) -> None:
+    unlabelled = exact(images(30), encoder, delta=1e-9)
+    assert unlabelled.counts.tolist() == [30.0]
+    assert [b.kind for b in unlabelled.metadata.blocks] == ["sums"]
+    labelled = exact(images(30), encoder, num_classes=3, delta=1e-9)
+    assert [b.kind for b in labelled.metadata.blocks] == ["sums", "counts"]
+    assert labelled.metadata.num_images == 30
+    private = exact(images(30), encoder, adjacency="add-remove", delta=1e-9)
+    assert [b.kind for b in private.metadata.blocks] == ["sums", "counts"]
+
+
+def test_sign_of_the_taps_sets_the_sensitivity() -> None:
+    def delta_of(encoder: object, **options: object) -> float:
+        released = exact(images(10), encoder, delta=1e-9, **options)
+        return released.metadata.sensitivity / 2**30
+
+    assert delta_of(small_encoder()) == pytest.approx(2.0)
+    assert delta_of(nonnegative_encoder()) == pytest.approx(2**0.5)
+    assert delta_of(nonnegative_encoder(), moments=(1, 2)) == pytest.approx(2.0)
+    assert delta_of(small_encoder(), moments=(1, 2)) == pytest.approx(6**0.5)
+    assert delta_of(small_encoder(), adjacency="zero-out") == pytest.approx(1.0)
+    assert delta_of(small_encoder(), num_classes=3) == pytest.approx(2.0)  # counts are free
+    assert delta_of(nonnegative_encoder(), num_classes=3) == pytest.approx(2.02**0.5)
+
+
+def test_test_noise_is_stamped(encoder: dpmmd.encoders.Encoder) -> None:
+    released = exact(images(10), encoder, delta=1e-9)
+    assert not released.metadata.private
+    assert "NOT PRIVATE" in repr(released)
+    assert "NOT PRIVATE" in released.report()
+    real = dpmmd.release(
+        images(10), encoder, epsilon=1, delta=1e-9, adjacency="zero-out", progress=False
+    )
+    assert real.metadata.private
+    assert "NOT PRIVATE" not in real.report()
+
+
+def test_delta_above_one_over_n_warns(encoder: dpmmd.encoders.Encoder) -> None:
+    with pytest.warns(UserWarning, match="delta=0.1 is above 1 / N"):
+        exact(images(20), encoder, delta=0.1)
+
+
+# ----------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"adjacency": "neighbours"}, "adjacency='neighbours'.*replace-one"),
+        ({"epsilon": 0.0}, "epsilon=0.0"),
+        ({"epsilon": float("nan")}, "epsilon=nan"),
+        ({"delta": 0.0}, "delta=0.0"),
+        ({"delta": 1.5}, "delta=1.5"),
+        ({"moments": (3,)}, r"moments=\(3,\)"),
+        ({"bound": "box"}, "bound='box'"),
+        ({"clip": -1.0}, "clip=-1.0"),
+        ({"joint_weight": 1.0}, "joint_weight=1.0"),
+        ({"num_classes": 0}, "num_classes=0"),
+        ({"num_classes": 2}, r"0\.\.1"),
+        ({"batch_size": 0}, "batch_size=0"),
+    ],
+)
+def test_refusals(options: dict[str, object], message: str, tmp_path: Path) -> None:
+    out = tmp_path / "r.safetensors"
+    with pytest.raises(ValueError, match=message):
+        dpmmd.release(images(20), small_encoder(), **{**ARGUMENTS, **options}, out=out)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+def test_adjacency_epsilon_and_delta_have_no_default() -> None:
+    for missing in ("epsilon", "delta", "adjacency"):
+        arguments = {k: v for k, v in ARGUMENTS.items() if k != missing}
+        with pytest.raises(TypeError, match=missing):
+            dpmmd.release(images(20), small_encoder(), **arguments)  # type: ignore[arg-type]
+
+
+def test_an_existing_file_is_refused_before_any_image_is_read(tmp_path: Path) -> None:
+    class Unreadable(Rows):
+        def batches(self, batch_size: int) -> Iterator[Batch]:
+            raise AssertionError("read")
+
+    out = tmp_path / "r.safetensors"
+    out.write_bytes(b"mine")
+    with pytest.raises(FileExistsError, match="exists"):
+        exact(Unreadable(*rows()), out=out)
+    assert out.read_bytes() == b"mine"
+
+
+def test_an_interrupted_release_leaves_nothing(tmp_path: Path) -> None:
+    class Breaks(Rows):
+        def batches(self, batch_size: int) -> Iterator[Batch]:
+            yield from list(super().batches(batch_size))[:1]
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        exact(Breaks(*rows()), out=tmp_path / "r.safetensors", batch_size=4)
+    assert not list(tmp_path.iterdir())
+
+
+# ----------------------------------------------------------------------------- the file
+
+
+def test_round_trip(released: Release, tmp_path: Path) -> None:
+    path = released.save(tmp_path / "deep" / "r.safetensors")
+    again = Release.load(path)
+    assert torch.equal(again.sums, released.sums)
+    assert torch.equal(again.counts, released.counts)
+    assert torch.equal(again.target, released.target)
+    assert again.metadata == released.metadata
+    with pytest.raises(FileExistsError, match="not overwritten"):
+        released.save(path)
+    released.save(path, overwrite=True)
+    assert [p.name for p in path.parent.iterdir()] == ["r.safetensors"]
+
+
+@pytest.mark.parametrize("keep", [0, 7, 100, -1, -1000])
+def test_truncated_files_are_refused(released: Release, tmp_path: Path, keep: int) -> None:
+    path = released.save(tmp_path / "r.safetensors")
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(PrivacyError, match="not a readable release"):
+        Release.load(path)
+
+
+def test_altered_files_are_refused(released: Release, tmp_path: Path) -> None:
+    path = released.save(tmp_path / "r.safetensors")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(PrivacyError, match="do not match the hash"):
+        Release.load(path)
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    path = tmp_path / "x.safetensors"
+    save_file({"w": torch.zeros(2)}, path)
+    with pytest.raises(PrivacyError, match="not a dpmmd release"):
+        Release.load(path)
+    save_file({"sums": torch.zeros(2), "counts": torch.zeros(1)}, path, {"dpmmd": '{"format": 9}'})
+    with pytest.raises(PrivacyError, match="format 9"):
+        Release.load(path)
+    save_file({"sums": torch.zeros(2), "counts": torch.zeros(1)}, path, {"dpmmd": '{"format": 1}'})
+    with pytest.raises(PrivacyError, match="not a readable release"):
+        Release.load(path)
+    with pytest.raises(FileNotFoundError, match="no such release"):
+        Release.load(tmp_path / "absent")
+
+
+def test_the_file_holds_released_numbers_and_public_facts_only(released: Release) -> None:
+    fields = set(json.loads(released.metadata.model_dump_json()))
+    assert fields == {
+        "format", "version", "private", "adjacency", "unit", "epsilon", "delta", "mu", "sd",
+        "sensitivity", "noise_sd", "grid_bits", "moments", "bound", "clip", "joint_weight",
+        "blocks", "num_classes", "labelled", "num_images", "source", "encoder", "array_sha256",
+    }  # fmt: skip
+
+
+def test_report(released: Release) -> None:
+    from dpmmd.privacy.report import facts
+
+    f = facts(released)
+    assert f["mu"] == pytest.approx(1 / f["sd_over_sensitivity"])
+    assert f["epsilon_at"]["0.001"] == pytest.approx(5.0, rel=1e-6)
+    assert f["attacker_true_positive_rate_at"]["0.01"] < 1
+    json.dumps(f)
+    text = released.report()
+    for phrase in ("(5, 0.001)", "replace-one", "Not covered", "N = 200", "private"):
+        assert phrase in text
+
+
+def test_the_reported_noise_norm_is_what_happens(encoder: dpmmd.encoders.Encoder) -> None:
+    from dpmmd.privacy.report import facts
+
+    clean = exact(images(300), encoder, num_classes=3, delta=1e-9)
+    noisy = dpmmd.release(
+        images(300),
+        encoder,
+        epsilon=1.0,
+        delta=1e-9,
+        adjacency="replace-one",
+        num_classes=3,
+        progress=False,
+    )
+    expected = np.array(facts(noisy)["blocks"][0]["expected_noise_norm_per_class"])
+    noise = (noisy.sums - clean.sums)[0].norm(dim=1).numpy() / noisy.counts.numpy()
+    np.testing.assert_allclose(noise, expected, rtol=0.35)

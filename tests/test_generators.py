@@ -1,0 +1,151 @@
+"""The generators: shapes, range, classes, initial weights, and that they can learn."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from dpmmd import generators
+from dpmmd.generators import NAMES, build
+
+
+def small(name: str, num_classes: int | None = 3, **options: object) -> nn.Module:
+    torch.manual_seed(0)
+    defaults = {"image_size": 32, "channels": 1, "z_dim": 5, "base_channels": 4}
+    return build(name, num_classes=num_classes, **{**defaults, **options})  # type: ignore[arg-type]
+
+
+def latents(n: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(n, 5, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "channels"),
+    [
+        ("conv", 8, 1),
+        ("conv", 28, 1),
+        ("conv", 32, 3),
+        ("resnet", 32, 3),
+        ("resnet", 64, 1),
+        ("resnet", 128, 3),
+        ("resnet", 256, 3),
+    ],
+)
+@pytest.mark.parametrize("classes", [None, 3])
+def test_shape_range_and_attributes(
+    name: str, size: int, channels: int, classes: int | None
+) -> None:
+    generator = small(name, classes, image_size=size, channels=channels)
+    assert (generator.z_dim, generator.num_classes) == (5, classes)
+    assert (generator.image_size, generator.channels) == (size, channels)
+    images = generator(latents(2), None if classes is None else torch.tensor([0, 2]))
+    assert images.shape == (2, channels, size, size)
+    assert images.dtype == torch.float32
+    assert bool(((images >= 0) & (images <= 1)).all())
+    assert images.std() > 0.01  # neither constant nor saturated at the start
+    assert bool(((images > 0.001) & (images < 0.999)).float().mean() > 0.9)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_odd_batch_of_one_in_eval_mode(name: str) -> None:
+    generator = small(name).eval()
+    assert generator(latents(1), torch.tensor([1])).shape == (1, 1, 32, 32)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_in_eval_mode_an_image_does_not_depend_on_its_batch(name: str) -> None:
+    generator = small(name).eval()
+    z, y = latents(6), torch.arange(6) % 3
+    alone = torch.cat([generator(z[i : i + 1], y[i : i + 1]) for i in range(6)])
+    torch.testing.assert_close(generator(z, y), alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_class_and_the_latent_both_change_the_image(name: str) -> None:
+    generator = small(name).eval()
+    z = latents(2)
+    zero, one = torch.zeros(2, dtype=torch.int64), torch.ones(2, dtype=torch.int64)
+    first, second = generator(z, zero), generator(z, one)
+    assert (first - second).abs().amax() > 1e-3
+    assert (first[0] - first[1]).abs().amax() > 1e-3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_reach_every_parameter_and_the_latent(name: str) -> None:
+    generator = small(name)
+    z = latents(6).requires_grad_()
+    (generator(z, torch.arange(6) % 3) * torch.linspace(0, 1, 32)).sum().backward()
+    for key, parameter in generator.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.abs().sum() > 0, key
+    assert z.grad is not None
+    assert bool((z.grad.abs().sum(dim=1) > 0).all())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_can_learn_an_image_for_each_class(name: str) -> None:
+    generator = small(name, image_size=32, base_channels=8)
+    targets = torch.zeros(3, 1, 32, 32)
+    for k in range(3):
+        targets[k, :, 10 * k : 10 * k + 10] = 1.0
+    optimizer = torch.optim.Adam(generator.parameters(), lr=1e-2)
+    y = torch.arange(12) % 3
+    for step in range(40):
+        loss = (generator(latents(12, step), y) - targets[y]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.02  # a constant image has 0.22
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_initial_weights_follow_the_seed(name: str) -> None:
+    first, again = small(name).state_dict(), small(name).state_dict()
+    assert all(torch.equal(first[key], again[key]) for key in first)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_initial_weights_are_he_normal_and_biases_zero(name: str) -> None:
+    generator = small(name, base_channels=16)
+    for key, layer in generator.named_modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            fan_in = layer.weight[0].numel()
+            spread = float(layer.weight.std() * (fan_in / 2) ** 0.5)
+            assert abs(spread - 1) < 5 / layer.weight.numel() ** 0.5, key
+            assert layer.bias is None or not layer.bias.any(), key
+
+
+def test_the_paper_generators_size() -> None:
+    generator = build("resnet", num_classes=10, image_size=32, channels=3)
+    assert generator.z_dim == 100
+    assert generator.to_image.in_channels == 64
+    assert len(generator.blocks) == 3  # 4, 8, 16, 32
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_labels_are_required_exactly_where_there_are_classes(name: str) -> None:
+    with pytest.raises(ValueError, match="num_classes=3"):
+        small(name)(latents(2), None)
+    with pytest.raises(ValueError, match="num_classes=None"):
+        small(name, None)(latents(2), torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "expected"),
+    [("conv", 30, "multiple of 4"), ("conv", 4, "at least 8"), ("resnet", 28, "32, 64, 128")],
+)
+def test_a_size_it_cannot_make_is_refused(name: str, size: int, expected: str) -> None:
+    with pytest.raises(ValueError, match=f"image_size={size}.*{expected}"):
+        small(name, image_size=size)
+
+
+def test_an_unknown_name_lists_the_known() -> None:
+    with pytest.raises(ValueError, match=r"'stylegan'.*conv, resnet"):
+        small("stylegan")
+
+
+def test_the_registry_names_what_it_exports() -> None:
+    assert set(NAMES) == {"conv", "resnet"}
+    assert isinstance(small("conv"), generators.ConvGenerator)
+    assert isinstance(small("resnet"), generators.ResNetGenerator)

@@ -12,9 +12,21 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperGroup
+
+
+class _Group(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _say("interrupted; run the same command again to go on")
+            raise SystemExit(130) from None
+
 
 app = typer.Typer(
     name="dpmmd",
+    cls=_Group,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
@@ -53,19 +65,21 @@ def release(
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write, *.safetensors.")],
-    epsilon: Annotated[float, typer.Option(help="Privacy loss, e.g. 1.0. Required.")],
-    delta: Annotated[float, typer.Option(help="Failure probability, below 1 / N. Required.")],
+    epsilon: Annotated[float, typer.Option(help="Privacy loss, e.g. 1.0.")],
+    delta: Annotated[float, typer.Option(help="Failure probability, below 1 / N.")],
     adjacency: Annotated[
         Adjacency,
         typer.Option(
             help="Which data sets must look alike: one image exchanged (N is public), blanked "
-            "(N is public), or added / removed (N is private). Required."
+            "(N is public), or added / removed (N is private)."
         ),
     ],
     num_classes: Annotated[
         int | None, typer.Option(help="Classes, for a labelled release. Default: unlabelled.")
     ] = None,
-    encoder: Annotated[str, typer.Option(help="Public encoder.")] = "squeezenet1.1",
+    encoder: Annotated[
+        str, typer.Option(help="squeezenet1.1, efficientnet-lite0, vgg11 to 19, resnet18 to 50.")
+    ] = "squeezenet1.1",
     encoder_size: Annotated[int, typer.Option(help="Side of the images the encoder sees.")] = 32,
     weights: Annotated[
         str | None, typer.Option(help="The encoder's weight file, if not found by itself.")
@@ -152,6 +166,9 @@ def train(
     encoder = dpmmd.encoders.from_spec(
         released.metadata.encoder, weights=weights or settings.encoder.weights
     )
+    checkpoint = out / "checkpoints" / training.CHECKPOINT
+    if checkpoint.exists() and not quiet:
+        _say(f"resumes at step {training.load_checkpoint(checkpoint)['step']} of {chosen.steps}")
     trained = training.train(
         released,
         encoder,
@@ -161,7 +178,7 @@ def train(
         progress=not quiet,
     )
     result = {
-        "checkpoint": str(out / "checkpoints" / training.CHECKPOINT),
+        "checkpoint": str(checkpoint),
         "step": trained.step,
         "seconds": round(trained.seconds, 2),
         "private": trained.private,
@@ -169,7 +186,7 @@ def train(
     if as_json:
         _print_json(result)
     else:
-        _say(f"trained {trained.step} steps: {result['checkpoint']}")
+        _say(f"trained {trained.step} steps: {checkpoint}")
 
 
 @app.command()
@@ -187,11 +204,14 @@ def sample(
     from dpmmd import train as training
     from dpmmd.privacy.release_file import refuse_existing
 
-    refuse_existing(out, overwrite=overwrite)
+    if out.suffix != ".npz":
+        raise ValueError(f"--out {out}: expected a name ending in .npz.")
     if num_images < 1:
         raise ValueError(f"--num-images {num_images}: expected at least 1.")
-    trained = training.load_generator(checkpoint)
     picture = out.with_suffix(".png")
+    for path in (out, picture):
+        refuse_existing(path, overwrite=overwrite)
+    trained = training.load_generator(checkpoint)
     runs.write_samples(
         trained,
         out,
@@ -406,6 +426,66 @@ def privacy(
         _print_report(facts(released))
 
 
+@app.command()
+def audit(
+    canaries: Annotated[int, typer.Option(help="Made-up images, one secret coin each.")] = 10_000,
+    epsilon: Annotated[float, typer.Option(help="The claim.")] = 1.0,
+    delta: Annotated[float, typer.Option(help="The claim's failure probability.")] = 1e-5,
+    adjacency: Annotated[
+        Adjacency, typer.Option(help="Which data sets must look alike.")
+    ] = Adjacency.replace_one,
+    copies: Annotated[
+        int | None, typer.Option(help="Images a canary. Default: about 3 / mu.")
+    ] = None,
+    sign: Annotated[str, typer.Option(help="Features: signed or nonnegative.")] = "signed",
+    moments: Annotated[str, typer.Option(help="1, 2 or 1,2: means, squares, or both.")] = "1",
+    confidence: Annotated[
+        float, typer.Option(help="Probability that a true claim is found consistent.")
+    ] = 1 - 1e-6,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Attack the release with canaries: a lower bound of the epsilon it really has.
+
+    Sends made-up images through the real release and tells, by secret coins, how well they can be
+    found in it. Reads no private data. An audit can refute a claim, never prove it. Exit code 2 if
+    the claim is refuted.
+    """
+    from dpmmd import privacy
+
+    result = privacy.audit(
+        epsilon=epsilon,
+        delta=delta,
+        adjacency=adjacency.value,
+        canaries=canaries,
+        copies=copies,
+        sign=sign,
+        moments=_moments(moments),
+        confidence=confidence,
+        progress=not quiet,
+    )
+    if as_json:
+        _print_json(result.facts())
+    else:
+        table = Table(show_header=False)
+        for name, value in result.facts().items():
+            if isinstance(value, tuple):
+                value = ", ".join(map(str, value))
+            table.add_row(
+                name.replace("_", " "), f"{value:.7g}" if isinstance(value, float) else str(value)
+            )
+        _console().print(table)
+    if result.verdict == "VIOLATED":
+        _say(
+            f"error: VIOLATED: epsilon is at least {result.epsilon_lower:.4g} at "
+            f"delta={result.delta:g}, claimed is {result.epsilon_claimed:g}. Do not publish what "
+            "this installation releases."
+        )
+        raise typer.Exit(2)
+    if not quiet:
+        _say("consistent with the claim: these canaries did not refute it, which does not prove it")
+
+
 def _moments(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
@@ -461,9 +541,6 @@ def main() -> None:
     warnings.showwarning = lambda message, *_: _say(f"warning: {message}")
     try:
         app(standalone_mode=True)
-    except KeyboardInterrupt:
-        _say("interrupted; run the same command again to resume")
-        sys.exit(130)
     except (ValueError, TypeError, OSError, ImportError) as error:
         _say(f"error: {error}")
         sys.exit(2)

@@ -6,6 +6,7 @@ and nothing in training looks at them.
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -53,14 +54,13 @@ def evaluate(
         ``{classifier: {"synthetic": accuracy, "real": accuracy}}``, ``"real"`` only if given.
 
     Raises:
-        ValueError: unknown classifier, unlabelled or empty data, image shapes that differ.
+        ValueError: unknown classifier, unlabelled or empty data, image shapes that differ,
+            ``num_train`` below 1.
         ImportError: scikit-learn is not installed.
     """
-    unknown = [c for c in classifiers if c not in CLASSIFIERS]
-    if unknown or not classifiers:
-        raise ValueError(
-            f"classifiers={list(classifiers)}: expected some of {', '.join(CLASSIFIERS)}."
-        )
+    check_classifiers(classifiers)
+    if num_train is not None and num_train < 1:
+        raise ValueError(f"num_train={num_train}: expected None or at least 1.")
     synthetic, test = _arrays(synthetic), _arrays(test)
     real = None if real is None else _arrays(real)
     sets = {"synthetic": synthetic} | ({} if real is None else {"real": real})
@@ -79,13 +79,26 @@ def evaluate(
     return result
 
 
-def _check(
-    name: str, images: NDArray[Any], labels: NDArray[np.int64] | None, shape: tuple[int, ...]
-) -> None:
-    if labels is None or len(labels) != len(images) or not len(images):
+def check_classifiers(classifiers: Sequence[str]) -> None:
+    """Raises what `evaluate` would, for names it does not know or packages that are missing."""
+    if not classifiers or any(c not in CLASSIFIERS for c in classifiers):
         raise ValueError(
-            f"{name}: {len(images)} images with {0 if labels is None else len(labels)} labels; "
-            "expected labelled images."
+            f"classifiers={list(classifiers)}: expected some of {', '.join(CLASSIFIERS)}."
+        )
+    if set(classifiers) != {"cnn"} and importlib.util.find_spec("sklearn") is None:
+        raise ImportError(
+            f"classifiers={list(classifiers)}: all but cnn need scikit-learn; "
+            "try: pip install scikit-learn"
+        )
+
+
+def _check(
+    name: str, images: NDArray[Any], labels: NDArray[np.int64], shape: tuple[int, ...]
+) -> None:
+    if images.ndim == 0 or labels.ndim != 1 or len(labels) != len(images) or not len(images):
+        raise ValueError(
+            f"{name}: images {images.shape} with labels {labels.shape}; expected at least one "
+            "image, and a label for each."
         )
     if images.dtype != np.uint8 or images.ndim != 4:
         raise ValueError(f"{name}: {images.dtype} {images.shape}, expected uint8 [n, C, H, W].")

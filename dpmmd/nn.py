@@ -11,7 +11,7 @@ from dpmmd.encoders import Encoder
 from dpmmd.functional import mean_difference, mean_embedding
 from dpmmd.privacy import PrivacyError, Release
 
-ESTIMATORS = ("batch", "ema", "adam")
+ESTIMATORS = ("batch", "unbiased", "ema", "adam")
 
 
 class MMDLoss(nn.Module):
@@ -22,14 +22,18 @@ class MMDLoss(nn.Module):
 
     The gradient follows an estimate of d = target - mean embedding of the generator:
 
-    - ``"batch"``: of this batch, the gradient of the plain squared MMD;
+    - ``"batch"``: of this batch, the gradient of the plain squared MMD (V-statistic);
+    - ``"unbiased"``: likewise without the pairs of an image with itself (U-statistic, Gretton et
+      al. 2012, Eq. 3), which would reward generating the same image again and again in small
+      classes; for ``bound="sphere"``, where an image's own term is constant;
     - ``"ema"``: an exponential moving average over the steps (bias-corrected), for a generator
       that changes slowly against ``1 / (1 - decay)`` steps;
     - ``"adam"``: the paper's (Harder et al. 2023, section 3.2, after Santos et al. 2019): a vector
       v is trained by Adam (rate ``lr``) on mean((v - d)^2), the loss is <v, d>.
 
-    With ``"ema"`` and ``"adam"`` the value is <v, d>, whose gradient is that of the squared MMD up
-    to a factor; the state moves on each call in training mode and stays in eval mode.
+    The value is the squared MMD for the first two. With ``"ema"`` and ``"adam"`` it is <v, d>, whose
+    gradient is that of the squared MMD up to a factor; their state moves on each call in training
+    mode and stays in eval mode.
 
     Args:
         release: what to match.
@@ -42,7 +46,8 @@ class MMDLoss(nn.Module):
 
     Raises:
         PrivacyError: the release was made with another encoder.
-        ValueError: unknown estimator, decay or lr out of range.
+        ValueError: unknown estimator or one that does not fit the release's bound, decay or lr
+            out of range.
     """
 
     target: Tensor
@@ -71,6 +76,11 @@ class MMDLoss(nn.Module):
         if not 0.0 < lr < 1.0:
             raise ValueError(f"lr={lr!r}: expected a number in (0, 1).")
         check_encoder(release, encoder)
+        if estimator == "unbiased" and not release.metadata.bound.startswith("sphere"):
+            raise ValueError(
+                f"estimator='unbiased' with a release of bound={release.metadata.bound!r}: it "
+                "holds for spheres; use 'batch'."
+            )
         self.encoder = encoder
         self.estimator, self.decay, self.lr, self.backend = estimator, decay, lr, backend
         m = release.metadata
@@ -83,7 +93,7 @@ class MMDLoss(nn.Module):
         device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
         target = release.target.to(device)  # [M, K, D]
         self.register_buffer("target", target, persistent=False)
-        if estimator != "batch":
+        if estimator in ("ema", "adam"):
             self.register_buffer("difference", torch.zeros_like(target))  # v
             self.register_buffer("steps", torch.zeros(target.shape[1], device=device))  # [K]
         if estimator == "adam":
@@ -123,17 +133,30 @@ class MMDLoss(nn.Module):
         d = mean_difference(means, counts, self.target.to(means.dtype))
         if self.estimator == "batch":
             return d.square().sum()
+        if self.estimator == "unbiased":
+            return self._unbiased(means, counts, d)
         return (self._direction(d.detach(), counts) * d).sum()
+
+    def _unbiased(self, means: Tensor, counts: Tensor, d: Tensor) -> Tensor:
+        """|target|^2 - 2 <target, m> + the mean of <phi_i, phi_j> over i != j, class by class.
+
+        With |phi_i|^2 = c^2 and n images in a class that mean is (n |m|^2 - c^2) / (n - 1). A class
+        with one image has no pairs: its plain |m|^2 is taken.
+        """
+        own = self.clip**2 / (1 if self.joint_weight is None else 2)  # a joint bound has halves
+        missing = (means.square().sum(dim=2) - own) / (counts.clamp(min=2) - 1)  # [M, K]
+        return d.square().sum() + torch.where(counts > 1, missing, 0).sum()
 
     @torch.no_grad()
     def _direction(self, d: Tensor, counts: Tensor) -> Tensor:
         """The current estimate v, moved on by d for the classes of this batch if training."""
         present = counts > 0
+        d = d.to(self.difference.dtype)
         if self.training:
             self.steps += present
             if self.estimator == "ema":
-                rate = torch.where(present, 1 - self.decay, 0.0)[None, :, None]
-                self.difference.lerp_(d.to(self.difference.dtype), rate)
+                rate = (1 - self.decay) * present.to(d.dtype)
+                self.difference.lerp_(d, rate[None, :, None])
             else:
                 self._adam_step(d, present)
         if self.estimator == "ema":
@@ -145,13 +168,13 @@ class MMDLoss(nn.Module):
         """One step of Adam (betas 0.9, 0.999, eps 1e-8) on mean((v - d)^2) for present classes."""
         beta1, beta2, eps = 0.9, 0.999, 1e-8
         gradient = (self.difference - d) * (2.0 / d.numel())
-        where = present[None, :, None]
-        self.first_moment.lerp_(gradient, torch.where(where, 1 - beta1, 0.0))
-        self.second_moment.lerp_(gradient.square(), torch.where(where, 1 - beta2, 0.0))
+        where = present.to(d.dtype)[None, :, None]
+        self.first_moment.lerp_(gradient, (1 - beta1) * where)
+        self.second_moment.lerp_(gradient.square(), (1 - beta2) * where)
         steps = self.steps.clamp(min=1)[None, :, None]
         denominator = (self.second_moment / (1 - beta2**steps)).sqrt_().add_(eps)
         step = self.first_moment / (1 - beta1**steps) / denominator * self.lr
-        self.difference -= torch.where(where, step, 0.0)
+        self.difference -= step * where
 
     def extra_repr(self) -> str:
         return (
@@ -164,7 +187,7 @@ def check_encoder(release: Release, encoder: Encoder) -> None:
     """Raises a PrivacyError naming the first thing in which encoder and release differ."""
     recorded: dict[str, Any] = release.metadata.encoder
     given = encoder.spec()
-    for key in sorted(set(recorded) | set(given)):
+    for key in sorted({*recorded, *given}, key=lambda key: (key != "name", key)):
         if recorded.get(key) != given.get(key):
             raise PrivacyError(
                 f"encoder: its {key} is {_brief(given.get(key))}, the release was made with "

@@ -55,31 +55,50 @@ class EncoderSection(_Section):
     name: str = "squeezenet1.1"
     image_size: int | tuple[int, int] = 32
     taps: list[str] | None = None
-    pool: int | None = None
+    pool: int | None = Field(default=None, ge=1)
     weights: str | None = None
 
 
 class ReleaseSection(_Section):
     """Arguments of `dpmmd.release`. epsilon, delta and adjacency have no default."""
 
-    epsilon: float
-    delta: float
-    adjacency: str
-    moments: tuple[int, ...] = (1,)
-    bound: str = "sphere"
-    clip: float = 1.0
-    joint_weight: float | None = None
-    batch_size: int = 256
+    epsilon: float = Field(gt=0)
+    delta: float = Field(gt=0, lt=1)
+    adjacency: Literal["replace-one", "zero-out", "add-remove"]
+    moments: tuple[Literal[1, 2], ...] = (1,)
+    bound: Literal["sphere", "ball", "sphere-per-tap", "ball-per-tap"] = "sphere"
+    clip: float = Field(default=1.0, gt=0)
+    joint_weight: float | None = Field(default=None, gt=0)
+    batch_size: int = Field(default=256, ge=1)
 
 
 class GeneratorSection(_Section):
-    """Arguments of `dpmmd.generators.build`; classes and channels follow from the data."""
+    """Arguments of `dpmmd.generators.build`. What is left out follows from the released images."""
 
-    name: str = "conv"
-    image_size: int = Field(default=28, ge=8)
-    channels: Literal[1, 3] = 1
+    name: str | None = None  # default: conv up to 32 px, else resnet
+    image_size: int | None = Field(default=None, ge=8)
+    channels: Literal[1, 3] | None = None
     z_dim: int = Field(default=100, ge=1)
     base_channels: int = Field(default=32, ge=1)
+
+    def completed(self, image_shape: tuple[int, int, int]) -> GeneratorSection:
+        """With the blanks filled in for images of (C, H, W).
+
+        Raises:
+            RecipeError: the images are not square and ``image_size`` is left out.
+        """
+        channels, height, width = image_shape
+        size = self.image_size
+        if size is None:
+            if height != width:
+                raise RecipeError(
+                    f"generator.image_size: the released images are {height} x {width}; generators "
+                    "make square ones, say of which size."
+                )
+            size = height
+        name = self.name or ("conv" if size <= 32 else "resnet")
+        given = {"name": name, "image_size": size, "channels": self.channels or channels}
+        return self.model_copy(update=given)
 
 
 class TrainSection(_Section):
@@ -95,7 +114,7 @@ class TrainSection(_Section):
     betas: tuple[float, float] = (0.5, 0.999)
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup: int = Field(default=0, ge=0)
-    estimator: Literal["batch", "ema", "adam"] = "batch"
+    estimator: Literal["batch", "unbiased", "ema", "adam"] = "batch"
     estimator_decay: float = Field(default=0.9, ge=0, lt=1)
     estimator_lr: float = Field(default=1e-3, gt=0, lt=1)
     ema_decay: float = Field(default=0.99, ge=0, lt=1)
@@ -150,10 +169,13 @@ def read(recipe: str | Path) -> tuple[Recipe, str]:
             the key.
     """
     path = Path(recipe)
-    if path.suffix == ".toml" or path.exists():
+    if path.suffix == ".toml" or path.is_file():
         if not path.is_file():
             raise RecipeError(f"recipe {str(recipe)!r}: there is no such file.")
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"{recipe}: not a text file in UTF-8: {error}") from None
     elif str(recipe) in names():
         text = (resources.files("dpmmd") / "recipes" / f"{recipe}.toml").read_text("utf-8")
     else:

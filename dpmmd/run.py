@@ -18,6 +18,7 @@ from typing import Any
 from dpmmd import encoders, recipe, train
 from dpmmd.data import open_source
 from dpmmd.encoders import Encoder
+from dpmmd.evaluate import check_classifiers, evaluate
 from dpmmd.nn import check_encoder
 from dpmmd.privacy import Release
 from dpmmd.privacy import release as make_release
@@ -61,18 +62,33 @@ def run(
             )
     elif out.exists() and any(out.iterdir()):
         raise RunError(f"{out}: exists and is not a run folder; choose another with --out.")
-    out.mkdir(parents=True, exist_ok=True)
-    if not kept.exists():
-        write_atomically(kept, text.encode())
-    if settings.evaluate is not None and settings.data.num_classes is None:
-        raise RunError("evaluate: needs labels; set data.num_classes or leave out [evaluate].")
-
-    measured = _Measured(out / "measured.json")
+    _check_before_release(settings)
     encoder = load_encoder(settings.encoder)
-    released = _release(settings, encoder, out, measured, say, progress)
+
+    new = not kept.exists()
+    if new:
+        write_atomically(kept, text.encode())
+    measured = _Measured(out / "measured.json")
+    try:
+        released = _release(settings, encoder, out, measured, say, progress)
+    except Exception:
+        # Nothing was released: leave no folder that a corrected recipe could not use.
+        if new and not (out / "release.safetensors").exists():
+            kept.unlink()
+            out.rmdir()
+        raise
     trained = _train(settings, released, encoder, out, measured, say, progress)
     _sample(settings, trained, out, measured, say, progress)
     return _evaluate(settings, released, out, measured, say, progress)
+
+
+def _check_before_release(settings: recipe.Recipe) -> None:
+    """Refuses what would only fail after privacy has been spent."""
+    if settings.evaluate is None:
+        return
+    if settings.data.num_classes is None:
+        raise RunError("evaluate: needs labels; set data.num_classes or leave out [evaluate].")
+    check_classifiers(settings.evaluate.classifiers)
 
 
 def load_encoder(settings: recipe.EncoderSection) -> Encoder:
@@ -106,8 +122,21 @@ def _release(
             f"epsilon = {wanted.epsilon:g}, delta = {wanted.delta:g}, {wanted.adjacency}"
         )
         with measured.stage("release"):
+            source = open_source(
+                data.source, split=data.split, num_classes=data.num_classes, **data.options()
+            )
+            generator = settings.generator.completed(source.image_shape)
+            train.build_generator(generator, data.num_classes)  # refused before privacy is spent
+            side = generator.image_size
+            made = (generator.channels, side, side)
+            if settings.evaluate is not None and source.image_shape != made:
+                raise RunError(
+                    f"generator: makes images (C, H, W) = {made}, those of {data.source} are "
+                    f"{source.image_shape}; [evaluate] needs them equal. Set image_size and "
+                    "channels in [generator] or [data]."
+                )
             released = make_release(
-                data.source,
+                source,
                 encoder,
                 epsilon=wanted.epsilon,
                 delta=wanted.delta,
@@ -120,8 +149,6 @@ def _release(
                 batch_size=wanted.batch_size,
                 out=path,
                 progress=progress,
-                split=data.split,
-                **data.options(),
             )
     privacy = json.dumps(facts(released), indent=2) + "\n"
     write_atomically(out / "privacy.json", privacy.encode(), overwrite=True)
@@ -289,7 +316,6 @@ def evaluate_files(
         settings: classifiers, sizes, seed.
         **options: of `dpmmd.data.open_source`, for the real images.
     """
-    from dpmmd.evaluate import evaluate
 
     def arrays(source: str | Path, split: str, **more: Any) -> Any:
         return open_source(source, split=split, num_classes=num_classes, **more).arrays()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import math
-import pickle
 import signal
 import threading
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +25,12 @@ from tqdm import tqdm
 from dpmmd.encoders import Encoder
 from dpmmd.generators import build
 from dpmmd.nn import MMDLoss
-from dpmmd.privacy.release_file import Release
+from dpmmd.privacy.release_file import Release, write_atomically
 from dpmmd.recipe import GeneratorSection, TrainSection
 
 CHECKPOINT = "last.pt"
 _FORMAT = 1
+_WITHOUT_EFFECT = {"checkpoint_every", "log_every", "grid_every"}  # on the result
 
 
 class CheckpointError(ValueError):
@@ -83,12 +85,15 @@ def train(
 
     Raises:
         CheckpointError: the checkpoint in ``out`` cannot be used.
+        TypeError: ``generator`` has no attribute ``z_dim``.
         PrivacyError: release and encoder do not belong together.
         KeyboardInterrupt: after a checkpoint has been written.
     """
     settings = settings or TrainSection()
-    generator_settings = generator_settings or GeneratorSection()
-    device = next(encoder.parameters()).device
+    generator_settings = (generator_settings or GeneratorSection()).completed(
+        release.metadata.image_shape
+    )
+    device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
     num_classes = release.num_classes if release.metadata.labelled else None
     rng = torch.Generator().manual_seed(settings.seed)
     if generator is None:
@@ -96,6 +101,11 @@ def train(
             generator = build_generator(generator_settings, num_classes)
         record: dict[str, Any] = generator_settings.model_dump(mode="json")
     else:
+        if not isinstance(getattr(generator, "z_dim", None), int):
+            raise TypeError(
+                f"generator: {type(generator).__qualname__} has no integer attribute z_dim, the "
+                "size of the latent vectors that it takes; set it."
+            )
         record = {"name": type(generator).__qualname__}
     generator = generator.to(device).train()
     loss = MMDLoss(
@@ -121,6 +131,11 @@ def train(
 
 def build_generator(settings: GeneratorSection, num_classes: int | None) -> nn.Module:
     """The generator that a recipe's ``[generator]`` section describes."""
+    if settings.name is None or settings.image_size is None or settings.channels is None:
+        raise ValueError(
+            f"settings: {settings}, expected a name, an image_size and channels; fill them in with "
+            "settings.completed(release.metadata.image_shape)."
+        )
     return build(
         settings.name,
         num_classes=num_classes,
@@ -176,7 +191,6 @@ def _loop(
                 logs.scalars(run.step, loss=number, lr=rate(settings, run.step - 1))
             if run.step % settings.grid_every == 0 and logs.active:
                 logs.grid(run.step, sample_grid(run.averaged.module, num_classes, device))
-                run.averaged.module.train()
             run.seconds = before + perf_counter() - started
             last = run.step == settings.steps or bool(interrupted)
             if folder is not None and (last or run.step % settings.checkpoint_every == 0):
@@ -268,7 +282,7 @@ class _Run:
             )
         wanted = self.settings.model_dump(mode="json")
         found = dict(state["settings"])
-        for key in sorted(set(wanted) | set(found)):
+        for key in sorted((set(wanted) | set(found)) - _WITHOUT_EFFECT):
             if wanted.get(key) != found.get(key):
                 raise CheckpointError(
                     f"checkpoint: made with {key} = {found.get(key)!r}, now {wanted.get(key)!r}; "
@@ -279,8 +293,8 @@ class _Run:
                 f"checkpoint: made with the generator {state['generator_settings']}, now "
                 f"{self.record}; continue with the same, or train in another folder."
             )
-        self.generator.load_state_dict(state["generator"])
-        self.averaged.load_state_dict(state["averaged"])
+        _load(self.generator, state["generator"])
+        _load(self.averaged, state["averaged"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.loss.load_state_dict(state["loss"], strict=False)
         self.rng.set_state(state["rng"])
@@ -299,15 +313,32 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint; make one with `dpmmd train`.")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+            if (damaged := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:  # a parser of damaged bytes may raise anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{path}: not a readable checkpoint ({str(error).splitlines()[0]}); remove it to start "
-            "training again from the release, which costs no privacy."
+            f"{path}: not a readable checkpoint ({reason}); remove it to start training again "
+            "from the release, which costs no privacy."
         ) from None
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
-        raise CheckpointError(f"{path}: not a checkpoint of this version of dpmmd.")
+        raise CheckpointError(
+            f"{path}: not a checkpoint of this version of dpmmd; use the version that wrote it, "
+            "or remove it to start training again, which costs no privacy."
+        )
     return state
+
+
+def _load(module: nn.Module, state: Mapping[str, Any]) -> None:
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(
+            "checkpoint: its weights are not those of the generator given; pass the same "
+            f"generator, or train in another folder. {' '.join(str(error).split())}"
+        ) from None
 
 
 def load_generator(path: str | Path, generator: nn.Module | None = None) -> Trained:
@@ -316,6 +347,10 @@ def load_generator(path: str | Path, generator: nn.Module | None = None) -> Trai
     Args:
         path: a checkpoint, or a run folder that holds one.
         generator: an untrained instance, for a generator of your own.
+
+    Raises:
+        FileNotFoundError: no such checkpoint.
+        CheckpointError: it is corrupt, or its weights are not those of ``generator``.
     """
     path = Path(path)
     if path.is_dir():
@@ -330,7 +365,7 @@ def load_generator(path: str | Path, generator: nn.Module | None = None) -> Trai
             )
         generator = build_generator(GeneratorSection(**record), state["num_classes"])
     averaged = AveragedModel(generator, use_buffers=True)
-    averaged.load_state_dict(state["averaged"])
+    _load(averaged, state["averaged"])
     return Trained(
         averaged.module.eval(),
         state["num_classes"],
@@ -364,7 +399,8 @@ def sample(
     device = next(generator.parameters()).device
     generator.eval()
     parts = []
-    with tqdm(total=num_images, desc="sample", unit="image", disable=not progress) as bar:
+    bar = tqdm(total=num_images, desc="sample", unit="image", disable=not progress)
+    with bar, _seeded(seed):  # a generator may draw random numbers of its own
         for start in range(0, num_images, batch_size):
             n = min(batch_size, num_images - start)
             z = torch.randn(n, int(generator.z_dim), generator=rng).to(device)  # type: ignore[arg-type]
@@ -383,16 +419,21 @@ def sample(
 def sample_grid(
     generator: nn.Module, num_classes: int | None, device: torch.device, columns: int = 10
 ) -> np.ndarray:
-    """uint8 [C, H', W']: a row per class (or ten rows), the same latent points on every call."""
+    """uint8 [C, H', W']: a row per class (or ten rows), the same latent points on every call.
+
+    Leaves the generator's mode and torch's global random state as they are.
+    """
     rows = num_classes or 10
     rng = torch.Generator().manual_seed(0)
     z = torch.randn(rows * columns, int(generator.z_dim), generator=rng).to(device)  # type: ignore[arg-type]
     y = None
     if num_classes is not None:
         y = torch.arange(rows).repeat_interleave(columns).to(device)
+    training = generator.training
     generator.eval()
-    with torch.no_grad():
+    with torch.no_grad(), _seeded(0):
         images = generator(z, y).clamp(0, 1).mul(255).round().to(torch.uint8).cpu().numpy()
+    generator.train(training)
     return tile(images, columns)
 
 
@@ -407,10 +448,9 @@ def save_png(path: str | Path, picture: np.ndarray, scale: int = 2) -> None:
     """Writes uint8 [1 or 3, H, W] as a PNG, each pixel ``scale`` x ``scale``."""
     array = picture[0] if picture.shape[0] == 1 else picture.transpose(1, 2, 0)
     array = array.repeat(scale, axis=0).repeat(scale, axis=1)
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    Image.fromarray(array).save(temporary, format="PNG")
-    temporary.replace(path)
+    data = io.BytesIO()
+    Image.fromarray(array).save(data, format="PNG")
+    write_atomically(Path(path), data.getvalue(), overwrite=True)
 
 
 class _Logs:

@@ -6,6 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 
 from dpmmd.evaluate import CLASSIFIERS, evaluate
 
@@ -117,3 +118,29 @@ def test_data_that_do_not_fit_are_refused_by_name(which: str, fault: str) -> Non
     named = which if fault != "size" or which != "synthetic" else "test|real"
     with pytest.raises(ValueError, match=f"^({named}):"):
         evaluate(sets["synthetic"], sets["test"], sets["real"])
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_an_unlabelled_set_is_refused(which: int) -> None:
+    sets: list[tuple[np.ndarray, np.ndarray | None]] = [bars(30, i) for i in range(3)]
+    sets[which] = (sets[which][0], None)
+    with pytest.raises(ValueError, match="a label for each"):
+        evaluate(*sets)  # type: ignore[arg-type]
+
+
+def test_num_train_below_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="num_train=0"):
+        evaluate(bars(30, 0), bars(30, 1), num_train=0)
+
+
+def test_missing_scikit_learn_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pip install scikit-learn"):
+        evaluate(bars(30, 0), bars(30, 1), classifiers=("mlp",))
+    assert evaluate(bars(30, 0), bars(30, 1), classifiers=("cnn",))
+
+
+def test_the_callers_random_state_is_left_alone() -> None:
+    before = torch.get_rng_state()
+    evaluate(bars(30, 0), bars(30, 1))
+    assert torch.equal(before, torch.get_rng_state())

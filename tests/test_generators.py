@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from dpmmd import generators
 from dpmmd.generators import NAMES, build
+from dpmmd.generators.layers import UpsampledConv
 
 
 def small(name: str, num_classes: int | None = 3, **options: object) -> nn.Module:
@@ -111,7 +113,7 @@ def test_initial_weights_are_he_normal_and_biases_zero(name: str) -> None:
     for key, layer in generator.named_modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
             fan_in = layer.weight[0].numel()
-            spread = float(layer.weight.std() * (fan_in / 2) ** 0.5)
+            spread = float(layer.weight.detach().std() * (fan_in / 2) ** 0.5)
             assert abs(spread - 1) < 5 / layer.weight.numel() ** 0.5, key
             assert layer.bias is None or not layer.bias.any(), key
 
@@ -149,3 +151,10 @@ def test_the_registry_names_what_it_exports() -> None:
     assert set(NAMES) == {"conv", "resnet"}
     assert isinstance(small("conv"), generators.ConvGenerator)
     assert isinstance(small("resnet"), generators.ResNetGenerator)
+
+
+def test_upsampled_conv_is_convolution_after_nearest_upsampling() -> None:
+    layer = UpsampledConv(5, 3).double()
+    x = torch.randn(2, 5, 7, 6, dtype=torch.float64)
+    expected = F.conv2d(F.interpolate(x, scale_factor=2), layer.weight, padding=1)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)

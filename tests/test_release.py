@@ -459,7 +459,8 @@ def test_the_file_holds_released_numbers_and_public_facts_only(released: Release
     assert fields == {
         "format", "version", "private", "adjacency", "unit", "epsilon", "delta", "mu", "sd",
         "sensitivity", "noise_sd", "grid_bits", "moments", "bound", "clip", "joint_weight",
-        "blocks", "num_classes", "labelled", "num_images", "source", "encoder", "array_sha256",
+        "blocks", "num_classes", "labelled", "num_images", "image_shape", "source",
+        "encoder", "array_sha256",
     }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpmmd.generators.latent import LatentInput, initialise
+from dpmmd.generators.layers import LatentInput, UpsampledConv, initialise
 
 
 class ConvGenerator(nn.Module):
@@ -40,9 +40,9 @@ class ConvGenerator(nn.Module):
         b = base_channels
         self.latent = LatentInput(z_dim, num_classes, 4 * b, image_size // 4)
         self.norm0 = nn.BatchNorm2d(4 * b)
-        self.conv1 = nn.Conv2d(4 * b, 2 * b, 3, padding=1, bias=False)
+        self.conv1 = UpsampledConv(4 * b, 2 * b)
         self.norm1 = nn.BatchNorm2d(2 * b)
-        self.conv2 = nn.Conv2d(2 * b, b, 3, padding=1, bias=False)
+        self.conv2 = UpsampledConv(2 * b, b)
         self.norm2 = nn.BatchNorm2d(b)
         self.to_image = nn.Conv2d(b, channels, 3, padding=1)
         initialise(self)
@@ -51,6 +51,6 @@ class ConvGenerator(nn.Module):
     def forward(self, z: Tensor, y: Tensor | None = None) -> Tensor:
         """z [n, z_dim], y int64 [n] or None, to images [n, channels, image_size, image_size]."""
         h = F.relu(self.norm0(self.latent(z, y)))
-        h = F.relu(self.norm1(self.conv1(F.interpolate(h, scale_factor=2))))
-        h = F.relu(self.norm2(self.conv2(F.interpolate(h, scale_factor=2))))
+        h = F.relu(self.norm1(self.conv1(h)))
+        h = F.relu(self.norm2(self.conv2(h)))
         return torch.sigmoid(self.to_image(h))

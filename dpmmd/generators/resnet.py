@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpmmd.generators.latent import LatentInput, initialise
+from dpmmd.generators.layers import LatentInput, UpsampledConv, initialise
 
 
 class ResNetGenerator(nn.Module):
@@ -64,13 +64,13 @@ class _UpBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         self.norm1 = nn.BatchNorm2d(inputs)
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+        self.conv1 = UpsampledConv(inputs, outputs)
         self.norm2 = nn.BatchNorm2d(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
         self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        h = F.interpolate(F.relu(self.norm1(x)), scale_factor=2)
-        h = self.conv2(F.relu(self.norm2(self.conv1(h))))
+        h = self.conv1(F.relu(self.norm1(x)))
+        h = self.conv2(F.relu(self.norm2(h)))
         # A 1x1 convolution and nearest upsampling commute: the cheap order first.
         return h + F.interpolate(self.skip(x), scale_factor=2)

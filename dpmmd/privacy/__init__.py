@@ -1,16 +1,19 @@
 """The trusted core: everything that a privacy claim rests on, and nothing else."""
 
 from dpmmd.privacy.accounting import Calibration, calibrate, compose, delta, epsilon
+from dpmmd.privacy.audit import Audit, audit
 from dpmmd.privacy.mechanism import release
 from dpmmd.privacy.release_file import PrivacyError, Release
 from dpmmd.privacy.sensitivity import ADJACENCIES, Block, sensitivity
 
 __all__ = [
     "ADJACENCIES",
+    "Audit",
     "Block",
     "Calibration",
     "PrivacyError",
     "Release",
+    "audit",
     "calibrate",
     "compose",
     "delta",

@@ -213,6 +213,7 @@ def release(
         num_classes=classes,
         labelled=labelled,
         num_images=images.num_images if public_n else None,
+        image_shape=images.image_shape,
         source=images.name,
         encoder=encoder.spec(),
         array_sha256=array_hash(sums_out, counts),

@@ -68,6 +68,7 @@ class Metadata(BaseModel):
     num_classes: int
     labelled: bool
     num_images: int | None  # None: N is private (add-remove)
+    image_shape: tuple[int, int, int]  # (C, H, W) that images were brought to
     source: str
     encoder: dict[str, Any]
     array_sha256: str = ""
@@ -204,12 +205,25 @@ def write_atomically(path: Path, data: bytes, *, overwrite: bool = False) -> Non
         if overwrite:
             os.replace(temporary, path)
         else:
-            os.link(temporary, path)  # fails where the name was taken meanwhile
-            os.unlink(temporary)
+            _place(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+def _place(temporary: str, path: Path) -> None:
+    """Gives the file its name, unless somebody else has taken it meanwhile."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        refuse_existing(path)
+        raise
+    except OSError:  # a file system without hard links
+        refuse_existing(path)
+        os.replace(temporary, path)
+    else:
+        os.unlink(temporary)
 
 
 def refuse_existing(path: Path, *, overwrite: bool = False) -> None:

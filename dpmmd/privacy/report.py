@@ -161,7 +161,7 @@ def utility(f: dict[str, Any]) -> list[str]:
         norms = block["expected_noise_norm_per_class"]
         lines.append(
             f"{block['name']}: expected norm of the noise on a class mean "
-            f"{min(norms):.3g} to {max(norms):.3g}, against means of norm at most "
+            f"{_range(norms)}, against means of norm at most "
             f"{f['mean_norm_bound_per_class']:g}; the squared MMD to the noised target exceeds "
             f"that to the true one by {sum(n * n for n in norms):.3g} in expectation, whatever "
             "the generator"
@@ -169,11 +169,16 @@ def utility(f: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _range(values: list[float]) -> str:
+    low, high = f"{min(values):.3g}", f"{max(values):.3g}"
+    return low if low == high else f"{low} to {high}"
+
+
 def _public(release: Release) -> list[str]:
     m = release.metadata
     public = [
         f"the {m.num_classes} classes" if m.labelled else "that there are no labels",
-        "the size and channels that images are brought to",
+        "the shape {} x {} x {} that images are brought to".format(*m.image_shape),
         f"the encoder {m.encoder['name']} and its training data",
     ]
     if m.num_images is not None:

@@ -1,4 +1,4 @@
-"""What generators share: the latent input with its class, and the initial weights."""
+"""What generators share: latent input with its class, fast upsampling, initial weights."""
 
 from __future__ import annotations
 
@@ -29,6 +29,26 @@ class LatentInput(nn.Module):
             z = torch.cat([z, F.one_hot(y, self.num_classes).to(z.dtype)], dim=1)
         h: Tensor = self.linear(z).view(-1, self.side, self.side, self.channels)
         return h.permute(0, 3, 1, 2)
+
+
+class UpsampledConv(nn.Conv2d):
+    """A 3x3 convolution of the input upsampled x 2 (nearest), at 4/9 of the products.
+
+    Every output pixel sees a 3x3 window of the upsampled image, which holds only 2x2 different
+    pixels: the same function is a transposed 4x4 convolution with stride 2, whose kernel sums those
+    of the 3x3 weights that fall on one pixel. [n, in, H, W] to [n, out, 2 H, 2 W].
+    """
+
+    spread: Tensor
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 3, padding=1, bias=False)
+        spread = torch.tensor([[0.0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
+        self.register_buffer("spread", spread, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel = torch.einsum("ku,oiuv,lv->iokl", self.spread, self.weight, self.spread)
+        return F.conv_transpose2d(x, kernel, stride=2, padding=1)
 
 
 def initialise(module: nn.Module) -> None:

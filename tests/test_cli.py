@@ -1,0 +1,631 @@
+"""The command line and whole runs: what is printed where, exit codes, resumption, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import dpmmd
+from dpmmd import cli
+from dpmmd import run as runs
+from dpmmd import train as training
+from dpmmd.privacy import Release
+
+pytest.importorskip("sklearn")
+
+SECONDS = {"release", "train", "sample", "evaluate"}
+RUN_FILES = {
+    "recipe.toml",
+    "release.safetensors",
+    "privacy.json",
+    "checkpoints",
+    "checkpoints/last.pt",
+    "samples.png",
+    "synthetic.npz",
+    "report.json",
+    "measured.json",
+}
+RECIPE = """
+[data]
+source = "{folder}/train.npz"
+test_source = "{folder}/test.npz"
+num_classes = 3
+
+[encoder]
+image_size = 16
+taps = ["conv1", "fire2", "fire3"]
+
+[release]
+epsilon = 5.0
+delta = 1e-3
+adjacency = "replace-one"
+
+[generator]
+image_size = 8
+base_channels = 4
+
+[train]
+steps = 6
+batch_size = 12
+checkpoint_every = 2
+
+[sample]
+num_images = 90
+
+[evaluate]
+"""
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """The one JSON object on standard output, and nothing but it."""
+        assert self.out.count("\n") == 1, self.out
+        return json.loads(self.out)
+
+
+Call = Callable[..., Result]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Call:
+    """Runs the entry point in this process, with its error handling and exit code."""
+
+    def run(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["dpmmd", *map(str, arguments)])
+        capfd.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as error:
+            code = int(error.code or 0)
+        return Result(code, *capfd.readouterr())
+
+    return run
+
+
+def bars(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    x = rng.integers(0, 120, (n, 1, 8, 8), dtype=np.uint8)
+    y = np.arange(n, dtype=np.int64) % 3
+    for i, k in enumerate(y):
+        x[i, 0, 3 * k : 3 * k + 2] += 100
+    return x, y
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Private and test images, and a recipe for them."""
+    for name, n in (("train", 240), ("test", 60)):
+        x, y = bars(n, seed=n)
+        np.savez(tmp_path / f"{name}.npz", x=x, y=y)
+    (tmp_path / "mine.toml").write_text(RECIPE.format(folder=tmp_path))
+    return tmp_path
+
+
+def release_arguments(folder: Path, **changes: object) -> list[object]:
+    options = {
+        "out": folder / "r.safetensors",
+        "epsilon": 5,
+        "delta": 1e-3,
+        "adjacency": "replace-one",
+        "num-classes": 3,
+        **{key.replace("_", "-"): value for key, value in changes.items()},
+    }
+    source = options.pop("source", folder / "train.npz")
+    given = [(f"--{key}", value) for key, value in options.items() if value is not None]
+    return ["release", source, *(part for pair in given for part in pair)]
+
+
+def files(folder: Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*")}
+
+
+def refused(result: Result, *phrases: str) -> None:
+    """Exit code 2, nothing on standard output, one line that says what is wrong."""
+    assert result.code == 2, result
+    assert result.out == ""
+    text = result.err.strip()
+    last = text.splitlines()[-1]
+    assert last.startswith("error: "), text
+    assert "Traceback" not in text
+    for phrase in phrases:
+        assert phrase in last
+
+
+# ----------------------------------------------------------------------------- calibrate
+
+
+def test_calibrate(call: Call) -> None:
+    result = call("calibrate", "--epsilon", 1, "--delta", 1e-6, "--json").json
+    assert result["sd_over_sensitivity"] == pytest.approx(4.2246788893268, rel=1e-8)
+    assert result["mu"] == pytest.approx(1 / 4.2246788893268, rel=1e-8)
+    assert set(result) == {"epsilon", "delta", "mu", "sd_over_sensitivity"}
+
+
+def test_calibrate_and_back(call: Call) -> None:
+    there = call("calibrate", "--epsilon", 1, "--delta", 1e-6, "--json").json
+    by_mu = call("calibrate", "--mu", there["mu"], "--delta", 1e-6, "--json").json
+    assert by_mu["epsilon"] == pytest.approx(1.0, rel=1e-6)
+    by_sd = call("calibrate", "--sd", there["sd_over_sensitivity"], "--epsilon", 1, "--json").json
+    assert by_sd["delta"] == pytest.approx(1e-6, rel=1e-5)
+    assert by_sd["mu"] == pytest.approx(there["mu"], rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("adjacency", "signed", "nonnegative"),
+    [("replace-one", 2.0, 2**0.5), ("zero-out", 1.0, 1.0), ("add-remove", 1.0, 1.0)],
+)
+def test_calibrate_with_an_adjacency(
+    call: Call, adjacency: str, signed: float, nonnegative: float
+) -> None:
+    result = call(
+        "calibrate", "--epsilon", 1, "--delta", 1e-6, "--adjacency", adjacency, "--json"
+    ).json
+    assert result["sensitivity_signed"] == pytest.approx(signed)
+    assert result["sensitivity_nonnegative"] == pytest.approx(nonnegative)
+    assert result["sd_nonnegative"] == pytest.approx(4.2246788893268 * nonnegative, rel=1e-8)
+
+
+def test_calibrate_prints_a_table(call: Call) -> None:
+    result = call("calibrate", "--epsilon", 1, "--delta", 1e-6)
+    assert result.code == 0
+    assert "4.224678894" in result.out
+    assert result.err == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "phrase"),
+    [
+        ([], "exactly two of"),
+        (["--epsilon", 1], "exactly two of"),
+        (["--epsilon", 1, "--delta", 1e-6, "--mu", 1], "exactly two of"),
+        (["--mu", 1, "--sd", 1], "give one of them"),
+        (["--sd", 0, "--delta", 1e-6], "--sd 0.0"),
+        (["--mu", -1, "--delta", 1e-6], "mu=-1.0"),
+        (["--epsilon", 0, "--delta", 1e-6], "epsilon=0.0"),
+        (["--epsilon", 1, "--delta", 1], "delta=1.0"),
+        (["--epsilon", "nan", "--delta", 1e-6], "epsilon=nan"),
+    ],
+)
+def test_calibrate_refuses(call: Call, arguments: list[object], phrase: str) -> None:
+    refused(call("calibrate", *arguments), phrase)
+
+
+# ----------------------------------------------------------------------------- the four stages
+
+
+def test_release_train_sample_evaluate_privacy(call: Call, folder: Path) -> None:
+    """With the whole encoder at its default size, each stage by its own command."""
+    released = call(*release_arguments(folder), "--json")
+    assert released.code == 0
+    assert "release" in released.err
+    facts = released.json
+    assert (facts["epsilon"], facts["delta"]) == (5.0, 1e-3)
+    path = folder / "r.safetensors"
+    assert facts["out"] == str(path)
+
+    told = call("privacy", path, "--json")
+    assert told.err == ""
+    assert told.json == {key: value for key, value in facts.items() if key != "out"}
+    assert "replace-one" in call("privacy", path).out
+    assert call("privacy", path, "--markdown").out == Release.load(path).report()
+
+    train = ["train", path, "--out", folder / "t", "--recipe", folder / "mine.toml"]
+    trained = call(*train, "--steps", 3, "--json")
+    assert trained.json["step"] == 3
+    assert trained.json["private"] is True
+    assert "3/3" in trained.err
+    refused(call(*train, "--steps", 4), "steps = 3, now 4")
+
+    sampled = call("sample", folder / "t", "--out", folder / "s.npz", "--num-images", 60, "--json")
+    assert sampled.json["num_images"] == 60
+    with np.load(folder / "s.npz") as synthetic:
+        assert synthetic["x"].shape == (60, 1, 8, 8)
+        assert synthetic["x"].dtype == np.uint8
+        assert np.bincount(synthetic["y"]).tolist() == [20, 20, 20]
+    with Image.open(sampled.json["picture"]) as picture:
+        assert picture.size == (2 * 10 * 8, 2 * 3 * 8)  # ten columns, a row for each class
+
+    evaluated = call(
+        "evaluate", folder / "train.npz", "--test", folder / "test.npz", "--real",
+        folder / "s.npz", "--num-classes", 3, "--classifiers", "logistic_regression, cnn", "--json",
+    )  # fmt: skip
+    accuracy = evaluated.json["accuracy"]
+    assert set(accuracy) == {"logistic_regression", "cnn"}
+    assert accuracy["logistic_regression"]["synthetic"] > 0.9 > accuracy["cnn"]["real"]
+    assert "not covered" in evaluated.json["accuracy_note"]
+    assert {p for p in files(folder) if "tmp" in p or Path(p).name.startswith(".")} == set()
+
+
+def test_quiet_is_quiet(call: Call, folder: Path) -> None:
+    assert call(*release_arguments(folder, encoder_size=32), "--quiet", "--json").err == ""
+    assert call("run", folder / "mine.toml", "--out", folder / "run", "-q", "--json").err == ""
+
+
+@pytest.mark.parametrize("command", ["sample", "release"])
+def test_a_finished_output_is_kept(call: Call, folder: Path, command: str) -> None:
+    if command == "release":
+        (folder / "r.safetensors").write_text("mine")
+        refused(call(*release_arguments(folder)), "r.safetensors exists", "another name")
+        assert (folder / "r.safetensors").read_text() == "mine"
+        return
+    for name in ("s.npz", "s.png"):  # the picture goes beside the set
+        (folder / name).write_text("mine")
+        refused(call("sample", folder, "--out", folder / "s.npz"), f"{name} exists")
+        assert (folder / name).read_text() == "mine"
+        (folder / name).unlink()
+
+
+# ----------------------------------------------------------------------------- run
+
+
+def test_run_and_run_again(call: Call, folder: Path) -> None:
+    out = folder / "deep" / "run"
+    first = call("run", folder / "mine.toml", "--out", out, "--json")
+    assert first.code == 0
+    report = first.json
+    assert set(report["accuracy"]) == {"logistic_regression", "mlp", "cnn"}
+    for both in report["accuracy"].values():
+        assert set(both) == {"synthetic", "real"}
+        assert all(0 <= value <= 1 for value in both.values())
+    assert report["accuracy"]["logistic_regression"]["real"] > 0.9
+    assert set(report["seconds"]) == SECONDS
+    assert 2**26 < report["peak_rss_bytes"] < 2**34
+    assert report["private"] is True
+    assert report["privacy"]["epsilon"] == 5.0
+    assert {p for p in files(out) if not p.startswith("tensorboard")} == RUN_FILES
+    assert json.loads((out / "report.json").read_text()) | {"out": str(out)} == report
+    facts = json.loads((out / "privacy.json").read_text())
+    assert facts["adjacency"] == "replace-one"
+    with np.load(out / "synthetic.npz") as synthetic:
+        assert synthetic["x"].shape == (90, 1, 8, 8)
+
+    before = {p: (out / p).read_bytes() for p in RUN_FILES if (out / p).is_file()}
+    again = call("run", folder / "mine.toml", "--out", out, "--json")
+    assert again.json == report
+    for stage in ("release", "train", "sample", "evaluate"):
+        assert f"{stage}: found" in again.err
+    assert "no further privacy is spent" in again.err
+    assert {p: (out / p).read_bytes() for p in before} | {"measured.json": b""} == before | {
+        "measured.json": b""
+    }
+
+    # What is missing is made from what is there, without releasing again.
+    (out / "report.json").unlink()
+    (out / "synthetic.npz").unlink()
+    (folder / "train.npz").rename(folder / "moved.npz")
+    third = call("run", folder / "mine.toml", "--out", out)
+    refused(third, "train.npz")  # evaluation wants the real images
+    assert (out / "synthetic.npz").read_bytes() == before["synthetic.npz"]
+    assert (out / "release.safetensors").read_bytes() == before["release.safetensors"]
+    (folder / "moved.npz").rename(folder / "train.npz")
+
+    table = call("run", folder / "mine.toml", "--out", out)
+    assert "logistic regression" in table.out
+    assert "not covered by (epsilon, delta)" in table.err
+    assert str(out / "synthetic.npz") in table.err
+
+
+def test_an_interrupted_run_resumes_to_the_same_set(
+    call: Call, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, advance = folder / "run", training._Run.advance
+    text = (folder / "mine.toml").read_text().replace("[evaluate]", "")
+    (folder / "mine.toml").write_text(text)
+
+    def interrupted(self: Any, *arguments: Any) -> Any:
+        if self.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return advance(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Run, "advance", interrupted)
+        result = call("run", folder / "mine.toml", "--out", out, "--json")
+    assert result.code == 130
+    assert result.out == ""
+    assert "interrupted; run the same command again" in result.err
+    assert "Traceback" not in result.err
+    released = (out / "release.safetensors").read_bytes()
+
+    resumed = call("run", folder / "mine.toml", "--out", out, "--json")
+    assert "release: found" in resumed.err
+    assert "train: resumes at step 3 of 6" in resumed.err
+    assert resumed.json["accuracy"] == {}
+    assert (out / "release.safetensors").read_bytes() == released
+
+    whole = folder / "whole"
+    whole.mkdir()
+    for name in ("recipe.toml", "release.safetensors"):
+        (whole / name).write_bytes((out / name).read_bytes())
+    assert call("run", folder / "mine.toml", "--out", whole).code == 0
+    assert (whole / "synthetic.npz").read_bytes() == (out / "synthetic.npz").read_bytes()
+    assert (whole / "samples.png").read_bytes() == (out / "samples.png").read_bytes()
+
+
+def test_a_folder_of_another_recipe_is_refused(call: Call, folder: Path) -> None:
+    out = folder / "run"
+    out.mkdir()
+    (out / "recipe.toml").write_text(RECIPE.format(folder=folder).replace("5.0", "4.0"))
+    before = files(folder)
+    refused(
+        call("run", folder / "mine.toml", "--out", out), "another recipe", "another folder", "--out"
+    )
+    other = folder / "other"
+    other.mkdir()
+    (other / "diary.txt").write_text("mine")
+    refused(call("run", folder / "mine.toml", "--out", other), "not a run folder", "--out")
+    assert files(folder) == before | {"other", "other/diary.txt"}
+
+
+RELEASES = {
+    "epsilon": ({"epsilon": 4.0}, {}, "made with epsilon = 4.0, the recipe asks for 5.0"),
+    "adjacency": ({"adjacency": "zero-out"}, {}, "made with adjacency = 'zero-out'"),
+    "classes": ({"num_classes": 4}, {}, "made with num_classes = 4, the recipe asks for 3"),
+    "taps": ({}, {"taps": ["conv1", "fire2"]}, "its taps is conv1, fire2, fire3"),
+    "image size": ({}, {"image_size": 24}, "its image_size is [16, 16]"),
+    "encoder": (
+        {},
+        {"name": "efficientnet-lite0", "image_size": 32, "taps": None},
+        "its name is 'squeezenet1.1', the release was made with 'efficientnet-lite0'",
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "encoder", "phrase"), RELEASES.values(), ids=RELEASES)
+def test_a_release_of_other_settings_is_not_used(
+    call: Call, folder: Path, options: dict[str, Any], encoder: dict[str, Any], phrase: str
+) -> None:
+    arguments = {"name": "squeezenet1.1", "image_size": 16, "taps": ["conv1", "fire2", "fire3"]}
+    out = folder / "run"
+    dpmmd.release(
+        folder / "train.npz",
+        dpmmd.encoders.load(**{**arguments, **encoder}),
+        out=out / "release.safetensors",
+        progress=False,
+        **{
+            "epsilon": 5.0,
+            "delta": 1e-3,
+            "adjacency": "replace-one",
+            "num_classes": 3,
+            **options,
+        },
+    )
+    (out / "recipe.toml").write_text((folder / "mine.toml").read_text())
+    before = files(out)
+    refused(call("run", folder / "mine.toml", "--out", out), phrase)
+    assert files(out) == before
+
+
+# ----------------------------------------------------------------------------- bad input
+
+
+BAD_RELEASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "encoder": ({"encoder": "squeezenet"}, ("unknown encoder 'squeezenet'", "squeezenet1.1")),
+    "epsilon": ({"epsilon": 0}, ("epsilon=0.0", "expected a number in")),
+    "negative": ({"epsilon": -1}, ("epsilon=-1.0", "expected a number in")),
+    "delta": ({"delta": 1.5}, ("delta=1.5", "expected a number in", "1 / N")),
+    "classes": ({"num_classes": 2}, ("label", "2")),
+    "no classes": ({"num_classes": 0}, ("num_classes=0",)),
+    "moments": ({"moments": "1,3"}, ("moments=(1, 3)", "(1, 2)")),
+    "no moments": ({"moments": "first"}, ("--moments 'first'", "1,2")),
+    "bound": ({"bound": "cube"}, ("bound='cube'", "sphere")),
+    "clip": ({"clip": 0}, ("clip=0.0",)),
+    "batch": ({"batch_size": 0}, ("batch_size=0",)),
+    "size": ({"encoder_size": 4}, ("image_size=(4, 4)", "larger image_size")),
+    "crop": ({"crop": "middle"}, ("crop='middle'", "center")),
+    "channels": ({"channels": 2}, ("channels=2",)),
+    "source": ({"source": "absent.npz"}, ("'absent.npz' does not exist",)),
+    "name": ({"source": "fashion-mnits"}, ("fashion-mnits", "Did you mean 'fashion-mnist'?")),
+    "no weights": ({"weights": "absent.pkl"}, ("weights='absent.pkl'", "no such file")),
+}
+
+
+@pytest.mark.parametrize(("changes", "phrases"), BAD_RELEASES.values(), ids=BAD_RELEASES)
+def test_release_refuses(
+    call: Call, folder: Path, changes: dict[str, Any], phrases: tuple[str, ...]
+) -> None:
+    before = files(folder)
+    refused(call(*release_arguments(folder, **changes)), *phrases)
+    assert files(folder) == before
+
+
+def test_weights_of_another_hash_are_refused(call: Call, folder: Path) -> None:
+    (folder / "w.pkl").write_bytes(b"other weights")
+    before = files(folder)
+    result = call(*release_arguments(folder, weights=folder / "w.pkl"))
+    refused(result, "w.pkl", "sha256 is", "expected f286bbf4", "pip install")
+    assert files(folder) == before
+
+
+def test_an_empty_data_set_is_refused(call: Call, folder: Path) -> None:
+    np.savez(folder / "train.npz", x=np.zeros((0, 1, 8, 8), np.uint8), y=np.zeros(0, np.int64))
+    refused(call(*release_arguments(folder)), "train.npz")
+    (folder / "empty").mkdir()
+    refused(call(*release_arguments(folder, source=folder / "empty")), "empty")
+    assert not (folder / "r.safetensors").exists()
+
+
+def test_mixed_sizes_need_a_rule(call: Call, folder: Path) -> None:
+    for label in ("a", "b"):
+        (folder / "scans" / label).mkdir(parents=True)
+        for i, side in enumerate((8, 9)):
+            Image.new("L", (side, side), 100).save(folder / "scans" / label / f"{i}.png")
+    arguments = release_arguments(folder, source=folder / "scans", num_classes=2, delta=0.1)
+    refused(call(*arguments), "image_size")
+    assert not (folder / "r.safetensors").exists()
+    assert call(*arguments, "--image-size", 8, "--quiet").code == 0
+
+
+def test_a_large_delta_warns(call: Call, folder: Path) -> None:
+    result = call(*release_arguments(folder, delta=0.01))
+    assert result.code == 0
+    assert "warning: delta=0.01 is above 1 / N" in result.err
+
+
+@pytest.mark.parametrize("missing", ["epsilon", "delta", "adjacency", "out"])
+def test_a_required_option_is_asked_for(call: Call, folder: Path, missing: str) -> None:
+    before = files(folder)
+    result = call(*release_arguments(folder, **{missing: None}))
+    assert result.code == 2
+    assert result.out == ""
+    assert f"--{missing}" in result.err
+    assert files(folder) == before
+
+
+BAD_RECIPES: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "tap": ('"conv1"', '"conv0"', ("no tap 'conv0'", "did you mean 'conv1'", "fire9")),
+    "encoder": ("[encoder]", '[encoder]\nname = "vgg"', ("unknown encoder 'vgg'", "vgg11")),
+    "key": ("[train]", "[train]\nstep = 2", ("unknown key 'train.step'", "steps")),
+    "adjacency": ('adjacency = "replace-one"', "", ("'release.adjacency' is missing",)),
+    "epsilon": ("epsilon = 5.0", "epsilon = -1", ("release.epsilon = -1",)),
+    "generator": ("[generator]", '[generator]\nname = "gan"', ("generator 'gan'", "resnet")),
+    "generator size": ("image_size = 8", "image_size = 9", ("image_size=9", "multiple of 4")),
+    "other size": ("image_size = 8", "image_size = 12", ("(1, 12, 12)", "(1, 8, 8)")),
+    "classifier": ("[evaluate]", '[evaluate]\nclassifiers = ["svm"]', ("svm", "mlp, cnn")),
+    "classes": ("num_classes = 3", "num_classes = 2", ("label", "2")),
+    "no classes": ("num_classes = 3", "", ("data.num_classes",)),
+    "source": ("train.npz", "absent.npz", ("absent.npz", "does not exist")),
+    "joint": ("[generator]", "joint_weight = 1.0\n[generator]", ("joint_weight=1.0",)),
+}
+
+
+@pytest.mark.parametrize(("old", "new", "phrases"), BAD_RECIPES.values(), ids=BAD_RECIPES)
+def test_run_refuses_before_it_releases(
+    call: Call, folder: Path, old: str, new: str, phrases: tuple[str, ...]
+) -> None:
+    text = (folder / "mine.toml").read_text()
+    assert old in text
+    (folder / "bad.toml").write_text(text.replace(old, new))
+    before = files(folder)
+    refused(call("run", folder / "bad.toml", "--out", folder / "run"), *phrases)
+    assert files(folder) == before  # the folder is free for the corrected recipe
+
+
+def test_unknown_recipes_list_the_known(call: Call, folder: Path) -> None:
+    refused(call("run", "fashion", "--out", folder / "run"), "'fashion'", "fashion-demo")
+    assert set(call("recipes", "--json").json) == set(dpmmd.recipe.names())
+    assert "fashion-demo" in call("recipes").out
+
+
+def test_corrupt_files_are_refused(call: Call, folder: Path) -> None:
+    bad = folder / "bad.safetensors"
+    bad.write_bytes(b"\x10\0\0\0\0\0\0\0{}")
+    refused(call("privacy", bad), "bad.safetensors", "not a readable release")
+    refused(call("train", bad, "--out", folder / "t"), "bad.safetensors", "not a readable release")
+    refused(call("privacy", folder / "absent"), "no such release", "dpmmd release")
+    (folder / "t" / "checkpoints").mkdir(parents=True)
+    (folder / "t" / "checkpoints" / "last.pt").write_bytes(b"PK")
+    before = files(folder)
+    result = call("sample", folder / "t", "--out", folder / "s.npz")
+    refused(result, "last.pt", "not a readable checkpoint", "remove it")
+    refused(call("sample", folder / "absent", "--out", folder / "s.npz"), "no such checkpoint")
+    refused(call("sample", folder / "t", "--out", folder / "s.png"), "--out", ".npz")
+    refused(call("sample", folder / "t", "--out", folder / "s.npz", "--num-images", 0), "0")
+    assert files(folder) == before
+
+
+def test_evaluate_refuses(call: Call, folder: Path) -> None:
+    x, y = bars(30, 0)
+    np.savez(folder / "plain.npz", x=x)
+    np.savez(folder / "large.npz", x=x.repeat(2, axis=2).repeat(2, axis=3), y=y)
+    (folder / "torn.npz").write_bytes((folder / "test.npz").read_bytes()[:100])
+
+    def evaluate(name: str, *more: object) -> Result:
+        return call(
+            "evaluate", folder / name, "--test", folder / "test.npz", "--num-classes", 3, *more
+        )
+
+    refused(evaluate("train.npz", "--classifiers", "svm"), "'svm'", "mlp, cnn")
+    refused(evaluate("train.npz", "--num-train", 0), "num_train")
+    refused(evaluate("plain.npz"), "plain.npz", "label")
+    refused(evaluate("large.npz"), "(1, 16, 16)", "image_size")
+    refused(evaluate("torn.npz"), "torn.npz")
+    refused(evaluate("absent.npz"), "absent.npz")
+
+
+# ----------------------------------------------------------------------------- real processes
+
+
+def process(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "dpmmd.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+
+def test_exit_codes_of_real_processes(tmp_path: Path) -> None:
+    good = process("calibrate", "--epsilon", 1, "--delta", 1e-6, "--json")
+    assert good.returncode == 0
+    assert good.stderr == ""
+    assert json.loads(good.stdout)["mu"] == pytest.approx(1 / 4.2246788893268, rel=1e-8)
+    bad = process("privacy", tmp_path / "absent")
+    assert bad.returncode == 2
+    assert bad.stdout == ""
+    assert bad.stderr.startswith("error: ")
+    assert bad.stderr.count("\n") == 1
+
+
+def test_ctrl_c_in_a_real_process(folder: Path) -> None:
+    text = (folder / "mine.toml").read_text()
+    (folder / "mine.toml").write_text(text.replace("steps = 6", "steps = 100000"))
+    command = [sys.executable, "-m", "dpmmd.cli", "run", "mine.toml", "--out", "run"]
+    running = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
+    assert running.stderr is not None
+    seen = ""
+    for line in running.stderr:
+        seen += line
+        if line.startswith("train: starts"):
+            break
+    while not (folder / "run" / "checkpoints" / "last.pt").exists():
+        assert running.poll() is None, seen
+        time.sleep(0.02)
+    running.send_signal(signal.SIGINT)
+    rest = running.communicate(timeout=60)[1]
+    assert running.returncode == 130, seen + rest
+    assert "Traceback" not in rest
+    assert "interrupted" in rest
+    assert training.load_checkpoint(folder / "run" / "checkpoints" / "last.pt")["step"] > 1
+
+
+# ----------------------------------------------------------------------------- help
+
+
+COMMANDS = [c.callback.__name__ for c in cli.app.registered_commands if c.callback]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_is_explained(call: Call, command: str) -> None:
+    result = call(command, "--help")
+    assert result.code == 0
+    assert "--json" in result.out
+    group = cli.typer.main.get_command(cli.app)
+    for parameter in group.commands[command].params:  # type: ignore[attr-defined]
+        assert getattr(parameter, "help", None), parameter.name
+
+
+def test_wrong_use_is_told_in_a_few_lines(call: Call) -> None:
+    for arguments in (["nosuch"], ["calibrate", "--epsilom", 1], ["calibrate", "--epsilon", "x"]):
+        result = call(*arguments)
+        assert result.code == 2
+        assert result.out == ""
+        assert str(arguments[-1]) in result.err or str(arguments[-2]) in result.err
+        assert "Traceback" not in result.err
+
+
+def test_the_table_of_accuracies() -> None:
+    rows = runs.accuracy_rows({"logistic_regression": {"synthetic": 0.71234}})
+    assert rows == [("logistic regression", "71.2 %", "")]

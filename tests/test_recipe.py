@@ -1,0 +1,145 @@
+"""Recipes: what is read, and what is refused before anything is done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpmmd import recipe
+from dpmmd.evaluate import CLASSIFIERS
+from dpmmd.functional import BOUNDS
+from dpmmd.nn import ESTIMATORS
+from dpmmd.privacy.sensitivity import ADJACENCIES
+from dpmmd.recipe import RecipeError, parse, read, revised
+
+MINIMAL = """
+[data]
+source = "images.npz"
+
+[release]
+epsilon = 1.0
+delta = 1e-5
+adjacency = "replace-one"
+"""
+
+
+def test_a_minimal_recipe_takes_the_defaults() -> None:
+    settings = parse(MINIMAL)
+    assert settings.data.num_classes is None
+    assert settings.release.epsilon == 1.0
+    assert settings.release.moments == (1,)
+    assert settings.encoder.name == "squeezenet1.1"
+    assert settings.train.estimator in ESTIMATORS
+    assert settings.evaluate is None
+
+
+@pytest.mark.parametrize("name", recipe.names())
+def test_packaged_recipes(name: str) -> None:
+    settings, text = read(name)
+    assert parse(text) == settings
+    assert settings.description.endswith(".")
+    assert settings.release.delta < 1 / 60_000 or "fashion" not in name
+
+
+def test_there_is_a_demo() -> None:
+    assert "fashion-demo" in recipe.names()
+
+
+def test_a_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(MINIMAL + "[train]\nsteps = 7\n")
+    assert read(path)[0].train.steps == 7
+    assert read(str(path))[0] == read(path)[0]
+    (tmp_path / "fashion-demo").mkdir()  # a run's folder of the same name is no recipe
+    monkeypatch.chdir(tmp_path)
+    assert read("fashion-demo")[0].data.source == "fashion-mnist"
+
+
+REFUSED: dict[str, tuple[str, str]] = {
+    "unknown section": (MINIMAL + "[trian]\n", r"unknown key 'trian' \(known here: .*train"),
+    "unknown key": (
+        MINIMAL + "[train]\nstep = 3\n",
+        r"unknown key 'train\.step' \(known here: steps, batch_size, lr",
+    ),
+    "unknown key of an optional section": (
+        MINIMAL + "[evaluate]\nclassifier = 3\n",
+        r"unknown key 'evaluate\.classifier' \(known here: classifiers, num_train, seed\)",
+    ),
+    "two faults": (
+        MINIMAL + "[train]\nstep = 3\n[sample]\nimages = 3\n",
+        r"unknown key 'train\.step'.*; unknown key 'sample\.images'",
+    ),
+    "no epsilon": (MINIMAL.replace("epsilon = 1.0", ""), r"'release\.epsilon' is missing"),
+    "no delta": (MINIMAL.replace("delta = 1e-5", ""), r"'release\.delta' is missing"),
+    "no adjacency": (
+        MINIMAL.replace('adjacency = "replace-one"', ""),
+        r"'release\.adjacency' is missing",
+    ),
+    "no release": ('[data]\nsource = "x"\n', "'release' is missing"),
+    "no source": (MINIMAL.replace("source", "split"), r"'data\.source' is missing"),
+    "epsilon": (MINIMAL.replace("1.0", "0"), r"release\.epsilon = 0: .*greater than 0"),
+    "delta": (MINIMAL.replace("1e-5", "1.0"), r"release\.delta = 1\.0: .*less than 1"),
+    "adjacency": (
+        MINIMAL.replace("replace-one", "replace"),
+        r"release\.adjacency = 'replace': .*'replace-one', 'zero-out' or 'add-remove'",
+    ),
+    "bound": (MINIMAL + 'bound = "cube"\n', r"release\.bound = 'cube': .*'sphere'"),
+    "moment": (MINIMAL + "moments = [1, 3]\n", r"release\.moments.* = 3: .*1 or 2"),
+    "a word for a number": (
+        MINIMAL + '[train]\nsteps = "many"\n',
+        r"train\.steps = 'many': .*valid integer",
+    ),
+    "a fraction for an integer": (
+        MINIMAL + "[train]\nsteps = 1.5\n",
+        r"train\.steps = 1\.5: .*valid integer",
+    ),
+    "a number for a section": (MINIMAL.replace("[data]", "train = 3\n[data]"), "train = 3: "),
+    "below its range": (MINIMAL + "[train]\nsteps = 0\n", r"train\.steps = 0: .*1"),
+    "above its range": (MINIMAL + "[train]\nema_decay = 1.0\n", r"train\.ema_decay = 1\.0: .*1"),
+    "estimator": (MINIMAL + '[train]\nestimator = "sum"\n', r"train\.estimator = 'sum': .*'adam'"),
+    "not TOML": ("[data\n", "not valid TOML: .*line 1"),
+    "twice": (MINIMAL + MINIMAL, "not valid TOML"),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), REFUSED.values(), ids=REFUSED)
+def test_a_fault_is_refused_by_name(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=f"mine.toml: .*{message}"):
+        read(path)
+
+
+def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"'fashion': neither a \.toml file nor one of .*-demo"):
+        read("fashion")
+    with pytest.raises(RecipeError, match=r"absent\.toml'.*no such file"):
+        read(tmp_path / "absent.toml")
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RecipeError, match=r"binary\.toml: not a text file in UTF-8"):
+        read(tmp_path / "binary.toml")
+
+
+def test_revised() -> None:
+    section = parse(MINIMAL).train
+    changed = revised(section, {"steps": 5, "lr": None, "batch_size": None})
+    assert changed == section.model_copy(update={"steps": 5})
+    assert section.steps != 5
+    with pytest.raises(RecipeError, match="steps = 0"):
+        revised(section, {"steps": 0})
+    with pytest.raises(RecipeError, match="unknown key 'stpes'"):
+        revised(section, {"stpes": 1})
+
+
+def test_the_choices_are_those_of_the_library() -> None:
+    """A choice is written down twice, as a type here and where it is used."""
+
+    def choices(section: type[Any], key: str) -> tuple[str, ...]:
+        return section.model_fields[key].annotation.__args__
+
+    assert set(choices(recipe.ReleaseSection, "adjacency")) == set(ADJACENCIES)
+    assert set(choices(recipe.ReleaseSection, "bound")) == set(BOUNDS)
+    assert set(choices(recipe.TrainSection, "estimator")) == set(ESTIMATORS)
+    assert set(recipe.EvaluateSection().classifiers) == set(CLASSIFIERS)

@@ -31,9 +31,9 @@ class MMDLoss(nn.Module):
     - ``"adam"``: the paper's (Harder et al. 2023, section 3.2, after Santos et al. 2019): a vector
       v is trained by Adam (rate ``lr``) on mean((v - d)^2), the loss is <v, d>.
 
-    The value is the squared MMD for the first two. With ``"ema"`` and ``"adam"`` it is <v, d>, whose
-    gradient is that of the squared MMD up to a factor; their state moves on each call in training
-    mode and stays in eval mode.
+    The value is the squared MMD for the first two. With ``"ema"`` and ``"adam"`` it is <v, d>,
+    whose gradient is that of the squared MMD up to a factor; their state moves on each call in
+    training mode and stays in eval mode.
 
     Args:
         release: what to match.

@@ -2,6 +2,7 @@
 
 from dpmmd.privacy.accounting import Calibration, calibrate, compose, delta, epsilon
 from dpmmd.privacy.audit import Audit, audit
+from dpmmd.privacy.ledger import Ledger
 from dpmmd.privacy.mechanism import release
 from dpmmd.privacy.release_file import PrivacyError, Release
 from dpmmd.privacy.sensitivity import ADJACENCIES, Block, sensitivity
@@ -11,6 +12,7 @@ __all__ = [
     "Audit",
     "Block",
     "Calibration",
+    "Ledger",
     "PrivacyError",
     "Release",
     "audit",

@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dpmmd.privacy.accounting import calibrate
+from dpmmd.privacy.ledger import Ledger
 from dpmmd.privacy.noise import rounded_gaussian
 from dpmmd.privacy.release_file import (
     BlockRecord,
@@ -60,6 +61,8 @@ def release(
     joint_weight: float | None = None,
     batch_size: int = 256,
     out: str | os.PathLike[str] | None = None,
+    ledger: str | os.PathLike[str] | None = None,
+    budget: tuple[float, float] | None = None,
     progress: bool = True,
     insecure_test_noise: Callable[[int, float], np.ndarray] | None = None,
     **source_options: Any,
@@ -84,6 +87,9 @@ def release(
         bound, clip, joint_weight: likewise.
         batch_size: images a step; no effect on the result.
         out: also save the release there; an existing file is refused before any image is read.
+        ledger: file that remembers what was spent of this data set (`dpmmd.privacy.Ledger`). The
+            spend is recorded before any image is read; what fails later stays counted.
+        budget: (epsilon, delta) that all releases of this data set in ``ledger`` must keep to.
         progress: show a progress bar on standard error (none under add-remove adjacency, where the
             number of images is private).
         insecure_test_noise: for tests only: a function (n, sd) -> int64 [n] in place of the exact
@@ -96,6 +102,7 @@ def release(
     Raises:
         ValueError, TypeError: an argument out of range; labels outside 0..K-1; an empty data set.
         FileExistsError: ``out`` exists.
+        PrivacyError: the ledger was damaged or edited, or the budget does not allow the release.
 
     Warns:
         UserWarning: delta > 1 / N, which allows to publish somebody's image outright.
@@ -124,6 +131,9 @@ def release(
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size={batch_size!r}: expected an int >= 1.")
     noise_level = calibrate(epsilon=epsilon, delta=delta)
+    if budget is not None and ledger is None:
+        raise ValueError(f"budget={budget!r}: needs ledger=FILE, which remembers what was spent.")
+    book = None if ledger is None else Ledger(ledger, budget=budget)
 
     images = open_source(source, num_classes=num_classes, **source_options)
     public_n = adjacency != "add-remove"
@@ -142,6 +152,18 @@ def release(
     raw = [PrivateSums(classes, encoder.dim * len(group), device) for group in groups]
     raw_counts = PrivateSums(classes, 1, device)
     steps = -(-images.num_images // batch_size)
+    if book is not None:
+        with torch.inference_mode():  # what fails on blank images must not cost anything
+            encoder(torch.zeros(batch_size, *images.image_shape, device=device))
+        spend = book.spend(
+            identity=images.identity,
+            source=images.name,
+            mu=noise_level.mu,
+            epsilon=epsilon,
+            delta=delta,
+            adjacency=adjacency,
+            private=insecure_test_noise is None,
+        )
     batches = images.batches(batch_size)
     with torch.inference_mode():
         for batch in tqdm(
@@ -219,6 +241,8 @@ def release(
         array_sha256=array_hash(sums_out, counts),
     )
     result = Release(sums_out, counts, metadata)
+    if book is not None:
+        book.confirm(spend, metadata.array_sha256)
     if out is not None:
         result.save(out)
     return result

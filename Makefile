@@ -31,10 +31,10 @@ demo: install
 	$(BIN)/dpmmd run fashion-demo --out runs/demo
 
 test: install
-	$(BIN)/python -m pytest -q -n 2 -m "not long"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not long"
 
 test-long: install
-	$(BIN)/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 bench: install
 	$(BIN)/python -m pytest benches -q --benchmark-enable --benchmark-sort=name

@@ -96,6 +96,18 @@ def release(
     channels: Annotated[int | None, typer.Option(help="1 (grey) or 3 (RGB).")] = None,
     crop: Annotated[str | None, typer.Option(help="'center': crop instead of stretch.")] = None,
     batch_size: Annotated[int, typer.Option(help="Images a step; no effect on the result.")] = 256,
+    ledger: Annotated[
+        Path | None,
+        typer.Option(
+            help="File that remembers what was spent of each data set; made if absent. A release "
+            "that is interrupted stays counted."
+        ),
+    ] = None,
+    budget_epsilon: Annotated[
+        float | None,
+        typer.Option(help="Refuse if all releases in the ledger would pass this epsilon ..."),
+    ] = None,
+    budget_delta: Annotated[float | None, typer.Option(help="... at this delta.")] = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -105,10 +117,16 @@ def release(
     replace-one --num-classes 2 --image-size 64 --encoder-size 64`
     """
     import dpmmd
+    from dpmmd.privacy import Ledger
     from dpmmd.privacy.release_file import refuse_existing
     from dpmmd.privacy.report import facts
 
     refuse_existing(out)
+    if (budget_epsilon is None) != (budget_delta is None):
+        raise ValueError("--budget-epsilon and --budget-delta: give both of them, or neither.")
+    budget = None
+    if budget_epsilon is not None and budget_delta is not None:
+        budget = (budget_epsilon, budget_delta)
     loaded = dpmmd.encoders.load(encoder, image_size=encoder_size, weights=weights)
     released = dpmmd.release(
         source,
@@ -122,16 +140,19 @@ def release(
         clip=clip,
         batch_size=batch_size,
         out=out,
+        ledger=ledger,
+        budget=budget,
         progress=not quiet,
         split=split,
         image_size=image_size,
         channels=channels,
         crop=crop,
     )
+    told = facts(released, None if ledger is None else Ledger(ledger))
     if as_json:
-        _print_json({"out": str(out), **facts(released)})
+        _print_json({"out": str(out), **told})
     else:
-        _print_report(facts(released))
+        _print_report(told)
         _say(f"wrote {out}")
 
 
@@ -410,20 +431,26 @@ def calibrate(
 @app.command()
 def privacy(
     release: Annotated[Path, typer.Argument(help="Release file.")],
+    ledger: Annotated[
+        Path | None,
+        typer.Option(help="Also print the total over all releases of its data set in this ledger."),
+    ] = None,
     as_json: Json = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
 ) -> None:
     """Print what a release promises, to whom, and what it does not cover."""
     import dpmmd
-    from dpmmd.privacy.report import facts
+    from dpmmd.privacy import Ledger
+    from dpmmd.privacy.report import facts, markdown
 
     released = dpmmd.Release.load(release)
+    book = None if ledger is None else Ledger(ledger)
     if as_json:
-        _print_json(facts(released))
+        _print_json(facts(released, book))
     elif as_markdown:
-        typer.echo(released.report(), nl=False)
+        typer.echo(markdown(released, book), nl=False)
     else:
-        _print_report(facts(released))
+        _print_report(facts(released, book))
 
 
 @app.command()

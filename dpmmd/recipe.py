@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -70,6 +70,15 @@ class ReleaseSection(_Section):
     clip: float = Field(default=1.0, gt=0)
     joint_weight: float | None = Field(default=None, gt=0)
     batch_size: int = Field(default=256, ge=1)
+    ledger: str | None = None
+    budget: tuple[float, float] | None = None  # (epsilon, delta) of all releases in the ledger
+
+    @field_validator("budget")
+    @classmethod
+    def _budget_needs_a_ledger(cls, budget: Any, info: ValidationInfo) -> Any:
+        if budget is not None and info.data.get("ledger") is None:
+            raise ValueError("needs 'ledger', the file that remembers what was spent")
+        return budget
 
 
 class GeneratorSection(_Section):

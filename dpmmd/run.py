@@ -147,6 +147,8 @@ def _release(
                 clip=wanted.clip,
                 joint_weight=wanted.joint_weight,
                 batch_size=wanted.batch_size,
+                ledger=wanted.ledger,
+                budget=wanted.budget,
                 out=path,
                 progress=progress,
             )

@@ -253,6 +253,40 @@ def test_release_train_sample_evaluate_privacy(call: Call, folder: Path) -> None
     assert {p for p in files(folder) if "tmp" in p or Path(p).name.startswith(".")} == set()
 
 
+def test_releases_of_a_ledger_compose_and_keep_to_the_budget(call: Call, folder: Path) -> None:
+    ledger = folder / "ledger.jsonl"
+    budget = ["--ledger", ledger, "--budget-epsilon", 8, "--budget-delta", 1e-3, "--quiet"]
+    first = call(*release_arguments(folder), *budget, "--json").json
+    assert first["ledger"]["epsilon"]["replace-one"] == pytest.approx(5.0, rel=1e-6)
+    second = call(*release_arguments(folder, out=folder / "2.safetensors"), *budget)
+    assert second.code == 0
+    assert "releases of this data set" in second.out
+    before = files(folder), ledger.read_bytes()
+    third = call(*release_arguments(folder, out=folder / "3.safetensors"), *budget)
+    refused(third, "budget=(8, 0.001)", "2 earlier releases", "at most epsilon = ")
+    assert (files(folder), ledger.read_bytes()) == before
+
+    told = call("privacy", folder / "r.safetensors", "--ledger", ledger, "--json").json["ledger"]
+    assert told["releases"] == 2
+    assert told["mu"]["replace-one"] == pytest.approx(2**0.5 * first["mu"])
+    assert 5 < told["epsilon"]["replace-one"] < 8
+    table = call("privacy", folder / "r.safetensors", "--ledger", ledger, "--markdown").out
+    assert f"| all of them, replace-one | mu = {told['mu']['replace-one']:.6g}" in table
+
+    ledger.write_bytes(ledger.read_bytes().replace(b'"epsilon":5.0', b'"epsilon":0.1', 1))
+    refused(call("privacy", folder / "r.safetensors", "--ledger", ledger), "line 2: has hash")
+    refused(call(*release_arguments(folder, out=folder / "4"), *budget), "line 2: has hash")
+    refused(call("privacy", folder / "r.safetensors", "--ledger", folder / "none"), "no such file")
+
+
+def test_budgets_are_given_whole(call: Call, folder: Path) -> None:
+    before = files(folder)
+    refused(call(*release_arguments(folder), "--budget-epsilon", 1), "--budget-delta")
+    both = ["--budget-epsilon", 1, "--budget-delta", 1e-3]
+    refused(call(*release_arguments(folder), *both), "needs ledger=FILE")
+    assert files(folder) == before
+
+
 def test_quiet_is_quiet(call: Call, folder: Path) -> None:
     assert call(*release_arguments(folder, encoder_size=32), "--quiet", "--json").err == ""
     assert call("run", folder / "mine.toml", "--out", folder / "run", "-q", "--json").err == ""
@@ -320,6 +354,24 @@ def test_run_and_run_again(call: Call, folder: Path) -> None:
     assert "logistic regression" in table.out
     assert "not covered by (epsilon, delta)" in table.err
     assert str(out / "synthetic.npz") in table.err
+
+
+def test_a_run_spends_once(call: Call, folder: Path) -> None:
+    ledger = folder / "ledger.jsonl"
+    text = (folder / "mine.toml").read_text().replace("[evaluate]", "")
+    keys = f'ledger = "{ledger}"\nbudget = [6.0, 1e-3]\n[generator]'
+    (folder / "mine.toml").write_text(text.replace("[generator]", keys))
+    command = ["run", folder / "mine.toml", "--out"]
+    assert call(*command, folder / "run").code == 0
+    before = ledger.read_bytes()
+    (folder / "run" / "report.json").unlink()
+    again = call(*command, folder / "run")
+    assert again.code == 0
+    assert "no further privacy is spent" in again.err
+    assert ledger.read_bytes() == before
+    refused(call(*command, folder / "other"), "budget=(6, 0.001)", "1 earlier release")
+    assert not (folder / "other").exists()
+    assert ledger.read_bytes() == before
 
 
 def test_an_interrupted_run_resumes_to_the_same_set(
@@ -501,6 +553,7 @@ BAD_RECIPES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "classes": ("num_classes = 3", "num_classes = 2", ("label", "2")),
     "no classes": ("num_classes = 3", "", ("data.num_classes",)),
     "source": ("train.npz", "absent.npz", ("absent.npz", "does not exist")),
+    "budget": ("[generator]", "budget = [1, 0.1]\n[generator]", ("release.budget", "'ledger'")),
     "joint": ("[generator]", "joint_weight = 1.0\n[generator]", ("joint_weight=1.0",)),
 }
 

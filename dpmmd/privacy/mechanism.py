@@ -236,7 +236,7 @@ def release(
         labelled=labelled,
         num_images=images.num_images if public_n else None,
         image_shape=images.image_shape,
-        source=images.name,
+        source=images.name.encode("utf-8", "replace").decode(),  # a file name need not be UTF-8
         encoder=encoder.spec(),
         array_sha256=array_hash(sums_out, counts),
     )

@@ -8,6 +8,7 @@ from typing import Any
 from scipy.special import ndtr, ndtri
 
 from dpmmd.privacy import accounting
+from dpmmd.privacy.ledger import Ledger
 from dpmmd.privacy.release_file import Release
 
 ADJACENCY_MEANING = {
@@ -25,8 +26,12 @@ NOT_COVERED = (
 )
 
 
-def facts(release: Release) -> dict[str, Any]:
-    """The report as a JSON-able dictionary; every number follows from ``mu`` and the metadata."""
+def facts(release: Release, ledger: Ledger | None = None) -> dict[str, Any]:
+    """The report as a JSON-able dictionary; every number follows from ``mu`` and the metadata.
+
+    With a ledger it also has the total over all releases of the same data set, and raises
+    PrivacyError if this release is not in it.
+    """
     m = release.metadata
     blocks = []
     for block in m.blocks:
@@ -48,7 +53,7 @@ def facts(release: Release) -> dict[str, Any]:
                 else None,
             }
         )
-    return {
+    result = {
         "private": m.private,
         "promise": promise(release),
         "mu": m.mu,
@@ -80,6 +85,31 @@ def facts(release: Release) -> dict[str, Any]:
         "version": m.version,
         "array_sha256": m.array_sha256,
     }
+    if ledger is not None:
+        result["ledger"] = _ledger_facts(release, ledger)
+    return result
+
+
+def _ledger_facts(release: Release, ledger: Ledger) -> dict[str, Any]:
+    entry = ledger.entry_of(release)
+    total = ledger.total(entry.identity)
+    delta = release.metadata.delta
+
+    def finite(value: float) -> float | None:
+        return value if math.isfinite(value) else None
+
+    return {
+        "file": str(ledger.path),
+        "entry": entry.hash,
+        "source_identity": entry.identity,
+        "releases": total.releases,
+        "incomplete": total.incomplete,
+        "private": total.private,
+        "delta": delta,
+        # by the adjacency that the total is stated under; None: no guarantee
+        "mu": {adjacency: finite(mu) for adjacency, mu in total.mu.items()},
+        "epsilon": {a: finite(total.epsilon(adjacency=a, delta=delta)) for a in total.mu},
+    }
 
 
 def promise(release: Release) -> str:
@@ -95,9 +125,9 @@ def promise(release: Release) -> str:
     )
 
 
-def markdown(release: Release) -> str:
+def markdown(release: Release, ledger: Ledger | None = None) -> str:
     """The report for people."""
-    f = facts(release)
+    f = facts(release, ledger)
     lines = ["# Privacy report", "", f["promise"], ""]
     lines += ["| what | value |", "| --- | --- |"]
     lines += [f"| {name} | {value} |" for name, value in rows(f)]
@@ -148,6 +178,27 @@ def rows(f: dict[str, Any]) -> list[tuple[str, str]]:
                 f"{block['size']} numbers, one image's norm at most {block['bound']:g}{sign}",
             )
         )
+    if "ledger" in f:
+        result += _ledger_rows(f["ledger"])
+    return result
+
+
+def _ledger_rows(f: dict[str, Any]) -> list[tuple[str, str]]:
+    unfinished = f", {f['incomplete']} of them not completed but spent" if f["incomplete"] else ""
+    result = [
+        ("ledger", f"{f['file']} has this release (entry {f['entry'][:12]})"),
+        ("releases of this data set", f"{f['releases']}{unfinished}"),
+    ]
+    for adjacency, mu in f["mu"].items():
+        if mu is not None:
+            epsilon = f["epsilon"][adjacency]
+            at = "no usable epsilon" if epsilon is None else f"epsilon = {epsilon:.4g}"
+            value = f"mu = {mu:.6g}, {at} at delta = {f['delta']:g}"
+        elif not f["private"]:
+            value = "NO GUARANTEE: one of the releases was made with test noise"
+        else:
+            value = "no guarantee: one of the releases states the number of images"
+        result.append((f"all of them, {adjacency}", value))
     return result
 
 

@@ -88,7 +88,7 @@ def _quantise(group: list[Tensor], limit: float, ball: bool, clip: float) -> lis
     for v in group:
         if v.shape[1]:
             largest = torch.maximum(largest, v.abs().amax(dim=1))  # NaN propagates
-    usable = torch.isfinite(largest) & (largest >= 2.0**-1000)
+    usable = (largest >= 2.0**-1000) & (largest <= 2.0**1000)  # false for NaN
     exponent = torch.frexp(torch.where(usable, largest, 1.0)).exponent.to(torch.int64)
     inverse = _power_of_two(-exponent)[:, None]
     bits = 62 - max(0, math.ceil(math.log2(max(dim, 1))))

@@ -84,6 +84,13 @@ def release(
     weights: Annotated[
         str | None, typer.Option(help="The encoder's weight file, if not found by itself.")
     ] = None,
+    selection: Annotated[
+        str | None,
+        typer.Option(
+            help="A second encoder, for a block by which `train` picks its best checkpoint without "
+            "looking at private data again."
+        ),
+    ] = None,
     moments: Annotated[str, typer.Option(help="1, 2 or 1,2: means, squares, or both.")] = "1",
     bound: Annotated[str, typer.Option(help="sphere, ball, sphere-per-tap, ball-per-tap.")] = (
         "sphere"
@@ -138,6 +145,9 @@ def release(
         moments=_moments(moments),
         bound=bound,
         clip=clip,
+        selection=None
+        if selection is None
+        else dpmmd.encoders.load(selection, image_size=encoder_size),
         batch_size=batch_size,
         out=out,
         ledger=ledger,
@@ -187,6 +197,8 @@ def train(
     encoder = dpmmd.encoders.from_spec(
         released.metadata.encoder, weights=weights or settings.encoder.weights
     )
+    recorded = released.metadata.selection_encoder
+    selection = None if recorded is None else dpmmd.encoders.from_spec(recorded)
     checkpoint = out / "checkpoints" / training.CHECKPOINT
     if checkpoint.exists() and not quiet:
         _say(f"resumes at step {training.load_checkpoint(checkpoint)['step']} of {chosen.steps}")
@@ -195,12 +207,14 @@ def train(
         encoder,
         settings=chosen,
         generator_settings=settings.generator,
+        selection_encoder=selection,
         out=out,
         progress=not quiet,
     )
     result = {
         "checkpoint": str(checkpoint),
         "step": trained.step,
+        "selected_step": trained.selected_step,
         "seconds": round(trained.seconds, 2),
         "private": trained.private,
     }

@@ -183,9 +183,21 @@ class MMDLoss(nn.Module):
         )
 
 
-def check_encoder(release: Release, encoder: Encoder) -> None:
-    """Raises a PrivacyError naming the first thing in which encoder and release differ."""
-    recorded: dict[str, Any] = release.metadata.encoder
+def check_encoder(release: Release, encoder: Encoder, *, selection: bool = False) -> None:
+    """Raises a PrivacyError naming the first thing in which encoder and release differ.
+
+    Args:
+        release: has the record of its encoder.
+        encoder: the one to compare.
+        selection: compare with the encoder of the selection block instead.
+    """
+    metadata = release.metadata
+    recorded = metadata.selection_encoder if selection else metadata.encoder
+    if recorded is None:
+        raise PrivacyError(
+            "selection: the release has no selection block; make one with selection=ENCODER, or "
+            "train without selection."
+        )
     given = encoder.spec()
     for key in sorted({*recorded, *given}, key=lambda key: (key != "name", key)):
         if recorded.get(key) != given.get(key):

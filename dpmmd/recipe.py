@@ -69,6 +69,7 @@ class ReleaseSection(_Section):
     bound: Literal["sphere", "ball", "sphere-per-tap", "ball-per-tap"] = "sphere"
     clip: float = Field(default=1.0, gt=0)
     joint_weight: float | None = Field(default=None, gt=0)
+    weights: dict[str, float] | None = None
     batch_size: int = Field(default=256, ge=1)
     ledger: str | None = None
     budget: tuple[float, float] | None = None  # (epsilon, delta) of all releases in the ledger
@@ -155,6 +156,7 @@ class Recipe(_Section):
     description: str = ""
     data: DataSection
     encoder: EncoderSection = EncoderSection()
+    selection: EncoderSection | None = None  # encoder of the selection block, if there is to be one
     release: ReleaseSection
     generator: GeneratorSection = GeneratorSection()
     train: TrainSection = TrainSection()

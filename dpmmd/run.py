@@ -64,20 +64,21 @@ def run(
         raise RunError(f"{out}: exists and is not a run folder; choose another with --out.")
     _check_before_release(settings)
     encoder = load_encoder(settings.encoder)
+    selection = None if settings.selection is None else load_encoder(settings.selection)
 
     new = not kept.exists()
     if new:
         write_atomically(kept, text.encode())
     measured = _Measured(out / "measured.json")
     try:
-        released = _release(settings, encoder, out, measured, say, progress)
+        released = _release(settings, encoder, selection, out, measured, say, progress)
     except Exception:
         # Nothing was released: leave no folder that a corrected recipe could not use.
         if new and not (out / "release.safetensors").exists():
             kept.unlink()
             out.rmdir()
         raise
-    trained = _train(settings, released, encoder, out, measured, say, progress)
+    trained = _train(settings, released, encoder, selection, out, measured, say, progress)
     _sample(settings, trained, out, measured, say, progress)
     return _evaluate(settings, released, out, measured, say, progress)
 
@@ -105,6 +106,7 @@ def load_encoder(settings: recipe.EncoderSection) -> Encoder:
 def _release(
     settings: recipe.Recipe,
     encoder: Encoder,
+    selection: Encoder | None,
     out: Path,
     measured: _Measured,
     say: Say,
@@ -114,7 +116,7 @@ def _release(
     data, wanted = settings.data, settings.release
     if path.exists():
         released = Release.load(path)
-        _check_release(released, settings, encoder, path)
+        _check_release(released, settings, encoder, selection, path)
         say(f"release: found {path}, finished; re-used, no further privacy is spent")
     else:
         say(
@@ -146,6 +148,8 @@ def _release(
                 bound=wanted.bound,
                 clip=wanted.clip,
                 joint_weight=wanted.joint_weight,
+                weights=wanted.weights,
+                selection=selection,
                 batch_size=wanted.batch_size,
                 ledger=wanted.ledger,
                 budget=wanted.budget,
@@ -158,7 +162,11 @@ def _release(
 
 
 def _check_release(
-    released: Release, settings: recipe.Recipe, encoder: Encoder, path: Path
+    released: Release,
+    settings: recipe.Recipe,
+    encoder: Encoder,
+    selection: Encoder | None,
+    path: Path,
 ) -> None:
     """Refuses a release that the recipe would not have made."""
     m, wanted = released.metadata, settings.release
@@ -179,12 +187,15 @@ def _check_release(
                 "Choose another folder with --out."
             )
     check_encoder(released, encoder)
+    if selection is not None:
+        check_encoder(released, selection, selection=True)
 
 
 def _train(
     settings: recipe.Recipe,
     released: Release,
     encoder: Encoder,
+    selection: Encoder | None,
     out: Path,
     measured: _Measured,
     say: Say,
@@ -202,6 +213,7 @@ def _train(
         encoder,
         settings=settings.train,
         generator_settings=settings.generator,
+        selection_encoder=selection,
         out=out,
         progress=progress,
     )

@@ -23,8 +23,9 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from dpmmd.encoders import Encoder
+from dpmmd.functional import mean_embedding
 from dpmmd.generators import build
-from dpmmd.nn import MMDLoss
+from dpmmd.nn import MMDLoss, check_encoder
 from dpmmd.privacy.release_file import Release, write_atomically
 from dpmmd.recipe import GeneratorSection, TrainSection
 
@@ -44,6 +45,8 @@ class Trained:
     Attributes:
         generator: in eval mode, with averaged weights if the settings ask for them.
         num_classes: K, or None if it takes no labels.
+        selected_step: the step whose weights these are: the last, or the best by the release's
+            selection block.
         private: False if the release was stamped NOT PRIVATE.
         step: steps done.
         seconds: spent on training, over all resumptions.
@@ -54,6 +57,7 @@ class Trained:
     private: bool
     step: int
     seconds: float
+    selected_step: int
 
 
 def train(
@@ -63,6 +67,7 @@ def train(
     settings: TrainSection | None = None,
     *,
     generator_settings: GeneratorSection | None = None,
+    selection_encoder: Encoder | None = None,
     out: str | Path | None = None,
     progress: bool = True,
 ) -> Trained:
@@ -76,6 +81,9 @@ def train(
             None: one built from ``generator_settings``.
         settings: steps, batch size, rates, estimator, seed.
         generator_settings: which generator to build where ``generator`` is None.
+        selection_encoder: the encoder of the release's selection block. The weights kept are then
+            those with the least squared MMD to that block, compared every
+            ``settings.checkpoint_every`` steps; the private data are not looked at again.
         out: folder for ``checkpoints/last.pt`` and TensorBoard logs. A checkpoint found there is
             resumed from; on a CPU the result is the same bit for bit as without interruption.
         progress: show a progress bar on standard error.
@@ -118,15 +126,16 @@ def train(
     optimizer = torch.optim.Adam(
         generator.parameters(), lr=settings.lr, betas=settings.betas, foreach=True
     )
-    run = _Run(generator, optimizer, loss, rng, settings, release, record)
+    selection = None
+    if selection_encoder is not None:
+        selection = _Selection(release, selection_encoder, device)
+    run = _Run(generator, optimizer, loss, rng, settings, release, record, selection)
     folder = None if out is None else Path(out) / "checkpoints"
     if folder is not None and (folder / CHECKPOINT).exists():
         run.restore(load_checkpoint(folder / CHECKPOINT))
     if run.step < settings.steps:
         _loop(run, device, num_classes, folder, progress)
-    return Trained(
-        run.averaged.module.eval(), num_classes, release.metadata.private, run.step, run.seconds
-    )
+    return run.result()
 
 
 def build_generator(settings: GeneratorSection, num_classes: int | None) -> nn.Module:
@@ -192,11 +201,40 @@ def _loop(
             if run.step % settings.grid_every == 0 and logs.active:
                 logs.grid(run.step, sample_grid(run.averaged.module, num_classes, device))
             run.seconds = before + perf_counter() - started
-            last = run.step == settings.steps or bool(interrupted)
-            if folder is not None and (last or run.step % settings.checkpoint_every == 0):
+            due = run.step == settings.steps or run.step % settings.checkpoint_every == 0
+            if due and run.selection is not None:
+                logs.scalars(run.step, selection=run.compare())
+            if folder is not None and (due or interrupted):
                 run.save(folder)
     if interrupted:
         raise KeyboardInterrupt
+
+
+class _Selection:
+    """Squared MMD between generated images and the release's noised selection block."""
+
+    def __init__(self, release: Release, encoder: Encoder, device: torch.device) -> None:
+        check_encoder(release, encoder, selection=True)
+        target = release.selection_target
+        assert target is not None
+        self.target, self.encoder = target[None].to(device), encoder  # [1, K, D']
+        self.num_classes = release.num_classes
+        self.labelled = release.metadata.labelled
+
+    @torch.no_grad()
+    def score(self, generator: nn.Module, per_class: int = 200) -> float:
+        """The same latent points at every call: differences are the generator's."""
+        n = per_class * self.num_classes
+        images, y = sample(generator, n, self.num_classes if self.labelled else None, seed=1)
+        labels = torch.zeros(n, dtype=torch.int64) if y is None else torch.from_numpy(y)
+        sums, device = torch.zeros_like(self.target), self.target.device
+        for x, part in zip(
+            torch.from_numpy(images).split(250), labels.to(device).split(250), strict=True
+        ):
+            features = self.encoder(x.to(device).float() / 255)
+            means, counts = mean_embedding(features, part, self.num_classes)
+            sums += means * counts[None, :, None]
+        return float((self.target - sums / per_class).square().sum())
 
 
 class _Run:
@@ -211,6 +249,7 @@ class _Run:
         settings: TrainSection,
         release: Release,
         record: dict[str, Any],
+        selection: _Selection | None,
     ) -> None:
         self.generator, self.optimizer, self.loss = generator, optimizer, loss
         self.averaged = AveragedModel(generator, multi_avg_fn=self._average, use_buffers=True)
@@ -220,6 +259,29 @@ class _Run:
         with _seeded(settings.seed):
             self.global_rng = torch.get_rng_state()  # for dropout in a user's generator
         self.step, self.seconds = 0, 0.0
+        self.selection = selection
+        self.best: dict[str, Any] | None = None  # step, score and averaged weights
+
+    def compare(self) -> float:
+        """Scores the averaged weights by the selection block and keeps them if they are best."""
+        assert self.selection is not None
+        score = self.selection.score(self.averaged.module)
+        if self.best is None or score < self.best["score"]:
+            weights = {k: v.clone() for k, v in self.averaged.state_dict().items()}
+            self.best = {"step": self.step, "score": score, "averaged": weights}
+        return score
+
+    def result(self) -> Trained:
+        if self.best is not None:
+            self.averaged.load_state_dict(self.best["averaged"])
+        return Trained(
+            self.averaged.module.eval(),
+            self.metadata.num_classes if self.labelled else None,
+            self.metadata.private,
+            self.step,
+            self.seconds,
+            self.step if self.best is None else self.best["step"],
+        )
 
     def advance(self, device: torch.device, num_classes: int | None) -> Tensor:
         """One step; returns the loss, on its device."""
@@ -265,6 +327,7 @@ class _Run:
             "generator_settings": self.record,
             "generator": self.generator.state_dict(),
             "averaged": self.averaged.state_dict(),
+            "best": self.best,
             "optimizer": self.optimizer.state_dict(),
             "loss": loss_state,
             "rng": self.rng.get_state(),
@@ -297,6 +360,7 @@ class _Run:
         _load(self.averaged, state["averaged"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.loss.load_state_dict(state["loss"], strict=False)
+        self.best = state["best"] if self.selection is not None else None
         self.rng.set_state(state["rng"])
         self.global_rng = state["global_rng"]
         self.step, self.seconds = int(state["step"]), float(state["seconds"])
@@ -365,13 +429,15 @@ def load_generator(path: str | Path, generator: nn.Module | None = None) -> Trai
             )
         generator = build_generator(GeneratorSection(**record), state["num_classes"])
     averaged = AveragedModel(generator, use_buffers=True)
-    _load(averaged, state["averaged"])
+    kept = state["best"] or {"step": state["step"], "averaged": state["averaged"]}
+    _load(averaged, kept["averaged"])
     return Trained(
         averaged.module.eval(),
         state["num_classes"],
         bool(state["private"]),
         int(state["step"]),
         float(state["seconds"]),
+        int(kept["step"]),
     )
 
 

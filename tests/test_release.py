@@ -330,6 +330,62 @@ def test_sign_of_the_taps_sets_the_sensitivity() -> None:
     assert delta_of(nonnegative_encoder(), num_classes=3) == pytest.approx(2.02**0.5)
 
 
+def test_weights_scale_the_noise_and_not_the_sums() -> None:
+    encoder = small_encoder()
+    options = {"num_classes": 3, "moments": (1, 2), "delta": 1e-9}
+    even = exact(images(40), encoder, **options)
+    weights = {"phi2": 0.25, "counts": 0.5}
+    uneven = exact(images(40), encoder, weights=weights, **options)
+    torch.testing.assert_close(uneven.sums, even.sums, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(uneven.counts, even.counts)
+    assert [b.bound for b in uneven.metadata.blocks] == [1.0, 0.25, 0.5]
+    assert uneven.metadata.sensitivity / 2**30 == pytest.approx((4 + 2 / 16) ** 0.5)
+    noisy = [
+        dpmmd.release(images(40), encoder, weights=weights, **{**ARGUMENTS, **options})  # type: ignore[arg-type]
+        for _ in range(40)
+    ]
+    noise = torch.stack([r.sums - uneven.sums for r in noisy]).transpose(0, 1).flatten(1)
+    ratio = float(noise[1].std() / noise[0].std())
+    assert ratio == pytest.approx(4.0, rel=0.03)
+    with pytest.raises(ValueError, match="unknown block 'phi3'"):
+        exact(images(4), encoder, weights={"phi3": 1.0})
+    with pytest.raises(ValueError, match=r"weights\['phi1'\]=2.0"):
+        exact(images(4), encoder, weights={"phi1": 2.0})
+
+
+def test_selection_block(tmp_path: Path) -> None:
+    encoder, other = small_encoder(), nonnegative_encoder()
+    x, y, _ = rows(50)
+    options = {"num_classes": 3, "clip": 2.0, "selection": other}
+    released = exact(images(50), encoder, **options)
+    means, _ = functional.mean_embedding(other(x), y, 3)
+    assert released.selection_target is not None
+    torch.testing.assert_close(released.selection_target, means[0], rtol=1e-5, atol=1e-6)
+    assert [b.name for b in released.metadata.blocks] == ["phi1", "selection", "counts"]
+    assert released.metadata.selection_encoder == other.spec()
+    again = Release.load(released.save(tmp_path / "r.safetensors"))
+    assert again.selection is not None
+    assert torch.equal(again.selection, released.selection)  # type: ignore[arg-type]
+    noisy = dpmmd.release(images(50), encoder, **{**ARGUMENTS, **options})  # type: ignore[arg-type]
+    assert noisy.selection is not None
+    noise = (noisy.selection - released.selection).flatten()  # type: ignore[operator]
+    expected = noisy.metadata.sd / 2**30 / 0.25
+    assert float(noise.std()) == pytest.approx(expected, rel=6 / noise.numel() ** 0.5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"epsilon": 0.5}, {"mu": 0.01}, {"sd": 1.0}, {"adjacency": "zero-out"}, {"sensitivity": 1.0}],
+)
+def test_an_altered_claim_is_refused(
+    released: Release, tmp_path: Path, change: dict[str, object]
+) -> None:
+    metadata = released.metadata.model_copy(update=change)
+    path = Release(released.sums, released.counts, metadata).save(tmp_path / "r.safetensors")
+    with pytest.raises(PrivacyError, match=r"the claim .* does not follow"):
+        Release.load(path)
+
+
 def test_test_noise_is_stamped(encoder: dpmmd.encoders.Encoder) -> None:
     released = exact(images(10), encoder, delta=1e-9)
     assert not released.metadata.private
@@ -460,7 +516,7 @@ def test_the_file_holds_released_numbers_and_public_facts_only(released: Release
         "format", "version", "private", "adjacency", "unit", "epsilon", "delta", "mu", "sd",
         "sensitivity", "noise_sd", "grid_bits", "moments", "bound", "clip", "joint_weight",
         "blocks", "num_classes", "labelled", "num_images", "image_shape", "source",
-        "encoder", "array_sha256",
+        "encoder", "selection_encoder", "array_sha256",
     }  # fmt: skip
 
 

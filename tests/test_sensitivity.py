@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from dpmmd.privacy import ADJACENCIES, Block, sensitivity
+from dpmmd.privacy import ADJACENCIES, Block, optimal_weights, sensitivity
 
 # All integer vectors of two coordinates with norm <= 5 that lie on the sphere, or are zero.
 RADIUS = 5
@@ -95,3 +95,23 @@ def test_refusals() -> None:
         Block("a", "sums", math.nan)
     with pytest.raises(ValueError, match="kind='sum'"):
         Block("a", "sum", 1.0)
+
+
+@pytest.mark.parametrize("adjacency", ADJACENCIES)
+def test_optimal_weights_are_optimal(adjacency: str) -> None:
+    blocks = {"phi1": (30_000, False), "phi2": (30_000, True), "selection": (500, True)}
+    importance = {"phi1": 1.0, "phi2": 0.3, "selection": 5.0}
+    weights = optimal_weights(adjacency, blocks, importance=importance)
+    assert max(weights.values()) == 1.0
+
+    def energy(w: dict[str, float]) -> float:
+        made = [Block(name, "sums", w[name], blocks[name][1]) for name in blocks]
+        square = sensitivity(adjacency, made) ** 2
+        return sum(importance[n] * blocks[n][0] * square / w[n] ** 2 for n in blocks)
+
+    best = energy(weights)
+    for name in blocks:
+        for change in (0.97, 1.03):
+            assert energy({**weights, name: weights[name] * change}) > best
+    with pytest.raises(ValueError, match="importance"):
+        optimal_weights(adjacency, blocks, importance={"phi1": 1.0})

@@ -33,7 +33,7 @@ from dpmmd.train import (
     tile,
     train,
 )
-from tests.conftest import images, no_noise, small_encoder
+from tests.conftest import images, no_noise, nonnegative_encoder, small_encoder
 
 GENERATOR = GeneratorSection(name="conv", image_size=8, channels=1, z_dim=5, base_channels=4)
 QUICK: dict[str, Any] = {
@@ -501,3 +501,76 @@ def test_progress_goes_to_standard_error(
     assert out == ""
     assert "12/12" in err
     assert "loss=" in err
+
+
+def test_selection_keeps_the_best_step_and_survives_resuming(tmp_path: Path) -> None:
+    """The weights kept are those of the step with the least recorded score."""
+    encoder, other = small_encoder(), nonnegative_encoder()
+    release = dpmmd.release(
+        images(300),
+        encoder,
+        epsilon=50.0,
+        delta=1e-3,
+        adjacency="replace-one",
+        num_classes=3,
+        selection=other,
+        progress=False,
+    )
+    settings = TrainSection(
+        steps=12, batch_size=12, checkpoint_every=2, ema_decay=0.0, lr=0.3, schedule="constant"
+    )
+    scores: dict[int, float] = {}
+    original = training._Run.compare
+
+    def recorded(self: training._Run) -> float:
+        scores[self.step] = original(self)
+        return scores[self.step]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training._Run, "compare", recorded)
+        trained = training.train(
+            release,
+            encoder,
+            settings=settings,
+            selection_encoder=other,
+            out=tmp_path / "a",
+            progress=False,
+        )
+    assert sorted(scores) == [2, 4, 6, 8, 10, 12]
+    best = min(scores, key=lambda step: scores[step])
+    assert trained.selected_step == best
+    assert trained.step == 12
+    scorer = training._Selection(release, other, torch.device("cpu"))
+    assert scorer.score(trained.generator) == pytest.approx(scores[best], rel=1e-6)
+    loaded = training.load_generator(tmp_path / "a")
+    assert loaded.selected_step == best
+    assert scorer.score(loaded.generator) == pytest.approx(scores[best], rel=1e-6)
+    again = training.train(
+        release,
+        encoder,
+        settings=settings,
+        selection_encoder=other,
+        out=tmp_path / "a",
+        progress=False,
+    )
+    assert again.selected_step == best
+
+
+def test_selection_needs_a_selection_block_and_its_encoder(tmp_path: Path) -> None:
+    encoder = small_encoder()
+    without = dpmmd.release(
+        images(50), encoder, epsilon=5.0, delta=1e-3, adjacency="zero-out", progress=False
+    )
+    with pytest.raises(dpmmd.PrivacyError, match="no selection block"):
+        training.train(without, encoder, selection_encoder=encoder, progress=False)
+    released = dpmmd.release(
+        images(50),
+        encoder,
+        epsilon=5.0,
+        delta=1e-3,
+        adjacency="zero-out",
+        selection=nonnegative_encoder(),
+        progress=False,
+    )
+    with pytest.raises(dpmmd.PrivacyError, match="encoder: its taps"):
+        training.train(released, encoder, selection_encoder=encoder, progress=False)

@@ -5,7 +5,7 @@ from dpmmd.privacy.audit import Audit, audit
 from dpmmd.privacy.ledger import Ledger
 from dpmmd.privacy.mechanism import release
 from dpmmd.privacy.release_file import PrivacyError, Release
-from dpmmd.privacy.sensitivity import ADJACENCIES, Block, sensitivity
+from dpmmd.privacy.sensitivity import ADJACENCIES, Block, optimal_weights, sensitivity
 
 __all__ = [
     "ADJACENCIES",
@@ -20,6 +20,7 @@ __all__ = [
     "compose",
     "delta",
     "epsilon",
+    "optimal_weights",
     "release",
     "sensitivity",
 ]

@@ -14,7 +14,8 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,10 +42,31 @@ if TYPE_CHECKING:
     from dpmmd.encoders import Encoder
 
 GRID = 1 << GRID_BITS
-# The counts' bound tau relative to c. Beside signed sums under replace-one the counts are free;
-# elsewhere this adds 0.5 % to the noise and gives class counts with sd 0.1 Delta z / c: about 53
-# images at epsilon = 1.
-COUNTS_BOUND = 0.1
+# What one image may contribute to a block, relative to 2^30. Beside signed sums under replace-one
+# the counts are free; elsewhere 0.1 adds 0.5 % to the noise, and class counts get noise of about 53
+# images at epsilon = 1. A selection block of 0.25 adds 3 %.
+WEIGHTS = {"phi1": 1.0, "phi2": 1.0, "phi1+phi2": 1.0, "selection": 0.25, "counts": 0.1}
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A block of sums and what is summed in it."""
+
+    block: Block
+    encoder: Encoder
+    moments: tuple[int, ...]
+    joint_weight: float
+    bound: str
+    clip: float
+
+    @property
+    def dim(self) -> int:
+        return self.encoder.dim * len(self.moments)
+
+    @property
+    def unit(self) -> float:
+        """What one grid unit is worth in the released sums."""
+        return self.clip / self.block.bound
 
 
 def release(
@@ -59,6 +81,8 @@ def release(
     bound: str = "sphere",
     clip: float = 1.0,
     joint_weight: float | None = None,
+    weights: Mapping[str, float] | None = None,
+    selection: Encoder | None = None,
     batch_size: int = 256,
     out: str | os.PathLike[str] | None = None,
     ledger: str | os.PathLike[str] | None = None,
@@ -85,6 +109,12 @@ def release(
             about the task, not read from the data. None: unlabelled, labels are not read.
         moments: ``(1,)``, ``(2,)`` or ``(1, 2)``, as in `dpmmd.functional.mean_embedding`.
         bound, clip, joint_weight: likewise.
+        weights: what one image may contribute to each block of the released vector, in (0, 1],
+            relative to the others: more weight, less noise on that block and more on the rest.
+            Default: 1 for "phi1" and "phi2" (or "phi1+phi2"), 0.25 for "selection", 0.1 for
+            "counts". See `dpmmd.privacy.optimal_weights`.
+        selection: an encoder of its own for a further block: noised class means by which training
+            picks its best checkpoint without looking at private data.
         batch_size: images a step; no effect on the result.
         out: also save the release there; an existing file is refused before any image is read.
         ledger: file that remembers what was spent of this data set (`dpmmd.privacy.Ledger`). The
@@ -130,31 +160,30 @@ def release(
         raise ValueError(f"num_classes={num_classes!r}: expected None or an int >= 1.")
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size={batch_size!r}: expected an int >= 1.")
+    labelled, public_n = num_classes is not None, adjacency != "add-remove"
+    parts, counts_block = _blocks(
+        encoder, selection, moments, joint_weight, bound, clip, weights, labelled or not public_n
+    )
+    blocks = [part.block for part in parts] + ([counts_block] if counts_block else [])
     noise_level = calibrate(epsilon=epsilon, delta=delta)
     if budget is not None and ledger is None:
         raise ValueError(f"budget={budget!r}: needs ledger=FILE, which remembers what was spent.")
     book = None if ledger is None else Ledger(ledger, budget=budget)
 
     images = open_source(source, num_classes=num_classes, **source_options)
-    public_n = adjacency != "add-remove"
     if public_n:
         _warn_delta(delta, images.num_images)
-
-    labelled = num_classes is not None
     classes = num_classes or 1
-    blocks, groups = _blocks(encoder, moments, joint_weight)
-    if labelled or not public_n:
-        tau = round(COUNTS_BOUND * GRID)
-        blocks.append(Block("counts", "counts", float(tau)))
     sd = noise_level.sd_over_sensitivity * sensitivity(adjacency, blocks)
 
     device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
-    raw = [PrivateSums(classes, encoder.dim * len(group), device) for group in groups]
+    raw = [PrivateSums(classes, part.dim, device) for part in parts]
     raw_counts = PrivateSums(classes, 1, device)
     steps = -(-images.num_images // batch_size)
     if book is not None:
         with torch.inference_mode():  # what fails on blank images must not cost anything
-            encoder(torch.zeros(batch_size, *images.image_shape, device=device))
+            for used in {id(part.encoder): part.encoder for part in parts}.values():
+                used(torch.zeros(batch_size, *images.image_shape, device=device))
         spend = book.spend(
             identity=images.identity,
             source=images.name,
@@ -174,30 +203,37 @@ def release(
             disable=not (progress and public_n),
         ):
             pixels, labels, valid = _harmless(batch, classes, labelled, device)
-            features = [f.permute(0, 2, 3, 1).flatten(1) for f in encoder(pixels)]
+            features = {
+                id(used): [f.permute(0, 2, 3, 1).flatten(1) for f in used(pixels)]
+                for used in {id(part.encoder): part.encoder for part in parts}.values()
+            }
             counted = valid
-            for block, group, sums in zip(blocks, groups, raw, strict=False):
+            for part, sums in zip(parts, raw, strict=True):
                 counted = counted & sums.add(
-                    features,
+                    features[id(part.encoder)],
                     labels,
                     valid,
-                    int(block.bound),
-                    moments=group,
-                    joint_weight=joint_weight or 1.0,
-                    bound=bound,
-                    clip=clip,
-                    nonnegative=block.nonnegative,
+                    int(part.block.bound),
+                    moments=part.moments,
+                    joint_weight=part.joint_weight,
+                    bound=part.bound,
+                    clip=part.clip,
+                    nonnegative=part.block.nonnegative,
                 )
-            raw_counts.add_counts(labels, counted, round(COUNTS_BOUND * GRID))
+            if counts_block is not None:
+                raw_counts.add_counts(labels, counted, int(counts_block.bound))
             del batch, pixels, labels, valid, features, counted
 
     sampler = insecure_test_noise or rounded_gaussian
-    released = [_noised(sums, sd, sampler) for sums in raw]  # [K, D] or, joint, [K, 2 D] each
-    if len(groups[0]) == 2:
+    released = [
+        _noised(sums, sd, sampler) * part.unit for part, sums in zip(parts, raw, strict=True)
+    ]  # [K, D] each; [K, 2 D] for a joint block
+    chosen = released.pop().float() if selection is not None else None
+    if joint_weight is not None:
         released = list(released[0].chunk(2, dim=1))
-    sums_out = (torch.stack(released) * (clip / GRID)).float().contiguous()  # [M, K, D]
-    if blocks[-1].kind == "counts":
-        noisy = _noised(raw_counts, sd, sampler)[:, 0] / round(COUNTS_BOUND * GRID)
+    sums_out = torch.stack(released).float().contiguous()  # [M, K, D]
+    if counts_block is not None:
+        noisy = _noised(raw_counts, sd, sampler)[:, 0] / counts_block.bound
         counts = noisy.clamp(min=1.0)
         if not public_n:
             _warn_delta(delta, int(counts.sum()))
@@ -228,9 +264,9 @@ def release(
                 kind="counts" if block.kind == "counts" else "sums",
                 bound=block.bound / GRID,
                 nonnegative=block.nonnegative,
-                size=classes * (1 if block.kind == "counts" else encoder.dim * len(group)),
+                size=classes * dim,
             )
-            for block, group in zip(blocks, [*groups, ()], strict=False)
+            for block, dim in zip(blocks, [*(part.dim for part in parts), 1], strict=False)
         ),
         num_classes=classes,
         labelled=labelled,
@@ -238,9 +274,10 @@ def release(
         image_shape=images.image_shape,
         source=images.name.encode("utf-8", "replace").decode(),  # a file name need not be UTF-8
         encoder=encoder.spec(),
-        array_sha256=array_hash(sums_out, counts),
+        selection_encoder=None if selection is None else selection.spec(),
+        array_sha256=array_hash(sums_out, counts, chosen),
     )
-    result = Release(sums_out, counts, metadata)
+    result = Release(sums_out, counts, metadata, chosen)
     if book is not None:
         book.confirm(spend, metadata.array_sha256)
     if out is not None:
@@ -249,14 +286,41 @@ def release(
 
 
 def _blocks(
-    encoder: Encoder, moments: Sequence[int], joint_weight: float | None
-) -> tuple[list[Block], list[tuple[int, ...]]]:
-    """The blocks of sums, each bounded on its own, and the moments that each one holds."""
-    signless = all(tap.sign == "nonnegative" for tap in encoder.taps)
-    if joint_weight is not None:
-        return [Block("phi1+phi2", "sums", float(GRID), signless)], [(1, 2)]
-    blocks = [Block(f"phi{m}", "sums", float(GRID), signless or m == 2) for m in moments]
-    return blocks, [(m,) for m in moments]
+    encoder: Encoder,
+    selection: Encoder | None,
+    moments: tuple[int, ...],
+    joint_weight: float | None,
+    bound: str,
+    clip: float,
+    weights: Mapping[str, float] | None,
+    with_counts: bool,
+) -> tuple[list[_Part], Block | None]:
+    """The blocks of sums (the selection block last) and the block of counts, if there is one."""
+    groups = [moments] if joint_weight is not None else [(m,) for m in moments]
+    names = ["+".join(f"phi{m}" for m in group) for group in groups]
+    names += ["selection"] * (selection is not None) + ["counts"] * with_counts
+    weights = dict(weights or {})
+    for name, weight in weights.items():
+        if name not in names:
+            raise ValueError(f"weights: unknown block {name!r}, this release has {names}.")
+        if not 2.0**-20 <= weight <= 1.0:
+            raise ValueError(f"weights[{name!r}]={weight!r}: expected a number in [2^-20, 1].")
+
+    def block(name: str, kind: str, nonnegative: bool) -> Block:
+        return Block(name, kind, float(round(weights.get(name, WEIGHTS[name]) * GRID)), nonnegative)
+
+    parts = []
+    for name, group in zip(names, groups, strict=False):
+        sums = block(name, "sums", group == (2,) or _nonnegative(encoder))
+        parts.append(_Part(sums, encoder, group, joint_weight or 1.0, bound, clip))
+    if selection is not None:
+        sums = block("selection", "sums", _nonnegative(selection))
+        parts.append(_Part(sums, selection, (1,), 1.0, "sphere", 1.0))
+    return parts, block("counts", "counts", False) if with_counts else None
+
+
+def _nonnegative(encoder: Encoder) -> bool:
+    return all(tap.sign == "nonnegative" for tap in encoder.taps)
 
 
 def _harmless(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import tempfile
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as encode
 from torch import Tensor
+
+from dpmmd.privacy.accounting import delta as delta_of
+from dpmmd.privacy.sensitivity import Block, sensitivity
 
 FORMAT = 1
 
@@ -44,7 +48,8 @@ class Metadata(BaseModel):
     """What a release says about itself; all of it public.
 
     ``sd`` and ``sensitivity`` are in grid units (one image's bound is 2^``grid_bits``);
-    ``noise_sd`` is the same noise in the unit of ``target`` sums, before division by the counts.
+    ``noise_sd`` is the same noise in the unit of the released sums, for a block of bound 1; a
+    block of another bound (its weight) has ``noise_sd / bound``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -71,6 +76,7 @@ class Metadata(BaseModel):
     image_shape: tuple[int, int, int]  # (C, H, W) that images were brought to
     source: str
     encoder: dict[str, Any]
+    selection_encoder: dict[str, Any] | None = None
     array_sha256: str = ""
 
 
@@ -83,16 +89,25 @@ class Release:
         counts: images per class to divide by, float64 [K]: N where it is public and there is one
             class, else the released noisy counts (at least 1).
         metadata: privacy parameters, encoder and layout.
+        selection: noised class sums of the selection block, float32 [K, D'], or None.
     """
 
     sums: Tensor
     counts: Tensor
     metadata: Metadata
+    selection: Tensor | None = None
 
     @property
     def target(self) -> Tensor:
         """The noised class means m~ = R / n, float32 [M, K, D]."""
         return (self.sums.double() / self.counts[None, :, None]).float()
+
+    @property
+    def selection_target(self) -> Tensor | None:
+        """The noised class means of the selection block, float32 [K, D'], or None."""
+        if self.selection is None:
+            return None
+        return (self.selection.double() / self.counts[:, None]).float()
 
     @property
     def num_classes(self) -> int:
@@ -120,10 +135,10 @@ class Release:
             FileExistsError: ``path`` exists and ``overwrite`` is False.
         """
         path = Path(path)
-        data = encode(
-            {"sums": self.sums.contiguous(), "counts": self.counts.contiguous()},
-            metadata={"dpmmd": self.metadata.model_dump_json()},
-        )
+        tensors = {"sums": self.sums.contiguous(), "counts": self.counts.contiguous()}
+        if self.selection is not None:
+            tensors["selection"] = self.selection.contiguous()
+        data = encode(tensors, metadata={"dpmmd": self.metadata.model_dump_json()})
         write_atomically(path, data, overwrite=overwrite)
         return path
 
@@ -144,7 +159,7 @@ class Release:
             with safe_open(str(path), framework="pt") as file:
                 text = (file.metadata() or {}).get("dpmmd")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if text is None or set(tensors) != {"sums", "counts"}:
+            if text is None or set(tensors) - {"selection"} != {"sums", "counts"}:
                 raise PrivacyError(f"{path}: a safetensors file, but not a dpmmd release.")
             if json.loads(text).get("format") != FORMAT:
                 raise PrivacyError(
@@ -158,7 +173,7 @@ class Release:
                 f"{path}: not a readable release ({reason}). The file is truncated, corrupt or of "
                 "another kind; restore it from a copy. Releasing the data again costs privacy."
             ) from None
-        release = cls(tensors["sums"], tensors["counts"], metadata)
+        release = cls(tensors["sums"], tensors["counts"], metadata, tensors.get("selection"))
         release._verify(str(path))
         return release
 
@@ -171,22 +186,35 @@ class Release:
             or self.counts.shape != (m.num_classes,)
             or self.sums.dtype != torch.float32
             or self.counts.dtype != torch.float64
+            or (self.selection is None) != (m.selection_encoder is None)
         ):
             raise PrivacyError(
                 f"{name}: arrays {tuple(self.sums.shape)} and {tuple(self.counts.shape)} do not "
                 f"match its metadata (moments, classes) = {expected}."
             )
-        if array_hash(self.sums, self.counts) != m.array_sha256:
+        blocks = [Block(b.name, b.kind, b.bound * 2**m.grid_bits, b.nonnegative) for b in m.blocks]
+        if (
+            not math.isclose(sensitivity(m.adjacency, blocks), m.sensitivity, rel_tol=1e-9)
+            or not math.isclose(m.mu * m.sd, m.sensitivity, rel_tol=1e-9)
+            or delta_of(mu=m.mu, epsilon=m.epsilon) > m.delta * (1 + 1e-6)
+        ):
+            raise PrivacyError(
+                f"{name}: the claim (epsilon = {m.epsilon:g}, delta = {m.delta:g}, {m.adjacency}) "
+                "does not follow from the noise and the blocks recorded beside it; the file was "
+                "altered. Restore it from a copy."
+            )
+        if array_hash(self.sums, self.counts, self.selection) != m.array_sha256:
             raise PrivacyError(
                 f"{name}: the arrays do not match the hash in the metadata; the file was altered "
                 "or damaged. Restore it from a copy."
             )
 
 
-def array_hash(sums: Tensor, counts: Tensor) -> str:
+def array_hash(sums: Tensor, counts: Tensor, selection: Tensor | None = None) -> str:
     """sha256 over the little-endian bytes of the released arrays."""
     digest = hashlib.sha256()
-    for tensor, kind in ((sums, "<f4"), (counts, "<f8")):
+    arrays = [(sums, "<f4"), (counts, "<f8")]
+    for tensor, kind in arrays if selection is None else [*arrays, (selection, "<f4")]:
         digest.update(np.ascontiguousarray(tensor.numpy(), dtype=kind).data)
     return digest.hexdigest()
 

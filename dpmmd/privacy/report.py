@@ -35,22 +35,22 @@ def facts(release: Release, ledger: Ledger | None = None) -> dict[str, Any]:
     m = release.metadata
     blocks = []
     for block in m.blocks:
-        noise_norm = m.noise_sd * math.sqrt(block.size / m.num_classes)
+        # phi blocks are released in units of the clip norm; selection and counts in their own
+        norm = m.clip if block.name.startswith("phi") else 1.0
+        noise_sd = m.sd / 2**m.grid_bits * norm / block.bound
+        noise_norm = noise_sd * math.sqrt(block.size / m.num_classes)
         blocks.append(
             {
                 "name": block.name,
                 "kind": block.kind,
-                "bound": block.bound * m.clip,
+                "bound": norm,  # of one image's vector, in the unit of the released sums
+                "weight": block.bound,
                 "nonnegative": block.nonnegative,
                 "size": block.size,
-                "noise_sd": m.noise_sd,
-                # of a class mean, with the released divisors; counts are noised in images
+                "noise_sd": noise_sd,  # of a class sum; of a count, in images
                 "expected_noise_norm_per_class": [noise_norm / n for n in release.counts.tolist()]
                 if block.kind == "sums"
-                else None,
-                "noise_sd_images": m.noise_sd / (block.bound * m.clip)
-                if block.kind == "counts"
-                else None,
+                else None,  # of a class mean, with the released divisors
             }
         )
     result = {
@@ -75,8 +75,6 @@ def facts(release: Release, ledger: Ledger | None = None) -> dict[str, Any]:
         "assumed_public": _public(release),
         "sensitivity": m.sensitivity / 2**m.grid_bits * m.clip,
         "sd_over_sensitivity": m.sd / m.sensitivity,
-        "noise_sd": m.noise_sd,
-        "mean_norm_bound_per_class": m.clip,
         "blocks": blocks,
         "not_covered": list(NOT_COVERED),
         "source": m.source,
@@ -175,7 +173,8 @@ def rows(f: dict[str, Any]) -> list[tuple[str, str]]:
         result.append(
             (
                 f"block {block['name']}",
-                f"{block['size']} numbers, one image's norm at most {block['bound']:g}{sign}",
+                f"{block['size']} numbers, one image's norm at most {block['bound']:g}, weight "
+                f"{block['weight']:g}{sign}",
             )
         )
     if "ledger" in f:
@@ -207,13 +206,13 @@ def utility(f: dict[str, Any]) -> list[str]:
     lines = []
     for block in f["blocks"]:
         if block["kind"] == "counts":
-            lines.append(f"class counts: noise sd {block['noise_sd_images']:.3g} images")
+            lines.append(f"class counts: noise sd {block['noise_sd']:.3g} images")
             continue
         norms = block["expected_noise_norm_per_class"]
         lines.append(
             f"{block['name']}: expected norm of the noise on a class mean "
             f"{_range(norms)}, against means of norm at most "
-            f"{f['mean_norm_bound_per_class']:g}; the squared MMD to the noised target exceeds "
+            f"{block['bound']:g}; the squared MMD to the noised target exceeds "
             f"that to the true one by {sum(n * n for n in norms):.3g} in expectation, whatever "
             "the generator"
         )

@@ -31,7 +31,7 @@ Every entry of this table is reached, and never passed, by exhaustive enumeratio
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 ADJACENCIES = ("replace-one", "zero-out", "add-remove")
@@ -103,3 +103,40 @@ def sensitivity(adjacency: str, blocks: Sequence[Block]) -> float:
 
 def _sum_of_squares(values: Iterable[float]) -> float:
     return math.fsum(v * v for v in values)
+
+
+def optimal_weights(
+    adjacency: str, blocks: Mapping[str, tuple[int, bool]], *, importance: Mapping[str, float]
+) -> dict[str, float]:
+    """Weights that make the importance-weighted noise energy of blocks of sums least.
+
+    A block of size D_b (numbers) and weight w_b gets noise of energy proportional to
+    D_b Delta^2 / w_b^2, where Delta^2 = sum_b s_b^2 w_b^2 (s_b as in this module's table). By
+    Cauchy-Schwarz the sum of lambda_b D_b Delta^2 / w_b^2 is least at
+    w_b^2 proportional to sqrt(lambda_b D_b) / s_b. Minor for blocks that are alike; it matters
+    where a small block (a selection embedding) stands beside a large one.
+
+    Args:
+        adjacency: as in `sensitivity`.
+        blocks: name -> (size, non-negative).
+        importance: name -> lambda_b > 0, how much its noise matters per unit of energy.
+
+    Returns:
+        name -> weight in (0, 1], the largest 1; for ``dpmmd.release(weights=...)``.
+
+    Raises:
+        ValueError: unknown adjacency, no block, a name without importance, or one that is not > 0.
+    """
+    check_adjacency(adjacency)
+    if not blocks or set(blocks) != set(importance):
+        raise ValueError(
+            f"importance: has {sorted(importance)}, expected a number for each of {sorted(blocks)}."
+        )
+    squares = {}
+    for name, (size, nonnegative) in blocks.items():
+        if not (size > 0 and importance[name] > 0):
+            raise ValueError(f"{name!r}: size and importance must be > 0.")
+        factor = (2.0 if nonnegative else 4.0) if adjacency == "replace-one" else 1.0
+        squares[name] = math.sqrt(importance[name] * size / factor)
+    largest = max(squares.values())
+    return {name: math.sqrt(square / largest) for name, square in squares.items()}

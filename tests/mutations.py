@@ -1,0 +1,664 @@
+"""Faults injected into the trusted code, one at a time, each of which a named test must catch.
+
+    python -m tests.mutations            all of them, with the test that caught each
+    python -m tests.mutations NAME ...   some of them
+    python -m tests.mutations --list     what they mean, nothing is run
+
+The package and the tests are copied to a temporary folder. First the named tests must pass there as
+they are; then each mutation is applied, its tests run, and every one of them must fail by itself
+(an error of import or syntax does not count). Exit code 1 if a mutation survives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MECHANISM = "dpmmd/privacy/mechanism.py"
+SUMS = "dpmmd/privacy/sums.py"
+NOISE = "dpmmd/privacy/noise.py"
+SENSITIVITY = "dpmmd/privacy/sensitivity.py"
+FILE = "dpmmd/privacy/release_file.py"
+ENCODER = "dpmmd/encoders/base.py"
+ITEMS = "dpmmd/data/items.py"
+TRAIN = "dpmmd/train.py"
+
+
+@dataclass(frozen=True)
+class Edit:
+    """``old``, which must occur exactly once in ``file``, becomes ``new``."""
+
+    file: str
+    old: str
+    new: str
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A fault: its name, what it means, how it is made, and the tests that must fail."""
+
+    name: str
+    meaning: str
+    edits: tuple[Edit, ...]
+    tests: tuple[str, ...]
+
+
+_NOISED = "torch.from_numpy(np.asarray(sampler(values.numel(), sd), np.int64)).view_as(values)"
+_SD = "sd = noise_level.sd_over_sensitivity * sensitivity(adjacency, blocks)"
+_CERTIFY = "return certify(integers, limit, nonnegative=nonnegative)"
+_UNCERTIFIED = "return integers, torch.stack([(q != 0).any(dim=1) for q in integers]).any(dim=0)"
+_SPHERE = "rate = limit * GUARD / norm"
+_UNBOUNDED = "rate = limit * _power_of_two(exponent) / clip"
+_COUNTS = "_noised(raw_counts, sd, sampler)[:, 0] / counts_block.bound"
+_BAD = "tests/test_release.py::test_a_bad_image_contributes_zero_in_silence"
+_UNDECODABLE = "tests/test_data.py::test_an_undecodable_image_is_a_silent_zero_row"
+_CLAIM = "tests/test_release.py::test_an_altered_claim_is_refused"
+_AUDIT = "tests/test_audit.py::test_the_release_keeps_its_claim_and_the_audit_nearly_reaches_it"
+_ADD_REMOVE = "tests/test_release.py::test_n_stays_private_under_add_remove"
+_SUMS_OF = "tests/test_release.py::test_sums_are_those_of_the_features[moments0-sphere]"
+_TABLE = "tests/test_sensitivity.py::test_declared_sensitivity_is_reached_and_never_passed"
+
+MUTATIONS = (
+    # ------------------------------------------------------------------------- noise
+    Mutation(
+        "half-the-noise",
+        "every coordinate gets half the standard deviation that is declared",
+        (Edit(MECHANISM, "sampler(values.numel(), sd)", "sampler(values.numel(), sd / 2)"),),
+        ("tests/test_release.py::test_noise_has_the_declared_sd", f"{_AUDIT}[signed-zero-out]"),
+    ),
+    Mutation(
+        "no-noise",
+        "the raw sums leave",
+        (Edit(MECHANISM, f"values += {_NOISED}", "pass"),),
+        ("tests/test_release.py::test_noise_has_the_declared_sd", f"{_AUDIT}[signed-zero-out]"),
+    ),
+    Mutation(
+        "two-draws-averaged",
+        "noise is drawn twice for the same sums and averaged: sqrt(2) too little",
+        (
+            Edit(
+                MECHANISM,
+                f"values += {_NOISED}",
+                "values += torch.from_numpy("
+                "(sampler(values.numel(), sd) + sampler(values.numel(), sd)) // 2"
+                ").view_as(values)",
+            ),
+        ),
+        ("tests/test_release.py::test_noise_has_the_declared_sd",),
+    ),
+    Mutation(
+        "sums-can-be-taken-twice",
+        "two noised copies of one vector can be made for the price of one",
+        (Edit(SUMS, "sums, self._sums = self._sums.cpu(), None", "sums = self._sums.cpu()"),),
+        ("tests/test_release.py::test_raw_sums_cannot_be_looked_at",),
+    ),
+    Mutation(
+        "one-noise-for-all-blocks",
+        "two blocks of one size get the same draw: their difference is free of noise",
+        (
+            Edit(
+                MECHANISM,
+                "sampler = insecure_test_noise or rounded_gaussian",
+                "memory: dict[int, Any] = {}\n"
+                "    fresh = insecure_test_noise or rounded_gaussian\n"
+                "    sampler = lambda n, sd: memory.setdefault(n, fresh(n, sd))",
+            ),
+        ),
+        ("tests/test_release.py::test_every_block_has_noise_of_its_own",),
+    ),
+    Mutation(
+        "fixed-seed",
+        "the key of the noise is a constant that anybody can read",
+        (Edit(NOISE, "ChaCha20(os.urandom(32),", "ChaCha20(bytes(32),"),),
+        (
+            "tests/test_noise.py::test_runs_differ",
+            "tests/test_release.py::test_every_block_has_noise_of_its_own",
+        ),
+    ),
+    Mutation(
+        "float32-noise-on-the-integers",
+        "rounded float32 noise: its low bits are zero, so those of the raw sums can be read",
+        (
+            Edit(
+                NOISE,
+                "out[done : done + take] = accepted[:take]",
+                "out[done : done + take] = accepted[:take].astype(np.float32).astype(np.int64)",
+            ),
+        ),
+        (
+            "tests/test_float_attack.py::test_the_noise_takes_every_residue",
+            "tests/test_float_attack.py::test_last_bits_of_the_integers_tell_nothing",
+        ),
+    ),
+    Mutation(
+        "noise-scaled-by-private-n",
+        "under add-remove the standard deviation depends on the number of images",
+        (Edit(MECHANISM, _SD, f"{_SD} * (1 + 1 / images.num_images)"),),
+        (_ADD_REMOVE,),
+    ),
+    Mutation(
+        "noise-scaled-by-class-counts",
+        "a class of many images gets less noise, the declared sd is that of the smallest",
+        (
+            Edit(
+                MECHANISM,
+                "_noised(sums, sd, sampler) * part.unit for part, sums",
+                "_noised(sums, sd / int(raw_counts._sums.max() // counts_block.bound"
+                " if counts_block else 1) ** 0.5, sampler) * part.unit for part, sums",
+            ),
+        ),
+        ("tests/test_release.py::test_noise_has_the_declared_sd",),
+    ),
+    Mutation(
+        "selection-not-noised",
+        "the embedding that picks the checkpoint is the private one",
+        (
+            Edit(
+                MECHANISM,
+                "_noised(sums, sd, sampler) * part.unit for part, sums",
+                "_noised(sums, sd, (lambda n, _: np.zeros(n, np.int64))"
+                ' if part.block.name == "selection" else sampler) * part.unit for part, sums',
+            ),
+        ),
+        (
+            "tests/test_release.py::test_selection_block",
+            "tests/test_release.py::test_every_block_has_noise_of_its_own",
+        ),
+    ),
+    Mutation(
+        "counts-not-noised",
+        "exact class counts are released, and every class mean is divided by them",
+        (
+            Edit(
+                MECHANISM,
+                _COUNTS,
+                "_noised(raw_counts, sd, lambda n, _: np.zeros(n, np.int64))[:, 0]"
+                " / counts_block.bound",
+            ),
+        ),
+        ("tests/test_release.py::test_every_block_has_noise_of_its_own", _ADD_REMOVE),
+    ),
+    Mutation(
+        "exact-class-counts-as-divisors",
+        "what is released are means over the exact class counts",
+        (
+            Edit(
+                MECHANISM,
+                "sums_out = torch.stack(released)",
+                "sums_out = torch.stack([r / exact for r in released])",
+            ),
+            Edit(
+                MECHANISM,
+                "    released = [\n        _noised(sums",
+                "    exact = 1.0\n"
+                "    if counts_block is not None:\n"
+                "        exact = (raw_counts._sums / counts_block.bound).clamp(min=1)\n"
+                "    released = [\n        _noised(sums",
+            ),
+        ),
+        (_SUMS_OF, "tests/test_release.py::test_noise_has_the_declared_sd"),
+    ),
+    # ------------------------------------------------------------------------- bound, certificate
+    Mutation(
+        "no-bound",
+        "features are not clipped; the certificate drops what is too long, so privacy holds but "
+        "the release is of nothing",
+        (Edit(SUMS, _SPHERE, _UNBOUNDED),),
+        ("tests/test_release.py::test_integers_are_the_bounded_features[sphere]", _SUMS_OF),
+    ),
+    Mutation(
+        "no-bound-and-no-certificate",
+        "one image moves the sums by as much as its features are long",
+        (Edit(SUMS, _SPHERE, _UNBOUNDED), Edit(SUMS, _CERTIFY, _UNCERTIFIED)),
+        (
+            "tests/test_release.py::test_no_vector_passes_the_limit",
+            f"{_AUDIT}[signed-replace-one]",
+        ),
+    ),
+    Mutation(
+        "float-clip-without-certificate",
+        "scaled in floating point and rounded to nearest, without guard and without exact check",
+        (
+            Edit(SUMS, _CERTIFY, _UNCERTIFIED),
+            Edit(SUMS, "GUARD = 1.0 - 2.0**-20", "GUARD = 1.0"),
+            Edit(SUMS, "g.mul_(rate).trunc_()", "g.mul_(rate).round_()"),
+        ),
+        ("tests/test_release.py::test_no_vector_passes_the_limit",),
+    ),
+    Mutation(
+        "certificate-ignores-sign",
+        "negative entries enter a block whose sensitivity assumes there are none",
+        (Edit(SUMS, "if nonnegative and q.shape[1]:", "if False:"),),
+        ("tests/test_release.py::test_negative_entries_fail_a_nonnegative_block",),
+    ),
+    Mutation(
+        "float-sums",
+        "class sums in float32: their last bits depend on the order of the images",
+        (
+            Edit(
+                SUMS, "num_classes, dim, dtype=torch.int64", "num_classes, dim, dtype=torch.float"
+            ),
+            Edit(SUMS, "q.mul_(within[:, None]))\n", "q.mul_(within[:, None]).float())\n"),
+            Edit(SUMS, "counted.to(torch.int64) * tau", "(counted.to(torch.int64) * tau).float()"),
+            Edit(SUMS, "self._sums.cpu(), None", "self._sums.cpu().to(torch.int64), None"),
+        ),
+        ("tests/test_release.py::test_order_changes_no_bit",),
+    ),
+    # ------------------------------------------------------------------------- sensitivity
+    Mutation(
+        "second-moment-forgotten",
+        "the table counts the first block alone: sqrt(2) too small for two moments",
+        (
+            Edit(
+                SENSITIVITY,
+                "square = _sum_of_squares(b.bound for b in blocks)",
+                "square = _sum_of_squares(b.bound for b in blocks[:1])",
+            ),
+        ),
+        ("tests/test_sensitivity.py::test_second_moment_costs_its_share",),
+    ),
+    Mutation(
+        "second-moment-without-noise-for-it",
+        "the table is right, but the noise is made for phi1 alone",
+        (
+            Edit(
+                MECHANISM,
+                _SD,
+                "sd = noise_level.sd_over_sensitivity * sensitivity("
+                'adjacency, [b for b in blocks if b.name != "phi2"])',
+            ),
+        ),
+        (
+            "tests/test_release.py::test_a_release_passes_its_own_check",
+            "tests/test_audit.py::test_both_moments[add-remove]",
+        ),
+    ),
+    Mutation(
+        "replace-one-taken-as-add-remove",
+        "an image exchanged is taken for an image removed: a factor of 2",
+        (
+            Edit(
+                SENSITIVITY,
+                'if adjacency in ("add-remove", "zero-out"):',
+                'if adjacency in ("add-remove", "zero-out", "replace-one"):',
+            ),
+        ),
+        (
+            "tests/test_release.py::test_sign_of_the_taps_sets_the_sensitivity",
+            "tests/test_release.py::test_replay_neighbours_differ_by_at_most_the_sensitivity"
+            "[moments0-small_encoder-replace-one]",
+            f"{_AUDIT}[signed-replace-one]",
+        ),
+    ),
+    Mutation(
+        "signed-taken-as-nonnegative",
+        "the sensitivity of signed taps is that of ReLU outputs: sqrt(2) too small",
+        (
+            Edit(
+                MECHANISM,
+                'return all(tap.sign == "nonnegative" for tap in encoder.taps)',
+                "return True",
+            ),
+            Edit(SUMS, "if nonnegative and q.shape[1]:", "if False:"),
+        ),
+        (
+            "tests/test_release.py::test_sign_of_the_taps_sets_the_sensitivity",
+            f"{_AUDIT}[signed-replace-one]",
+        ),
+    ),
+    Mutation(
+        "sign-not-checked-by-the-encoder",
+        "a tap with negative values may be declared non-negative",
+        (Edit(ENCODER, 'if signs[name] == "nonnegative" and', "if False and"),),
+        ("tests/test_encoders.py::test_refuses_own_backbone_that_breaks_a_promise",),
+    ),
+    # ------------------------------------------------------------------------- what leaves
+    Mutation(
+        "n-in-the-metadata",
+        "under add-remove the exact number of images stands in the file",
+        (
+            Edit(
+                MECHANISM,
+                "num_images=images.num_images if public_n else None",
+                "num_images=images.num_images",
+            ),
+        ),
+        (_ADD_REMOVE,),
+    ),
+    Mutation(
+        "progress-under-add-remove",
+        "a progress bar counts the batches",
+        (Edit(MECHANISM, "disable=not (progress and public_n)", "disable=not progress"),),
+        (_ADD_REMOVE,),
+    ),
+    Mutation(
+        "log-line-under-add-remove",
+        "a log record names the number of images",
+        (
+            Edit(
+                MECHANISM,
+                "    classes = num_classes or 1\n",
+                "    classes = num_classes or 1\n"
+                '    __import__("logging").getLogger("dpmmd").info("%d", images.num_images)\n',
+            ),
+        ),
+        ("tests/test_release.py::test_messages_under_add_remove_do_not_depend_on_n",),
+    ),
+    Mutation(
+        "warning-under-add-remove",
+        "a warning about delta appears or not by the exact number of images",
+        (
+            Edit(
+                MECHANISM,
+                "    if public_n:\n        _warn_delta(delta, images.num_images)",
+                "    _warn_delta(delta, images.num_images)",
+            ),
+        ),
+        ("tests/test_release.py::test_messages_under_add_remove_do_not_depend_on_n",),
+    ),
+    Mutation(
+        "hash-not-checked",
+        "the arrays of a file were altered and nobody notices",
+        (
+            Edit(
+                FILE,
+                "if array_hash(self.sums, self.counts, self.selection) != m.array_sha256:",
+                "if False:",
+            ),
+        ),
+        ("tests/test_release.py::test_altered_files_are_refused",),
+    ),
+    Mutation(
+        "epsilon-not-checked",
+        "a file may claim a smaller epsilon than its noise gives",
+        (Edit(FILE, "or delta_of(mu=m.mu, epsilon=m.epsilon) > m.delta * (1 + 1e-6)", ""),),
+        (f"{_CLAIM}[change0]",),
+    ),
+    Mutation(
+        "noise-not-checked",
+        "a file may claim other noise than its mu needs",
+        (Edit(FILE, "or not math.isclose(m.mu * m.sd, m.sensitivity, rel_tol=1e-9)", ""),),
+        (f"{_CLAIM}[change2]",),
+    ),
+    Mutation(
+        "adjacency-not-checked",
+        "a file may claim another adjacency, or another sensitivity, than its blocks have",
+        (
+            Edit(
+                FILE,
+                "not math.isclose(sensitivity(m.adjacency, blocks), m.sensitivity, rel_tol=1e-9)",
+                "False",
+            ),
+        ),
+        (f"{_CLAIM}[change3]",),
+    ),
+    Mutation(
+        "test-noise-not-stamped",
+        "a release with test noise passes for a private one",
+        (
+            Edit(
+                MECHANISM,
+                "        private=insecure_test_noise is None,\n        adjacency",
+                "        private=True,\n        adjacency",
+            ),
+        ),
+        ("tests/test_release.py::test_test_noise_is_stamped",),
+    ),
+    Mutation(
+        "stamp-lost-in-the-checkpoint",
+        "the checkpoint of a release stamped NOT PRIVATE says that it is private",
+        (Edit(TRAIN, '"private": self.metadata.private,', '"private": True,'),),
+        ("tests/test_train.py::test_the_stamp_is_carried_on",),
+    ),
+    Mutation(
+        "stamp-lost-on-loading",
+        "a generator loaded from such a checkpoint says that it is private",
+        (Edit(TRAIN, 'bool(state["private"]),', "True,"),),
+        ("tests/test_train.py::test_the_stamp_is_carried_on",),
+    ),
+    Mutation(
+        "budget-checked-after-reading",
+        "private images are read before the budget is asked",
+        (
+            Edit(
+                MECHANISM,
+                "    if book is not None:\n        with torch.inference_mode():",
+                "    next(iter(images.batches(batch_size)))\n"
+                "    if book is not None:\n        with torch.inference_mode():",
+            ),
+        ),
+        ("tests/test_ledger.py::test_over_the_budget_no_image_is_read_and_nothing_is_written",),
+    ),
+    # ------------------------------------------------------------------------- single images
+    Mutation(
+        "encoder-in-train-mode",
+        "batch norm uses the statistics of the batch: one image changes every image's features",
+        (
+            Edit(ENCODER, "return super().train(False)", "return super().train(mode)"),
+            Edit(ENCODER, "if any(module.training for module in", "if False and any(m for m in"),
+        ),
+        ("tests/test_encoders.py::test_own_backbone",),
+    ),
+    Mutation(
+        "batch-statistics-accepted",
+        "a backbone that normalises over its batch is not refused",
+        (Edit(ENCODER, "if not isinstance(self.backbone, StagedBackbone):", "if False:"),),
+        ("tests/test_encoders.py::test_refuses_own_backbone_that_breaks_a_promise",),
+    ),
+    Mutation(
+        "undecodable-image-raises",
+        "one damaged file stops the release, and its neighbour does not",
+        (
+            Edit(
+                ITEMS,
+                "            except Exception:\n                pixels = None",
+                "            except ImportError:\n                pixels = None",
+            ),
+        ),
+        (f"{_UNDECODABLE}[True-noise-folder]",),
+    ),
+    Mutation(
+        "undecodable-image-is-logged",
+        "one damaged file is named in a message",
+        (
+            Edit(
+                ITEMS,
+                "            except Exception:\n                pixels = None",
+                '            except Exception:\n                print("image", index)\n'
+                "                pixels = None",
+            ),
+        ),
+        (f"{_UNDECODABLE}[True-noise-folder]",),
+    ),
+    Mutation(
+        "undecodable-image-is-skipped",
+        "one damaged file makes its batch shorter",
+        (
+            Edit(
+                ITEMS,
+                "return images, labels, valid\n",
+                "return images[valid], labels[valid], valid[valid]\n",
+            ),
+        ),
+        (f"{_UNDECODABLE}[True-noise-folder]",),
+    ),
+    Mutation(
+        "bad-pixels-reach-the-encoder",
+        "an image with a NaN raises in the encoder, which its neighbour does not",
+        (
+            Edit(
+                MECHANISM, "valid = valid & ((pixels >= 0) & (pixels <= 1))", "valid & (pixels > 0)"
+            ),
+        ),
+        (f"{_BAD}[nan-replace-one]",),
+    ),
+    Mutation(
+        "nan-poisons-the-loss",
+        "an image with zero or non-finite features turns the mean embedding into NaN",
+        (
+            Edit(
+                "dpmmd/functional.py",
+                "usable = torch.isfinite(squares) & (squares > 0)",
+                "usable = torch.ones_like(squares, dtype=torch.bool)",
+            ),
+        ),
+        ("tests/test_functional.py::test_unusable_rows_are_zero_and_harm_nobody",),
+    ),
+    Mutation(
+        "nan-poisons-the-sums",
+        "non-finite features become integers that no check stops",
+        (
+            Edit(
+                SUMS,
+                "usable = (largest >= 2.0**-1000) & (largest <= 2.0**1000)",
+                "usable = torch.ones_like(largest, dtype=torch.bool)",
+            ),
+            Edit(SUMS, _CERTIFY, _UNCERTIFIED),
+        ),
+        ("tests/test_release.py::test_no_vector_passes_the_limit",),
+    ),
+    Mutation(
+        "pixel-range-not-checked",
+        "images in 0..255 or -1..1 pass for images in 0..1: real and generated ones need not match",
+        (Edit(ENCODER, "elif not bool(inside):", "elif False:"),),
+        ("tests/test_encoders.py::test_refuses_bad_images",),
+    ),
+)
+
+
+class Broken(Exception):
+    """The harness itself cannot do what it should."""
+
+
+def copy_tree(folder: Path) -> None:
+    """The package and the tests, without compiled files."""
+    for name in ("dpmmd", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+
+
+def apply(folder: Path, edits: Sequence[Edit]) -> dict[Path, str]:
+    """Makes the edits; returns the files as they were."""
+    before: dict[Path, str] = {}
+    for edit in edits:
+        path = folder / edit.file
+        text = path.read_text()
+        before.setdefault(path, text)
+        if text.count(edit.old) != 1:
+            raise Broken(f"{edit.file}: has {text.count(edit.old)} times, not once:\n{edit.old}")
+        path.write_text(text.replace(edit.old, edit.new))
+    return before
+
+
+def _child(folder: str, tests: list[str], log: str) -> None:
+    """Runs in a fork of a process that has imported everything but the package and the tests."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.chdir(folder)
+    sys.dont_write_bytecode = True
+    for name in [m for m in sys.modules if m.split(".")[0] in ("dpmmd", "tests")]:
+        del sys.modules[name]
+    sys.path[:] = [folder, *(p for p in sys.path if p and Path(p).resolve() != ROOT)]
+    import pytest
+
+    options = ["-q", "--tb=short", "-rfE", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    code = pytest.main([*options, "--rootdir", folder, *tests])
+    import dpmmd
+
+    if not str(dpmmd.__file__).startswith(folder):
+        code = 70
+    sys.stdout.flush()
+    os._exit(int(code))
+
+
+def run(folder: Path, tests: Sequence[str]) -> tuple[int, str]:
+    """pytest's exit code and output, from a process of its own."""
+    log = folder / "log"
+    process = multiprocessing.get_context("fork").Process(
+        target=_child, args=(str(folder), list(tests), str(log))
+    )
+    process.start()
+    process.join(timeout=120)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        return 124, log.read_text()
+    return int(process.exitcode or 0), log.read_text()
+
+
+def caught(code: int, output: str, tests: Sequence[str]) -> str | None:
+    """None if every named test failed by itself, else what is wrong."""
+    if code == 0:
+        return "SURVIVED: its tests pass"
+    if code != 1:
+        return f"pytest ended with {code}:\n{output[-1500:]}"
+    if found := re.search(r"\b(NameError|SyntaxError|ImportError|ModuleNotFoundError)\b", output):
+        return f"broken by a {found[0]}, not by the fault:\n{output[-1500:]}"
+    failed = re.findall(r"^FAILED (\S+::.+?)(?: - .*)?$", output, flags=re.MULTILINE)
+    missed = [t for t in tests if not any(f == t or f.startswith(f"{t}[") for f in failed)]
+    return f"SURVIVED {', '.join(missed)}" if missed else None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutations", description=__doc__)
+    parser.add_argument("names", nargs="*", help="mutations to run; all if none is given")
+    parser.add_argument("--list", action="store_true", help="say what they mean and stop")
+    options = parser.parse_args(arguments)
+    known = {m.name: m for m in MUTATIONS}
+    if unknown := [name for name in options.names if name not in known]:
+        parser.error(f"no mutation {unknown[0]!r}; they are {', '.join(known)}")
+    chosen = [known[name] for name in options.names] or list(MUTATIONS)
+    if options.list:
+        for m in chosen:
+            print(f"{m.name}: {m.meaning}")
+        return 0
+
+    # Imported once, here, and shared by every fork.
+    import hypothesis
+    import mpmath
+    import pydantic
+    import safetensors.torch
+    import scipy.optimize
+    import scipy.special
+    import scipy.stats
+    import torch
+    import typer.testing
+
+    del hypothesis, mpmath, pydantic, safetensors, scipy, typer
+    torch.set_num_threads(1)  # threads do not survive a fork
+    started, survived = time.perf_counter(), 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name).resolve()
+        copy_tree(folder)
+        tests = sorted({test for m in chosen for test in m.tests})
+        code, output = run(folder, tests)
+        if code != 0:
+            print(f"unmutated, the named tests do not pass:\n{output[-6000:]}")
+            return 1
+        print(f"unmutated: {len(tests)} tests pass", flush=True)
+        for m in chosen:
+            before = apply(folder, m.edits)
+            fault = caught(*run(folder, m.tests), m.tests)
+            for path, text in before.items():
+                path.write_text(text)
+            survived += fault is not None
+            names = ", ".join(test.removeprefix("tests/") for test in m.tests)
+            print(f"{m.name}: {fault or f'caught by {names}'}", flush=True)
+    seconds = time.perf_counter() - started
+    print(f"{len(chosen) - survived} of {len(chosen)} mutations caught, {seconds:.0f} s")
+    return 1 if survived else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -8,7 +8,7 @@
 Importing it touches no accelerator, compiles nothing and downloads nothing.
 """
 
-from dpmmd import backends, encoders, functional, nn, privacy
+from dpmmd import backends, data, encoders, functional, nn, privacy, train
 from dpmmd.privacy import PrivacyError, Release, release
 
 __version__ = "0.1.0"
@@ -17,9 +17,11 @@ __all__ = [
     "PrivacyError",
     "Release",
     "backends",
+    "data",
     "encoders",
     "functional",
     "nn",
     "privacy",
     "release",
+    "train",
 ]

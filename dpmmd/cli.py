@@ -70,7 +70,7 @@ def release(
     adjacency: Annotated[
         Adjacency,
         typer.Option(
-            help="Which data sets must look alike: one image exchanged (N is public), blanked "
+            help="Which data sets must look alike: one image exchanged (N is public), left out "
             "(N is public), or added / removed (N is private)."
         ),
     ],
@@ -582,7 +582,7 @@ def main() -> None:
     warnings.showwarning = lambda message, *_: _say(f"warning: {message}")
     try:
         app(standalone_mode=True)
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         _say(f"error: {error}")
         sys.exit(2)
 

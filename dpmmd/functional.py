@@ -219,7 +219,7 @@ class _MeanEmbedding(torch.autograd.Function):
         if bound.startswith("ball"):
             active = usable & (scale < 1)
             scale = scale.clamp(max=1)
-        projection = torch.where(active, scale**3 / clip**2, 0)
+        projection = torch.where(active, scale / clip, 0)  # 1 / |v|; s^3 / c^2 would overflow
 
         mean_of = counts.new_zeros(n, num_classes)  # W
         mean_of.scatter_(1, labels[:, None], counts.clamp(min=1).reciprocal()[labels][:, None])
@@ -251,7 +251,7 @@ class _MeanEmbedding(torch.autograd.Function):
             dots = dots.sum(dim=2, keepdim=True)
         if joint:
             dots = dots.sum(dim=0, keepdim=True)
-        projection = projection * dots
+        projection = projection * dots * projection * scale
 
         grads: list[Tensor | None] = []
         for column, tap in enumerate(taps):

@@ -346,8 +346,8 @@ def evaluate_files(
 
 
 EVALUATION_NOTE = (
-    "Accuracies were measured on real images: they are not covered by (epsilon, delta), and "
-    "publishing them says something about those images."
+    "Accuracies, run times and memory come from real images: they are not covered by "
+    "(epsilon, delta), and publishing them says something about those images."
 )
 
 

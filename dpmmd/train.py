@@ -327,6 +327,7 @@ class _Run:
             "generator_settings": self.record,
             "generator": self.generator.state_dict(),
             "averaged": self.averaged.state_dict(),
+            "selection": self.selection is not None,
             "best": self.best,
             "optimizer": self.optimizer.state_dict(),
             "loss": loss_state,
@@ -345,7 +346,13 @@ class _Run:
             )
         wanted = self.settings.model_dump(mode="json")
         found = dict(state["settings"])
-        for key in sorted((set(wanted) | set(found)) - _WITHOUT_EFFECT):
+        if state["selection"] != (self.selection is not None):
+            raise CheckpointError(
+                f"checkpoint: made with{'' if state['selection'] else 'out'} a selection "
+                "encoder; continue likewise, or train in another folder."
+            )
+        free = _WITHOUT_EFFECT - ({"checkpoint_every"} if self.selection is not None else set())
+        for key in sorted((set(wanted) | set(found)) - free):
             if wanted.get(key) != found.get(key):
                 raise CheckpointError(
                     f"checkpoint: made with {key} = {found.get(key)!r}, now {wanted.get(key)!r}; "

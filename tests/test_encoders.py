@@ -19,7 +19,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from dpmmd import _torchvision, encoders
-from dpmmd.encoders import base, efficientnet_lite, squeezenet, torchvision_models, weights
+from dpmmd.encoders import (
+    Encoder,
+    StagedBackbone,
+    base,
+    efficientnet_lite,
+    squeezenet,
+    torchvision_models,
+    weights,
+)
 
 NAMES = encoders.available()
 PACKAGED = ("squeezenet1.1", "efficientnet-lite0")
@@ -670,3 +678,18 @@ def test_missing_torchvision(missing, message, monkeypatch):
     monkeypatch.setattr(importlib, "import_module", absent)
     with pytest.raises(ImportError, match=message):
         encoders.load("vgg11", weights="random")
+
+
+def test_a_staged_backbone_that_couples_images_is_refused() -> None:
+    class Coupled(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x + 5e-4 * x.mean(dim=0)).relu()
+
+    with pytest.raises(ValueError, match="changes with the other images"):
+        Encoder(
+            StagedBackbone({"t": Coupled()}),
+            name="coupled",
+            weights_sha256="0" * 64,
+            image_size=8,
+            tap_signs={"t": "nonnegative"},
+        )

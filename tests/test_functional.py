@@ -218,3 +218,19 @@ GOOD = features(3, [(4,), (2, 2, 2)], torch.float32)
 def test_refusals(arguments: tuple, options: dict, message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         functional.mean_embedding(*arguments, **options)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-7, 1e-3, 1e3, 1e4])
+@pytest.mark.parametrize("moments", [(1,), (2,)])
+def test_gradients_of_small_and_large_features_are_finite(
+    scale: float, moments: tuple[int, ...]
+) -> None:
+    """The scale of a small vector is large; its cube overflows float32."""
+    if moments == (2,) and scale < 1e-8:
+        scale = 1e-8  # below that the squares themselves leave float32
+    fs = [(f * scale).requires_grad_() for f in features(4, [(5,), (3,)], torch.float32)]
+    means, _ = functional.mean_embedding(fs, moments=moments)
+    means.square().sum().backward()
+    grads = torch.cat([f.grad.flatten() for f in fs if f.grad is not None])
+    assert torch.isfinite(grads).all()
+    assert grads.any()

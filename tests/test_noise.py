@@ -110,3 +110,29 @@ def test_refuses_a_smaller_margin() -> None:
 
 def test_empty() -> None:
     assert noise.rounded_gaussian(0, 1.0).shape == (0,)
+
+
+def test_small_uniforms_are_decided_exactly() -> None:
+    """Below 2^-23 the 64 known bits of U are coarser than the margin: further bits decide."""
+    m, sd = 0, 1.0
+    tau, k = 1.0, max(v * np.log(2) - v * v / 2 for v in range(64)) + 1e-9
+    rejected = 0
+    for i in range(100):
+        bits = np.uint64((1 << 63) + 2 * i * 10**15)  # u about 1/2, a little further each time
+        v = 8
+        y = float(bits >> np.uint64(1)) * 2.0**-63 + v
+        p = np.exp(v * np.log(2) - y * y / 2 - k)
+        assert 2.0**-45 < p < 2.0**-23
+        w = np.uint64(int(p * 2.0**64))  # the cell that holds p
+        first = np.array([bits, 1 << v, w], np.uint64)
+        full = np.array([2**64 - 1], np.uint64)  # further bits all ones: U at the end of its cell
+        stream = iter([first])
+        accepted = noise._round_of_proposals(
+            1, sd, m, tau, k, lambda n, s=stream, f=full: next(s, f), noise.MARGIN
+        )
+        exact = noise._exact_decision(
+            int(bits >> np.uint64(1)), v, int(w), m, sd, k, lambda n, f=full: f
+        )
+        assert len(accepted) == int(exact)
+        rejected += not exact
+    assert rejected > 20  # a decision in double would have accepted about half of the cells

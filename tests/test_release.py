@@ -463,7 +463,6 @@ def _pixel_encoder(sign: str) -> dpmmd.encoders.Encoder:
     )
 
 
-@pytest.mark.xfail(strict=True, reason="an image that is zero in one block alone is not counted")
 def test_an_image_that_is_zero_in_one_block_alone_keeps_to_the_sensitivity() -> None:
     """Replace-one, same class: antipodal in phi1, and in one of the two no selection features.
 

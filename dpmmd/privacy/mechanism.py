@@ -32,7 +32,7 @@ from dpmmd.privacy.release_file import (
     Metadata,
     Release,
     array_hash,
-    refuse_existing,
+    refuse_unwritable,
 )
 from dpmmd.privacy.sensitivity import Block, check_adjacency, sensitivity
 from dpmmd.privacy.sums import BOUNDS, GRID_BITS, PrivateSums
@@ -104,9 +104,11 @@ def release(
         epsilon: > 0.
         delta: in (0, 1), below 1 / N to mean anything.
         adjacency: ``"replace-one"`` (one image exchanged; N public), ``"zero-out"`` (one image
-            blanked; N public) or ``"add-remove"`` (one image more or less; N private).
+            replaced by one that contributes nothing, as one that cannot be decoded does, but a
+            black one does not; N public) or ``"add-remove"`` (one image more or less; N private).
         num_classes: K, for a class-conditional release; labels are private. It is a public fact
-            about the task, not read from the data. None: unlabelled, labels are not read.
+            about the task, not read from the data. None: unlabelled, labels are left out of the
+            release.
         moments: ``(1,)``, ``(2,)`` or ``(1, 2)``, as in `dpmmd.functional.mean_embedding`.
         bound, clip, joint_weight: likewise.
         weights: what one image may contribute to each block of the released vector, in (0, 1],
@@ -115,7 +117,7 @@ def release(
             "counts". See `dpmmd.privacy.optimal_weights`.
         selection: an encoder of its own for a further block: noised class means by which training
             picks its best checkpoint without looking at private data.
-        batch_size: images a step; no effect on the result.
+        batch_size: images a step; no effect on the result beyond the encoder's rounding.
         out: also save the release there; an existing file is refused before any image is read.
         ledger: file that remembers what was spent of this data set (`dpmmd.privacy.Ledger`). The
             spend is recorded before any image is read; what fails later stays counted.
@@ -139,10 +141,12 @@ def release(
     """
     from dpmmd.data import open_source
 
+    if isinstance(encoder, str):
+        raise TypeError(f"encoder={encoder!r}: expected dpmmd.encoders.load({encoder!r}).")
     if out is not None:
-        refuse_existing(Path(out))
+        refuse_unwritable(Path(out))
     check_adjacency(adjacency)
-    moments = tuple(moments)
+    moments = (moments,) if isinstance(moments, int) else tuple(moments)
     if moments not in ((1,), (2,), (1, 2)):
         raise ValueError(f"moments={moments!r}: expected (1,), (2,) or (1, 2).")
     if bound not in BOUNDS:
@@ -207,9 +211,8 @@ def release(
                 id(used): [f.permute(0, 2, 3, 1).flatten(1) for f in used(pixels)]
                 for used in {id(part.encoder): part.encoder for part in parts}.values()
             }
-            counted = valid
             for part, sums in zip(parts, raw, strict=True):
-                counted = counted & sums.add(
+                sums.add(
                     features[id(part.encoder)],
                     labels,
                     valid,
@@ -221,8 +224,8 @@ def release(
                     nonnegative=part.block.nonnegative,
                 )
             if counts_block is not None:
-                raw_counts.add_counts(labels, counted, int(counts_block.bound))
-            del batch, pixels, labels, valid, features, counted
+                raw_counts.add_counts(labels, valid, int(counts_block.bound))
+            del batch, pixels, labels, valid, features
 
     sampler = insecure_test_noise or rounded_gaussian
     released = [

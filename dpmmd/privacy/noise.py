@@ -15,8 +15,9 @@ which makes the accepted density proportional to exp(-y^2 / 2), and p <= 1 since
 V comes from the trailing zeros of random words; u is a 63-bit integer standing for an infinite
 stream of bits of which the first 63 are known. Rounding |X| to an integer needs m + 1 <= 62 of
 them. The decision "U < p" is made in double precision when U is further than a relative 2^-40 from
-p (the error of the arithmetic is below 2^-45), else with interval arithmetic and as many further
-random bits as it takes. Hence no step approximates.
+p (the error of the arithmetic is below 2^-43) and U is above 2^-23, where its 64 bits are finer
+than that margin; else with interval arithmetic and as many further random bits as it takes. Hence
+no step approximates.
 
 Randomness: ChaCha20 (the `cryptography` package) keyed by 256 fresh bits of the operating system
 for every `NoiseSource`. There is no seed argument.
@@ -38,7 +39,7 @@ MARGIN = 2.0**-40
 SD_MAX = 2.0**60
 _LN2 = math.log(2.0)
 _CHUNK = 1 << 15  # proposals a round: all arrays of a round stay in the L2 cache
-_TINY = 2.0**-50  # below this a 64-bit uniform is too coarse for a decision in double
+_TINY = 2.0**-23  # below this 64 bits of a uniform are coarser than the margin
 
 
 def operating_system_words() -> Callable[[int], NDArray[np.uint64]]:
@@ -124,7 +125,7 @@ def _round_of_proposals(
     p = np.exp(_LN2 * v - 0.5 * y * y - k)
     w = uniform.astype(np.float64) * 2.0**-64
     accept = w < p * (1.0 - margin)
-    unsure = (~accept & (w <= p * (1.0 + margin))) | ((w < _TINY) & (p > 0.0))
+    unsure = (~accept & (w <= p * (1.0 + margin))) | (w < _TINY)
     for i in np.flatnonzero(unsure):
         accept[i] = _exact_decision(int(u63[i]), int(v[i]), int(uniform[i]), m, sd, k, words)
 

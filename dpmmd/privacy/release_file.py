@@ -254,6 +254,20 @@ def _place(temporary: str, path: Path) -> None:
         os.unlink(temporary)
 
 
+def refuse_unwritable(path: Path) -> None:
+    """Raises where `write_atomically` would: before privacy is spent, not after."""
+    refuse_existing(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"out={str(path)!r}: cannot write there ({error.strerror or error}); choose a folder "
+            "that exists or can be made."
+        ) from None
+
+
 def refuse_existing(path: Path, *, overwrite: bool = False) -> None:
     """Raises FileExistsError with the remedy if ``path`` exists."""
     if path.exists() and not overwrite:

@@ -13,7 +13,7 @@ from dpmmd.privacy.release_file import Release
 
 ADJACENCY_MEANING = {
     "replace-one": "any one image, with its label, exchanged for any other",
-    "zero-out": "any one image blanked out",
+    "zero-out": "any one image, with its label, replaced by one that contributes nothing",
     "add-remove": "any one image, with its label, added or removed",
 }
 NOT_COVERED = (
@@ -71,6 +71,7 @@ def facts(release: Release, ledger: Ledger | None = None) -> dict[str, Any]:
         "unit": m.unit,
         "num_images": m.num_images,
         "num_classes": m.num_classes,
+        "released_counts": [round(n, 1) for n in release.counts.tolist()],
         "labels": "private" if m.labelled else "not read",
         "assumed_public": _public(release),
         "sensitivity": m.sensitivity / 2**m.grid_bits * m.clip,
@@ -206,7 +207,11 @@ def utility(f: dict[str, Any]) -> list[str]:
     lines = []
     for block in f["blocks"]:
         if block["kind"] == "counts":
-            lines.append(f"class counts: noise sd {block['noise_sd']:.3g} images")
+            lines.append(
+                f"class counts: noise sd {block['noise_sd']:.3g} images; together "
+                f"{sum(f['released_counts']):.0f} usable images (far fewer than there are? then "
+                "they could not be decoded, or are floating-point images outside [0, 1])"
+            )
             continue
         norms = block["expected_noise_norm_per_class"]
         lines.append(

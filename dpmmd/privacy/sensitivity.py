@@ -17,7 +17,9 @@ sqrt(|v|^2 + |v'|^2) <= sqrt(2) c. Same class: |v - v'|^2 = |v|^2 + |v'|^2 - 2 <
 general (antipodal vectors reach it), and <= 2 c^2 where no entry is negative, since then
 <v, v'> >= 0. Counts: e_y - e_y' has norm 0 or sqrt(2). Squares of blocks add.
 
-Blocks together under replace-one: either the label stays (signed sums at most 2 c_b each, counts
+An image that is not valid (undecodable, a label out of range) adds nothing to any block, counts
+included; a valid one is counted whatever its vectors are, zero ones too. Blocks together under
+replace-one: either the label stays (signed sums at most 2 c_b each, counts
 exactly 0) or it changes (every sums block at most sqrt(2) c_b, counts sqrt(2) tau), hence
 
     Delta^2 = max( sum_b s_b^2 c_b^2,  2 sum_b c_b^2 + 2 tau^2 )
@@ -66,8 +68,8 @@ def check_adjacency(adjacency: str) -> str:
         raise ValueError(
             f"adjacency={adjacency!r}: expected one of {', '.join(map(repr, ADJACENCIES))}. "
             "It says which data sets must look alike: 'replace-one' (one image exchanged, N "
-            "public), 'zero-out' (one image blanked, N public), 'add-remove' (one image more or "
-            "less, N private)."
+            "public), 'zero-out' (one image replaced by one that contributes nothing, N public), "
+            "'add-remove' (one image more or less, N private)."
         )
     return adjacency
 

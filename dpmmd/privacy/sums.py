@@ -136,7 +136,7 @@ class PrivateSums:
         bound: str,
         clip: float,
         nonnegative: bool,
-    ) -> Tensor:
+    ) -> None:
         """Adds the bounded integer vectors of one batch to the rows of its labels.
 
         Args:
@@ -149,13 +149,9 @@ class PrivateSums:
             bound: one of BOUNDS.
             clip: c > 0.
             nonnegative: whether images with negative entries contribute zero.
-
-        Returns:
-            bool [n], private: which images contributed.
         """
         if self._sums is None:
             raise RuntimeError("PrivateSums: the sums have been taken.")
-        counted = torch.zeros_like(valid)
         width = sum(f.shape[1] for f in features) * len(moments)
         rows = max(1, _CHUNK_ELEMENTS // max(width, 1))
         for start in range(0, labels.shape[0], rows):
@@ -178,14 +174,16 @@ class PrivateSums:
                 view = self._sums[:, column : column + q.shape[1]]
                 view.index_add_(0, labels[part], q.mul_(within[:, None]))
                 column += q.shape[1]
-            counted[part] = within
-        return counted
 
-    def add_counts(self, labels: Tensor, counted: Tensor, tau: int) -> None:
-        """Adds tau to the entry of each counted image's class."""
+    def add_counts(self, labels: Tensor, valid: Tensor, tau: int) -> None:
+        """Adds tau to the entry of each valid image's class.
+
+        Not only of the images whose vectors passed the certificate: whether one did must not move
+        the counts, or they would no longer be still while the label is (see `sensitivity`).
+        """
         if self._sums is None:
             raise RuntimeError("PrivateSums: the sums have been taken.")
-        self._sums[:, 0].index_add_(0, labels, counted.to(torch.int64) * tau)
+        self._sums[:, 0].index_add_(0, labels, valid.to(torch.int64) * tau)
 
     def take(self) -> Tensor:
         """The int64 sums [K, D] on the CPU, once; nothing is left here afterwards."""

@@ -22,7 +22,7 @@ def test_class_sums(benchmark: BenchmarkFixture, encoder_name: str) -> None:
     labels = torch.arange(n) % classes
     sums = PrivateSums(classes, sum(f.shape[1] for f in features))
     benchmark.group = f"class sums {encoder_name}, {n} images"
-    counted = benchmark(
+    benchmark(
         sums.add,
         features,
         labels,
@@ -34,4 +34,4 @@ def test_class_sums(benchmark: BenchmarkFixture, encoder_name: str) -> None:
         clip=1.0,
         nonnegative=True,
     )
-    assert counted.all()
+    assert sums.take().any(dim=1).all()

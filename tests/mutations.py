@@ -249,7 +249,7 @@ MUTATIONS = (
                 SUMS, "num_classes, dim, dtype=torch.int64", "num_classes, dim, dtype=torch.float"
             ),
             Edit(SUMS, "q.mul_(within[:, None]))\n", "q.mul_(within[:, None]).float())\n"),
-            Edit(SUMS, "counted.to(torch.int64) * tau", "(counted.to(torch.int64) * tau).float()"),
+            Edit(SUMS, "valid.to(torch.int64) * tau", "(valid.to(torch.int64) * tau).float()"),
             Edit(SUMS, "self._sums.cpu(), None", "self._sums.cpu().to(torch.int64), None"),
         ),
         ("tests/test_release.py::test_order_changes_no_bit",),
@@ -450,9 +450,30 @@ MUTATIONS = (
         ("tests/test_encoders.py::test_own_backbone",),
     ),
     Mutation(
+        "counts-of-contributing-images-only",
+        "whether an image is zero in one block moves the counts while its label stays",
+        (
+            Edit(
+                MECHANISM,
+                "raw_counts.add_counts(labels, valid, ",
+                "raw_counts.add_counts(labels, valid & features[id(parts[-1].encoder)][0].any(1), ",
+            ),
+        ),
+        (
+            "tests/test_release.py"
+            "::test_an_image_that_is_zero_in_one_block_alone_keeps_to_the_sensitivity",
+        ),
+    ),
+    Mutation(
         "batch-statistics-accepted",
         "a backbone that normalises over its batch is not refused",
-        (Edit(ENCODER, "if not isinstance(self.backbone, StagedBackbone):", "if False:"),),
+        (
+            Edit(
+                ENCODER,
+                "for name, one, two in zip(self._names, first, second, strict=True):",
+                "for name, one, two in zip((), (), (), strict=True):",
+            ),
+        ),
         ("tests/test_encoders.py::test_refuses_own_backbone_that_breaks_a_promise",),
     ),
     Mutation(

@@ -54,7 +54,7 @@ class Mutation:
 
 
 _NOISED = "torch.from_numpy(np.asarray(sampler(values.numel(), sd), np.int64)).view_as(values)"
-_SD = "sd = noise_level.sd_over_sensitivity * sensitivity(adjacency, blocks)"
+_SD = "sd = noise_level.sd_over_sensitivity * moved"
 _CERTIFY = "return certify(integers, limit, nonnegative=nonnegative)"
 _UNCERTIFIED = "return integers, torch.stack([(q != 0).any(dim=1) for q in integers]).any(dim=0)"
 _SPHERE = "rate = limit * GUARD / norm"

@@ -178,11 +178,12 @@ def release(
     if public_n:
         _warn_delta(delta, images.num_images)
     classes = num_classes or 1
-    sd = noise_level.sd_over_sensitivity * sensitivity(adjacency, blocks)
+    moved = sensitivity(adjacency, blocks)  # Delta, in grid units
+    sd = noise_level.sd_over_sensitivity * moved
 
     device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
     raw = [PrivateSums(classes, part.dim, device) for part in parts]
-    raw_counts = PrivateSums(classes, 1, device)
+    raw_counts = None if counts_block is None else PrivateSums(classes, 1, device)
     steps = -(-images.num_images // batch_size)
     if book is not None:
         with torch.inference_mode():  # what fails on blank images must not cost anything
@@ -223,7 +224,7 @@ def release(
                     clip=part.clip,
                     nonnegative=part.block.nonnegative,
                 )
-            if counts_block is not None:
+            if raw_counts is not None and counts_block is not None:
                 raw_counts.add_counts(labels, valid, int(counts_block.bound))
             del batch, pixels, labels, valid, features
 
@@ -235,13 +236,12 @@ def release(
     if joint_weight is not None:
         released = list(released[0].chunk(2, dim=1))
     sums_out = torch.stack(released).float().contiguous()  # [M, K, D]
-    if counts_block is not None:
+    if raw_counts is not None and counts_block is not None:
         noisy = _noised(raw_counts, sd, sampler)[:, 0] / counts_block.bound
         counts = noisy.clamp(min=1.0)
         if not public_n:
             _warn_delta(delta, int(counts.sum()))
     else:
-        raw_counts.take()
         counts = torch.tensor([float(images.num_images)], dtype=torch.float64)
 
     import dpmmd
@@ -254,7 +254,7 @@ def release(
         delta=float(delta),
         mu=noise_level.mu,
         sd=sd,
-        sensitivity=sensitivity(adjacency, blocks),
+        sensitivity=moved,
         noise_sd=sd / GRID * clip,
         grid_bits=GRID_BITS,
         moments=moments,

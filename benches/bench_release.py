@@ -27,11 +27,11 @@ def test_class_sums(benchmark: BenchmarkFixture, encoder_name: str) -> None:
         features,
         labels,
         torch.ones(n, dtype=torch.bool),
-        1 << GRID_BITS,
+        torch.full((n,), 1 << GRID_BITS),
         moments=(1,),
         joint_weight=1.0,
         bound="sphere",
         clip=1.0,
         nonnegative=True,
     )
-    assert sums.take().any(dim=1).all()
+    assert sums.take()[0].any(dim=1).all()

@@ -96,6 +96,17 @@ def release(
         "sphere"
     ),
     clip: Annotated[float, typer.Option(help="Norm of the bound (matters for balls).")] = 1.0,
+    shared_taps: Annotated[
+        int,
+        typer.Option(help="Sum the encoder's first so many taps over all classes, not by class."),
+    ] = 0,
+    group_by: Annotated[
+        str | None,
+        typer.Option(
+            help="Protect all images of a group (a person) together: the array or column that "
+            "says which belong together, or 'folder' for CLASS/GROUP/*.png."
+        ),
+    ] = None,
     split: Annotated[str, typer.Option(help="Split of a named data set.")] = "train",
     image_size: Annotated[
         int | None, typer.Option(help="Side to bring images to; needed if sizes differ.")
@@ -115,6 +126,13 @@ def release(
         typer.Option(help="Refuse if all releases in the ledger would pass this epsilon ..."),
     ] = None,
     budget_delta: Annotated[float | None, typer.Option(help="... at this delta.")] = None,
+    partial_sums: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for raw (NOT private) sums, so that the same command goes on after an "
+            "interruption; only you can read it, and it is deleted at the end."
+        ),
+    ] = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -145,6 +163,7 @@ def release(
         moments=_moments(moments),
         bound=bound,
         clip=clip,
+        shared_taps=shared_taps,
         selection=None
         if selection is None
         else dpmmd.encoders.load(selection, image_size=encoder_size),
@@ -152,7 +171,9 @@ def release(
         out=out,
         ledger=ledger,
         budget=budget,
+        partial_sums=partial_sums,
         progress=not quiet,
+        group_by=group_by,
         split=split,
         image_size=image_size,
         channels=channels,
@@ -561,6 +582,10 @@ def _print_report(f: dict[str, Any]) -> None:
     console.print("Not covered:")
     for line in f["not_covered"]:
         console.print(f"- {line}", highlight=False)
+    console.print("Test evidence:")
+    for evidence in f["evidence"]:
+        console.print(f"- {evidence['what']} ({evidence['test']})", highlight=False)
+    console.print("- on this machine: dpmmd audit --canaries 10000", highlight=False)
 
 
 def _print_accuracy(accuracy: dict[str, dict[str, float]]) -> None:

@@ -35,6 +35,9 @@ class MMDLoss(nn.Module):
     whose gradient is that of the squared MMD up to a factor; their state moves on each call in
     training mode and stays in eval mode.
 
+    Of a hybrid release (``shared_taps``) the shared taps are matched by the mean over the whole
+    batch, the others class by class.
+
     Args:
         release: what to match.
         encoder: the encoder the release was made with; any difference in name, weights, taps,
@@ -49,12 +52,6 @@ class MMDLoss(nn.Module):
         ValueError: unknown estimator or one that does not fit the release's bound, decay or lr
             out of range.
     """
-
-    target: Tensor
-    difference: Tensor
-    steps: Tensor
-    first_moment: Tensor
-    second_moment: Tensor
 
     def __init__(
         self,
@@ -81,6 +78,11 @@ class MMDLoss(nn.Module):
                 f"estimator='unbiased' with a release of bound={release.metadata.bound!r}: it "
                 "holds for spheres; use 'batch'."
             )
+        if estimator == "unbiased" and release.shared is not None:
+            raise ValueError(
+                "estimator='unbiased' with a release of shared_taps: an image's own term is not "
+                "constant there; use 'batch'."
+            )
         self.encoder = encoder
         self.estimator, self.decay, self.lr, self.backend = estimator, decay, lr, backend
         m = release.metadata
@@ -91,14 +93,14 @@ class MMDLoss(nn.Module):
             m.labelled,
         )
         device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
-        target = release.target.to(device)  # [M, K, D]
-        self.register_buffer("target", target, persistent=False)
-        if estimator in ("ema", "adam"):
-            self.register_buffer("difference", torch.zeros_like(target))  # v
-            self.register_buffer("steps", torch.zeros(target.shape[1], device=device))  # [K]
-        if estimator == "adam":
-            self.register_buffer("first_moment", torch.zeros_like(target))
-            self.register_buffer("second_moment", torch.zeros_like(target))
+        numbers = sum(t.numel() for t in (release.target, release.shared_target) if t is not None)
+
+        def matched(target: Tensor) -> _Difference:
+            return _Difference(target.to(device), estimator, decay=decay, lr=lr, numbers=numbers)
+
+        self.by_class = matched(release.target)
+        shared = release.shared_target
+        self.shared = None if shared is None else matched(shared)
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """The loss of one batch of generated images.
@@ -130,26 +132,71 @@ class MMDLoss(nn.Module):
             joint_weight=self.joint_weight,
             backend=self.backend,
         )
-        d = mean_difference(means, counts, self.target.to(means.dtype))
-        if self.estimator == "batch":
-            return d.square().sum()
         if self.estimator == "unbiased":
-            return self._unbiased(means, counts, d)
-        return (self._direction(d.detach(), counts) * d).sum()
+            return self.by_class(means, counts) + self._missing_pairs(means, counts)
+        if self.shared is None:
+            return self.by_class(means, counts)
+        size = self.shared.target.shape[2]
+        whole = counts.sum().clamp(min=1)
+        mean = torch.einsum("k,mkd->md", counts / whole, means[:, :, :size])[:, None]
+        return self.by_class(means[:, :, size:], counts) + self.shared(mean, counts.sum()[None])
 
-    def _unbiased(self, means: Tensor, counts: Tensor, d: Tensor) -> Tensor:
-        """|target|^2 - 2 <target, m> + the mean of <phi_i, phi_j> over i != j, class by class.
+    def _missing_pairs(self, means: Tensor, counts: Tensor) -> Tensor:
+        """What makes |target - m|^2 the U-statistic.
 
-        With |phi_i|^2 = c^2 and n images in a class that mean is (n |m|^2 - c^2) / (n - 1). A class
-        with one image has no pairs: its plain |m|^2 is taken.
+        That has the mean of <phi_i, phi_j> over i != j in the place of |m|^2. With |phi_i|^2 = c^2
+        and n images in a class it is (n |m|^2 - c^2) / (n - 1). A class with one image has no
+        pairs: its plain |m|^2 is taken.
         """
         own = self.clip**2 / (1 if self.joint_weight is None else 2)  # a joint bound has halves
         missing = (means.square().sum(dim=2) - own) / (counts.clamp(min=2) - 1)  # [M, K]
-        return d.square().sum() + torch.where(counts > 1, missing, 0).sum()
+        return torch.where(counts > 1, missing, 0).sum()
+
+    def extra_repr(self) -> str:
+        return (
+            f"estimator={self.estimator!r}, moments={self.moments}, classes={self.num_classes}, "
+            f"bound={self.bound!r}"
+        )
+
+
+class _Difference(nn.Module):
+    """The estimate of ``target - means`` that the gradient follows, for one block of rows.
+
+    Args:
+        target: [M, R, D], a row a class, or one row.
+        estimator, decay, lr: as in `MMDLoss`.
+        numbers: size of all blocks together, over which the "adam" estimate's loss is a mean.
+    """
+
+    target: Tensor
+    difference: Tensor
+    steps: Tensor
+    first_moment: Tensor
+    second_moment: Tensor
+
+    def __init__(
+        self, target: Tensor, estimator: str, *, decay: float, lr: float, numbers: int
+    ) -> None:
+        super().__init__()
+        self.estimator, self.decay, self.lr, self.numbers = estimator, decay, lr, numbers
+        self.register_buffer("target", target, persistent=False)
+        if estimator in ("ema", "adam"):
+            self.register_buffer("difference", torch.zeros_like(target))  # v
+            self.register_buffer("steps", torch.zeros(target.shape[1], device=target.device))
+        if estimator == "adam":
+            self.register_buffer("first_moment", torch.zeros_like(target))
+            self.register_buffer("second_moment", torch.zeros_like(target))
+
+    def forward(self, means: Tensor, counts: Tensor) -> Tensor:
+        """The loss of the rows with a count above 0, from means [M, R, D] and counts [R]."""
+        d = mean_difference(means, counts, self.target.to(means.dtype))
+        if self.estimator in ("batch", "unbiased"):
+            return d.square().sum()
+        return (self._direction(d.detach(), counts) * d).sum()
 
     @torch.no_grad()
     def _direction(self, d: Tensor, counts: Tensor) -> Tensor:
-        """The current estimate v, moved on by d for the classes of this batch if training."""
+        """The current estimate v, moved on by d for the rows of this batch if training."""
         present = counts > 0
         d = d.to(self.difference.dtype)
         if self.training:
@@ -165,9 +212,9 @@ class MMDLoss(nn.Module):
         return self.difference
 
     def _adam_step(self, d: Tensor, present: Tensor) -> None:
-        """One step of Adam (betas 0.9, 0.999, eps 1e-8) on mean((v - d)^2) for present classes."""
+        """One step of Adam (betas 0.9, 0.999, eps 1e-8) on mean((v - d)^2) for present rows."""
         beta1, beta2, eps = 0.9, 0.999, 1e-8
-        gradient = (self.difference - d) * (2.0 / d.numel())
+        gradient = (self.difference - d) * (2.0 / self.numbers)
         where = present.to(d.dtype)[None, :, None]
         self.first_moment.lerp_(gradient, (1 - beta1) * where)
         self.second_moment.lerp_(gradient.square(), (1 - beta2) * where)
@@ -175,12 +222,6 @@ class MMDLoss(nn.Module):
         denominator = (self.second_moment / (1 - beta2**steps)).sqrt_().add_(eps)
         step = self.first_moment / (1 - beta1**steps) / denominator * self.lr
         self.difference -= step * where
-
-    def extra_repr(self) -> str:
-        return (
-            f"estimator={self.estimator!r}, moments={self.moments}, classes={self.num_classes}, "
-            f"bound={self.bound!r}"
-        )
 
 
 def check_encoder(release: Release, encoder: Encoder, *, selection: bool = False) -> None:

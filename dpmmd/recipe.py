@@ -42,6 +42,7 @@ class DataSection(_Section):
     image_key: str | None = None
     label_key: str | None = None
     workers: int = Field(default=0, ge=0)
+    group_by: str | None = None  # images of one group together are the unit of privacy
 
     def options(self) -> dict[str, Any]:
         """What `dpmmd.data.open_source` takes, but for source, split and num_classes."""
@@ -70,7 +71,9 @@ class ReleaseSection(_Section):
     clip: float = Field(default=1.0, gt=0)
     joint_weight: float | None = Field(default=None, gt=0)
     weights: dict[str, float] | None = None
+    shared_taps: int = Field(default=0, ge=0)
     batch_size: int = Field(default=256, ge=1)
+    partial_sums: str | None = None
     ledger: str | None = None
     budget: tuple[float, float] | None = None  # (epsilon, delta) of all releases in the ledger
 

@@ -22,7 +22,7 @@ from dpmmd.evaluate import check_classifiers, evaluate
 from dpmmd.nn import check_encoder
 from dpmmd.privacy import Release
 from dpmmd.privacy import release as make_release
-from dpmmd.privacy.release_file import write_atomically
+from dpmmd.privacy.release_file import unit_of, write_atomically
 from dpmmd.privacy.report import facts
 
 Say = Callable[[str], None]
@@ -125,7 +125,12 @@ def _release(
         )
         with measured.stage("release"):
             source = open_source(
-                data.source, split=data.split, num_classes=data.num_classes, **data.options()
+                data.source,
+                split=data.split,
+                num_classes=data.num_classes,
+                group_by=data.group_by,
+                allow_empty=wanted.adjacency == "add-remove",
+                **data.options(),
             )
             generator = settings.generator.completed(source.image_shape)
             train.build_generator(generator, data.num_classes)  # refused before privacy is spent
@@ -150,7 +155,9 @@ def _release(
                 joint_weight=wanted.joint_weight,
                 weights=wanted.weights,
                 selection=selection,
+                shared_taps=wanted.shared_taps,
                 batch_size=wanted.batch_size,
+                partial_sums=wanted.partial_sums,
                 ledger=wanted.ledger,
                 budget=wanted.budget,
                 out=path,
@@ -178,6 +185,8 @@ def _check_release(
         "bound": (m.bound, wanted.bound),
         "clip": (m.clip, wanted.clip),
         "joint_weight": (m.joint_weight, wanted.joint_weight),
+        "shared_taps": (m.shared_taps, wanted.shared_taps),
+        "unit": (m.unit, unit_of(settings.data.group_by)),
         "num_classes": (m.num_classes, settings.data.num_classes or 1),
     }
     for name, (found, asked) in pairs.items():

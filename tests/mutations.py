@@ -53,13 +53,13 @@ class Mutation:
     tests: tuple[str, ...]
 
 
-_NOISED = "torch.from_numpy(np.asarray(sampler(values.numel(), sd), np.int64)).view_as(values)"
+_NOISED = "torch.from_numpy(drawn).view_as(values)"
 _SD = "sd = noise_level.sd_over_sensitivity * moved"
-_CERTIFY = "return certify(integers, limit, nonnegative=nonnegative)"
+_CERTIFY = "return certify(integers, limits, nonnegative=nonnegative)"
 _UNCERTIFIED = "return integers, torch.stack([(q != 0).any(dim=1) for q in integers]).any(dim=0)"
-_SPHERE = "rate = limit * GUARD / norm"
-_UNBOUNDED = "rate = limit * _power_of_two(exponent) / clip"
-_COUNTS = "_noised(raw_counts, sd, sampler)[:, 0] / counts_block.bound"
+_SPHERE = "rate = limits * GUARD / norm"
+_UNBOUNDED = "rate = limits * _power_of_two(exponent) / clip"
+_COUNTS = "_noised(raw_counts, sd, sampler, 1 / counts_block.bound)"
 _BAD = "tests/test_release.py::test_a_bad_image_contributes_zero_in_silence"
 _UNDECODABLE = "tests/test_data.py::test_an_undecodable_image_is_a_silent_zero_row"
 _CLAIM = "tests/test_release.py::test_an_altered_claim_is_refused"
@@ -152,9 +152,9 @@ MUTATIONS = (
         (
             Edit(
                 MECHANISM,
-                "_noised(sums, sd, sampler) * part.unit for part, sums",
+                "_noised(sums, sd, sampler, part.unit) for part, sums",
                 "_noised(sums, sd / int(raw_counts._sums.max() // counts_block.bound"
-                " if counts_block else 1) ** 0.5, sampler) * part.unit for part, sums",
+                " if counts_block else 1) ** 0.5, sampler, part.unit) for part, sums",
             ),
         ),
         ("tests/test_release.py::test_noise_has_the_declared_sd",),
@@ -165,9 +165,9 @@ MUTATIONS = (
         (
             Edit(
                 MECHANISM,
-                "_noised(sums, sd, sampler) * part.unit for part, sums",
+                "_noised(sums, sd, sampler, part.unit) for part, sums",
                 "_noised(sums, sd, (lambda n, _: np.zeros(n, np.int64))"
-                ' if part.block.name == "selection" else sampler) * part.unit for part, sums',
+                ' if part.block.name == "selection" else sampler, part.unit) for part, sums',
             ),
         ),
         (
@@ -182,8 +182,8 @@ MUTATIONS = (
             Edit(
                 MECHANISM,
                 _COUNTS,
-                "_noised(raw_counts, sd, lambda n, _: np.zeros(n, np.int64))[:, 0]"
-                " / counts_block.bound",
+                "_noised(raw_counts, sd, lambda n, _: np.zeros(n, np.int64),"
+                " 1 / counts_block.bound)",
             ),
         ),
         ("tests/test_release.py::test_every_block_has_noise_of_its_own", _ADD_REMOVE),
@@ -194,8 +194,8 @@ MUTATIONS = (
         (
             Edit(
                 MECHANISM,
-                "sums_out = torch.stack(released)",
-                "sums_out = torch.stack([r / exact for r in released])",
+                "sums_out = torch.stack([sums for sums, _ in released])",
+                "sums_out = torch.stack([sums / exact for sums, _ in released])",
             ),
             Edit(
                 MECHANISM,
@@ -249,7 +249,7 @@ MUTATIONS = (
                 SUMS, "num_classes, dim, dtype=torch.int64", "num_classes, dim, dtype=torch.float"
             ),
             Edit(SUMS, "q.mul_(within[:, None]))\n", "q.mul_(within[:, None]).float())\n"),
-            Edit(SUMS, "valid.to(torch.int64) * tau", "(valid.to(torch.int64) * tau).float()"),
+            Edit(SUMS, "valid.to(torch.int64) * taus", "(valid.to(torch.int64) * taus).float()"),
             Edit(SUMS, "self._sums.cpu(), None", "self._sums.cpu().to(torch.int64), None"),
         ),
         ("tests/test_release.py::test_order_changes_no_bit",),
@@ -329,8 +329,8 @@ MUTATIONS = (
         (
             Edit(
                 MECHANISM,
-                "num_images=images.num_images if public_n else None",
-                "num_images=images.num_images",
+                "num_units=num_units if public_n else None",
+                "num_units=num_units",
             ),
         ),
         (_ADD_REMOVE,),
@@ -338,7 +338,13 @@ MUTATIONS = (
     Mutation(
         "progress-under-add-remove",
         "a progress bar counts the batches",
-        (Edit(MECHANISM, "disable=not (progress and public_n)", "disable=not progress"),),
+        (
+            Edit(
+                MECHANISM,
+                "disable=not (progress and public_n and sizes is None)",
+                "disable=not progress",
+            ),
+        ),
         (_ADD_REMOVE,),
     ),
     Mutation(
@@ -360,8 +366,8 @@ MUTATIONS = (
         (
             Edit(
                 MECHANISM,
-                "    if public_n:\n        _warn_delta(delta, images.num_images)",
-                "    _warn_delta(delta, images.num_images)",
+                "    if public_n:\n        _warn_delta(delta, num_units)",
+                "    _warn_delta(delta, num_units)",
             ),
         ),
         ("tests/test_release.py::test_messages_under_add_remove_do_not_depend_on_n",),
@@ -372,7 +378,7 @@ MUTATIONS = (
         (
             Edit(
                 FILE,
-                "if array_hash(self.sums, self.counts, self.selection) != m.array_sha256:",
+                "if found != m.array_sha256:",
                 "if False:",
             ),
         ),
@@ -396,7 +402,7 @@ MUTATIONS = (
         (
             Edit(
                 FILE,
-                "not math.isclose(sensitivity(m.adjacency, blocks), m.sensitivity, rel_tol=1e-9)",
+                "not math.isclose(m.sensitivity_under(m.adjacency), m.sensitivity, rel_tol=1e-9)",
                 "False",
             ),
         ),
@@ -408,7 +414,7 @@ MUTATIONS = (
         (
             Edit(
                 MECHANISM,
-                "        private=insecure_test_noise is None,\n        adjacency",
+                "        private=private,\n        adjacency",
                 "        private=True,\n        adjacency",
             ),
         ),
@@ -432,9 +438,9 @@ MUTATIONS = (
         (
             Edit(
                 MECHANISM,
-                "    if book is not None:\n        with torch.inference_mode():",
+                "    if book is not None and not (spend and book.is_open(spend)):\n",
                 "    next(iter(images.batches(batch_size)))\n"
-                "    if book is not None:\n        with torch.inference_mode():",
+                "    if book is not None and not (spend and book.is_open(spend)):\n",
             ),
         ),
         ("tests/test_ledger.py::test_over_the_budget_no_image_is_read_and_nothing_is_written",),

@@ -132,12 +132,12 @@ def noise_missing(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("dpmmd.privacy.mechanism.rounded_gaussian", no_noise)
 
 
-def _unbounded(group: list[Tensor], limit: float, ball: bool, clip: float) -> list[Tensor]:
-    return [(v * (limit / clip)).trunc().to(torch.int64) for v in group]
+def _unbounded(group: list[Tensor], limits: Tensor, ball: bool, clip: float) -> list[Tensor]:
+    return [(v * (limits / clip)[:, None]).trunc().to(torch.int64) for v in group]
 
 
 def _uncertified(
-    integers: list[Tensor], limit: int, *, nonnegative: bool
+    integers: list[Tensor], limits: Tensor, *, nonnegative: bool
 ) -> tuple[list[Tensor], Tensor]:
     return integers, torch.stack([q.abs().amax(dim=1) for q in integers]).amax(dim=0) > 0
 

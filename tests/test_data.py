@@ -705,7 +705,7 @@ def test_what_is_no_source():
         open_source(IMAGES)
     with pytest.raises(TypeError, match="expected a torch Dataset"):
         open_source(3)
-    with pytest.raises(ValueError, match="tuple of 3"):
+    with pytest.raises(ValueError, match="tuple with groups"):
         open_source((IMAGES, LABELS, 1))
     with pytest.raises(TypeError, match="uint8"):
         open_source((IMAGES.astype(np.int64), LABELS))

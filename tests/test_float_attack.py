@@ -192,10 +192,10 @@ def watched(x: NDArray[np.uint8], encoder: Encoder) -> Seen:
     """One release, with its raw sums and its noise copied on the way."""
     raw, noise = [], []
 
-    def take(self: PrivateSums) -> torch.Tensor:
-        sums = original(self)
+    def take(self: PrivateSums) -> tuple[torch.Tensor, torch.Tensor]:
+        sums, shared = original(self)
         raw.append(sums.flatten().numpy().copy())
-        return sums
+        return sums, shared
 
     def drawn(n: int, sd: float) -> Integers:
         noise.append(rounded_gaussian(n, sd))

@@ -37,7 +37,14 @@ OPTIONS: dict[str, Any] = {
 
 
 def spend(ledger: Ledger, identity: str = ONE, **changes: Any) -> str:
-    given = {"epsilon": 1.0, "delta": 1e-6, "adjacency": "replace-one", "private": True, **changes}
+    given = {
+        "epsilon": 1.0,
+        "delta": 1e-6,
+        "adjacency": "replace-one",
+        "unit": "image",
+        "private": True,
+    }
+    given.update(changes)
     given.setdefault("mu", calibrate(epsilon=given["epsilon"], delta=given["delta"]).mu)
     return ledger.spend(identity=identity, source="scans", **given)
 

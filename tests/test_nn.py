@@ -51,7 +51,7 @@ def difference(loss: MMDLoss, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tens
         clip=loss.clip,
         joint_weight=loss.joint_weight,
     )
-    return functional.mean_difference(means, counts, loss.target.to(means.dtype)), counts
+    return functional.mean_difference(means, counts, loss.by_class.target.to(means.dtype)), counts
 
 
 RELEASES = {
@@ -120,7 +120,7 @@ def test_ema_is_the_weighted_mean_of_the_differences_seen() -> None:
         v = sum(w * d for w, d in zip(weights / weights.sum(), seen[k], strict=True))
         expected = expected + (v * seen[k][-1]).sum()
     torch.testing.assert_close(value, expected, rtol=1e-6, atol=0.0)
-    assert loss.steps.tolist() == [4, 3, 2]
+    assert loss.by_class.steps.tolist() == [4, 3, 2]
 
 
 @pytest.mark.parametrize("options", [{}, {"moments": (1, 2)}])
@@ -128,12 +128,12 @@ def test_adam_is_torchs_adam_on_the_squared_distance(options: dict[str, Any]) ->
     """Each class has its own optimiser in the truth, stepped when the class is in the batch."""
     encoder = small_encoder()
     loss = MMDLoss(make_release(encoder, **options), encoder, estimator="adam", lr=1e-2).double()
-    rows = [torch.zeros_like(loss.target[:, k]).requires_grad_() for k in range(3)]
+    rows = [torch.zeros_like(loss.by_class.target[:, k]).requires_grad_() for k in range(3)]
     optimizers = [torch.optim.Adam([row], lr=1e-2) for row in rows]
     for step, present in enumerate(([0, 1, 2], [0, 1], [1], [0, 2], [0, 1, 2])):
         x, y = batch(9, seed=step)
         x, y = x.double(), torch.tensor(present)[y % len(present)]
-        before = loss.difference.clone()
+        before = loss.by_class.difference.clone()
         d, counts = difference(loss, x, y)
         value = loss(x, y)
         for k in torch.nonzero(counts)[:, 0].tolist():
@@ -141,12 +141,12 @@ def test_adam_is_torchs_adam_on_the_squared_distance(options: dict[str, Any]) ->
             ((rows[k] - d[:, k]).square().sum() / d.numel()).backward()
             optimizers[k].step()
         truth = torch.stack([row.detach() for row in rows], dim=1)
-        torch.testing.assert_close(loss.difference, truth, rtol=1e-9, atol=1e-15)
+        torch.testing.assert_close(loss.by_class.difference, truth, rtol=1e-9, atol=1e-15)
         torch.testing.assert_close(value, (truth * d).sum(), rtol=1e-9, atol=1e-15)
         absent = counts == 0
-        assert torch.equal(loss.difference[:, absent], before[:, absent])
-        assert not torch.equal(loss.difference[:, ~absent], before[:, ~absent])
-    assert loss.steps.tolist() == [4, 4, 3]
+        assert torch.equal(loss.by_class.difference[:, absent], before[:, absent])
+        assert not torch.equal(loss.by_class.difference[:, ~absent], before[:, ~absent])
+    assert loss.by_class.steps.tolist() == [4, 4, 3]
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import pickle
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from dpmmd.privacy.sums import BOUNDS, GUARD, PrivateSums, bounded_integers
 from tests.conftest import images, no_noise, nonnegative_encoder, small_encoder
 
 LIMIT = 2**30
+LIMITS = torch.tensor([LIMIT])
 ARGUMENTS = {"epsilon": 1.0, "delta": 1e-3, "adjacency": "replace-one", "progress": False}
 
 
@@ -75,7 +77,7 @@ vectors = st.lists(
 def test_no_vector_passes_the_limit(values: list[float], bound: str, clip: float) -> None:
     v = torch.tensor([values], dtype=torch.float64)
     taps = [v[:, : len(values) // 2], v[:, len(values) // 2 :]]
-    q, within = bounded_integers(taps, LIMIT, bound=bound, clip=clip, nonnegative=False)
+    q, within = bounded_integers(taps, LIMITS, bound=bound, clip=clip, nonnegative=False)
     numbers = [int(x) for part in q for x in part.flatten()]
     square = sum(x * x for x in numbers)  # Python integers: exact
     assert square <= LIMIT**2
@@ -93,7 +95,7 @@ def test_integers_are_the_bounded_features(bound: str) -> None:
     rng = torch.Generator().manual_seed(0)
     taps = [torch.randn(6, d, generator=rng, dtype=torch.float64) for d in (40, 7)]
     clip = 5.0
-    q, within = bounded_integers(taps, LIMIT, bound=bound, clip=clip, nonnegative=False)
+    q, within = bounded_integers(taps, LIMITS, bound=bound, clip=clip, nonnegative=False)
     assert within.all()
     ours = torch.cat(q, dim=1).double() / LIMIT * clip
     truth = torch.cat(
@@ -105,22 +107,22 @@ def test_integers_are_the_bounded_features(bound: str) -> None:
 def test_integers_do_not_depend_on_the_batch() -> None:
     rng = torch.Generator().manual_seed(0)
     v = torch.randn(33, 1001, generator=rng, dtype=torch.float64)
-    whole, _ = bounded_integers([v], LIMIT, bound="sphere", clip=1.0, nonnegative=False)
+    whole, _ = bounded_integers([v], LIMITS, bound="sphere", clip=1.0, nonnegative=False)
     for i in (0, 17, 32):
         one, _ = bounded_integers(
-            [v[i : i + 1]], LIMIT, bound="sphere", clip=1.0, nonnegative=False
+            [v[i : i + 1]], LIMITS, bound="sphere", clip=1.0, nonnegative=False
         )
         assert torch.equal(one[0][0], whole[0][i])
     shuffled = torch.randperm(1001, generator=rng)
     other, _ = bounded_integers(
-        [v[:, shuffled]], LIMIT, bound="sphere", clip=1.0, nonnegative=False
+        [v[:, shuffled]], LIMITS, bound="sphere", clip=1.0, nonnegative=False
     )
     assert torch.equal(other[0], whole[0][:, shuffled])
 
 
 def test_negative_entries_fail_a_nonnegative_block() -> None:
     v = torch.tensor([[1.0, 2.0], [1.0, -1e-3]], dtype=torch.float64)
-    _, within = bounded_integers([v], LIMIT, bound="sphere", clip=1.0, nonnegative=True)
+    _, within = bounded_integers([v], LIMITS, bound="sphere", clip=1.0, nonnegative=True)
     assert within.tolist() == [True, False]
 
 
@@ -296,7 +298,7 @@ def test_n_stays_private_under_add_remove(
             progress=True,
             out=path,
         )
-        assert released.metadata.num_images is None
+        assert released.metadata.num_units is None
         assert released.counts[0] != n
         sizes.append(path.stat().st_size)
         texts.append(released.metadata.model_dump_json(exclude={"array_sha256"}))
@@ -311,7 +313,7 @@ def test_counts_policy(encoder: dpmmd.encoders.Encoder) -> None:
     assert [b.kind for b in unlabelled.metadata.blocks] == ["sums"]
     labelled = exact(images(30), encoder, num_classes=3, delta=1e-9)
     assert [b.kind for b in labelled.metadata.blocks] == ["sums", "counts"]
-    assert labelled.metadata.num_images == 30
+    assert labelled.metadata.num_units == 30
     private = exact(images(30), encoder, adjacency="add-remove", delta=1e-9)
     assert [b.kind for b in private.metadata.blocks] == ["sums", "counts"]
 
@@ -619,7 +621,9 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     save_file({"sums": torch.zeros(2), "counts": torch.zeros(1)}, path, {"dpmmd": '{"format": 9}'})
     with pytest.raises(PrivacyError, match="format 9"):
         Release.load(path)
-    save_file({"sums": torch.zeros(2), "counts": torch.zeros(1)}, path, {"dpmmd": '{"format": 1}'})
+    text = '{"format": 2}'
+    kept = {"dpmmd": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    save_file({"sums": torch.zeros(2), "counts": torch.zeros(1)}, path, kept)
     with pytest.raises(PrivacyError, match="not a readable release"):
         Release.load(path)
     with pytest.raises(FileNotFoundError, match="no such release"):
@@ -631,8 +635,8 @@ def test_the_file_holds_released_numbers_and_public_facts_only(released: Release
     assert fields == {
         "format", "version", "private", "adjacency", "unit", "epsilon", "delta", "mu", "sd",
         "sensitivity", "noise_sd", "grid_bits", "moments", "bound", "clip", "joint_weight",
-        "blocks", "num_classes", "labelled", "num_images", "image_shape", "source",
-        "encoder", "selection_encoder", "array_sha256",
+        "blocks", "num_classes", "labelled", "num_units", "image_shape", "source",
+        "encoder", "selection_encoder", "shared_taps", "array_sha256",
     }  # fmt: skip
 
 

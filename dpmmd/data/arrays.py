@@ -10,13 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpmmd.data.labels import as_labels
+from dpmmd.data.labels import as_groups, as_labels
 from dpmmd.data.pixels import Geometry, to_float
 from dpmmd.data.source import (
     Batch,
     ImageSource,
     check_batch_size,
-    check_not_empty,
     check_source_labels,
     source_identity,
 )
@@ -38,10 +37,12 @@ class ArraySource(ImageSource):
         class_names: names of the classes, or None.
         num_classes: K to check the labels against, or None.
         geometry: declared size and channels.
+        groups: numbers or names ``[N]`` that say which images belong together, or None.
+        group_by: what they are, e.g. ``"patient"``.
 
     Raises:
         TypeError: images or labels of another type.
-        ValueError: wrong rank, no images, labels that do not match.
+        ValueError: wrong rank, labels or groups that do not match.
     """
 
     def __init__(
@@ -54,14 +55,19 @@ class ArraySource(ImageSource):
         class_names: tuple[str, ...] | None = None,
         num_classes: int | None = None,
         geometry: Geometry | None = None,
+        groups: Any = None,
+        group_by: str | None = None,
     ) -> None:
         self.name = name
         self.identity = identity or source_identity("arrays", name)
         self.class_names = class_names
         self._images = _channels_first(images, name)  # [N, C, h, w], a view where possible
-        self.num_images = check_not_empty(self._images.shape[0], name)
+        self.num_images = self._images.shape[0]
         self._labels = None if labels is None else as_labels(labels, self.num_images, name)
         self.labelled = self._labels is not None
+        if groups is not None and group_by is not None:
+            self.group_by = group_by
+            self.groups = as_groups(groups, self.num_images, group_by, name)
         check_source_labels(self._labels, num_classes, name)
         self._geometry = geometry or Geometry()
         channels, height, width = self._images.shape[1:]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, Subset, TensorDataset
@@ -34,6 +35,7 @@ def open_dataset(
     image_key: str | None,
     label_key: str | None,
     workers: int,
+    group_by: str | None = None,
 ) -> ImageSource:
     """A map-style Dataset as a source; in-memory ones take the array path."""
     if isinstance(dataset, IterableDataset) or not all(
@@ -44,6 +46,7 @@ def open_dataset(
             "and __getitem__, of (image, label); collect a stream into a Dataset first."
         )
     name, identity = _describe(dataset)
+    groups = None if group_by is None else _attribute(dataset, group_by, name)
     known = _IN_MEMORY.get(type(dataset).__name__) if _is_torchvision(dataset) else None
     if known is not None and _is_plain(dataset):
         return ArraySource(
@@ -54,6 +57,8 @@ def open_dataset(
             class_names=_class_names(dataset),
             num_classes=num_classes,
             geometry=geometry,
+            groups=groups,
+            group_by=group_by,
         )
     if isinstance(dataset, TensorDataset) and len(dataset.tensors) in (1, 2):
         return ArraySource(
@@ -62,6 +67,8 @@ def open_dataset(
             identity=identity,
             num_classes=num_classes,
             geometry=geometry,
+            groups=groups,
+            group_by=group_by,
         )
     return DatasetSource(
         dataset,
@@ -72,6 +79,8 @@ def open_dataset(
         image_key=image_key,
         label_key=label_key,
         workers=workers,
+        groups=groups,
+        group_by=group_by,
     )
 
 
@@ -95,6 +104,8 @@ class DatasetSource(ItemSource):
         image_key: str | None,
         label_key: str | None,
         workers: int,
+        groups: Any = None,
+        group_by: str | None = None,
     ) -> None:
         self._dataset = dataset
         self._image_key = image_key or "image"
@@ -109,6 +120,8 @@ class DatasetSource(ItemSource):
             num_classes=None,
             geometry=geometry,
             workers=workers,
+            groups=groups,
+            group_by=group_by,
         )
         self.labelled = True
         if num_classes is not None:
@@ -227,6 +240,19 @@ def _targets(dataset: Any, name: str) -> Tensor | None:
     if not hasattr(dataset, "targets") or getattr(dataset, "target_transform", None) is not None:
         return None
     return as_labels(dataset.targets, len(dataset), name)
+
+
+def _attribute(dataset: Any, group_by: str, name: str) -> Any:
+    """The values that a data set keeps beside its images under the name `group_by`."""
+    if isinstance(dataset, Subset):
+        whole = np.asarray(_attribute(dataset.dataset, group_by, name))
+        return whole[np.asarray(list(dataset.indices))]
+    if not hasattr(dataset, group_by):
+        raise ValueError(
+            f"group_by={group_by!r}: source {name!r} has no attribute of that name; give the data "
+            "set one, a sequence with the group of each image."
+        )
+    return getattr(dataset, group_by)
 
 
 def _class_names(dataset: Any) -> tuple[str, ...] | None:

@@ -15,16 +15,23 @@ _SPLIT_FOLDERS = frozenset(("train", "test", "val", "valid", "validation"))
 
 
 def open_folder(
-    path: Path, *, geometry: Geometry, num_classes: int | None, workers: int
+    path: Path,
+    *,
+    geometry: Geometry,
+    num_classes: int | None,
+    workers: int,
+    group_by: str | None = None,
 ) -> FileSource:
     """Image files under `path`, in sorted order.
 
     Sub-folders, sorted by name, are the classes 0..K-1 (images anywhere below them count);
-    hidden entries and files with other extensions are passed over.
+    hidden entries and files with other extensions are passed over. With ``group_by="folder"`` the
+    images below one folder are one group: ``<class>/<group>/...``, where a group may have images in
+    several classes; ``<group>/...`` if `num_classes` is None.
 
     Raises:
-        ValueError: no images; images both beside and inside sub-folders; sub-folders that are
-            splits (``train``, ``test``), not classes.
+        ValueError: images both beside and inside sub-folders; sub-folders that are
+            splits (``train``, ``test``), not classes; images outside of a group's folder.
     """
     loose, folders = [], []
     for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
@@ -50,9 +57,10 @@ def open_folder(
             f"source={str(path)!r} has images beside its class folders: expected either one "
             "sub-folder per class or images only; move the loose images into a class folder."
         )
-    labelled = bool(paths)
+    labelled = bool(folders) and not loose
+    chosen = paths if labelled else loose
     return FileSource(
-        paths if labelled else loose,
+        chosen,
         name=path.name,
         identity=file_identity("folder", path),
         labels=torch.tensor(labels, dtype=torch.int64) if labelled else None,
@@ -60,7 +68,27 @@ def open_folder(
         num_classes=num_classes,
         geometry=geometry,
         workers=workers,
+        groups=None if group_by is None else _groups(path, chosen, group_by, num_classes),
+        group_by=group_by,
     )
+
+
+def _groups(path: Path, images: list[str], group_by: str, num_classes: int | None) -> list[str]:
+    """The folder of each image that stands for its group."""
+    level = 0 if num_classes is None else 1
+    layout = ("<group>/...", "<class>/<group>/...")[level]
+    if group_by != "folder":
+        raise ValueError(
+            f"group_by={group_by!r}: a folder of images has no such column; expected 'folder', "
+            f"with the images of each group in a folder of their own ({layout})."
+        )
+    names = [os.path.relpath(image, path).split(os.sep)[:-1] for image in images]
+    if any(len(name) <= level for name in names):
+        raise ValueError(
+            f"group_by='folder': source {path.name!r} has images outside of a group's folder; "
+            f"expected {layout}."
+        )
+    return [name[level] for name in names]
 
 
 def _is_image(name: str) -> bool:

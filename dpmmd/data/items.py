@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from dpmmd.data.labels import as_groups
 from dpmmd.data.pixels import Encoded, Geometry, common_shape, decode, header_shape, quiet
 from dpmmd.data.source import (
     Batch,
@@ -58,15 +59,20 @@ class ItemSource(ImageSource):
         num_classes: int | None,
         geometry: Geometry,
         workers: int,
+        groups: Any = None,
+        group_by: str | None = None,
     ) -> None:
         self.name = name
         self.identity = identity
-        self.num_images = check_not_empty(num_images, name)
+        self.num_images = num_images
         self.class_names = class_names
         self._labels = labels
         self.labelled = labels is not None
         self._geometry = geometry
         self._workers = check_workers(workers)
+        if groups is not None and group_by is not None:
+            self.group_by = group_by
+            self.groups = as_groups(groups, num_images, group_by, name)
         check_source_labels(labels, num_classes, name)
 
     def _settle_shape(self) -> None:
@@ -74,6 +80,7 @@ class ItemSource(ImageSource):
         if self._geometry.declared:
             self.image_shape = self._geometry.output_shape(0, 0, 0)
         else:
+            check_not_empty(self.num_images, self.name)
             with quiet():
                 self.image_shape = common_shape(self._shapes(), self._geometry, self.name)
 

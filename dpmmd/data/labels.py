@@ -31,6 +31,30 @@ def as_labels(labels: Any, num_images: int, name: str) -> Tensor:
     return torch.from_numpy(array.astype(np.int64))
 
 
+def as_groups(values: Any, num_images: int, group_by: str, name: str) -> Tensor:
+    """Groups of any type (numbers, names) as int64 ``[N]`` from 0 on.
+
+    Raises:
+        ValueError: not one value per image, or missing values.
+    """
+    array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    if array.shape != (num_images,):
+        raise ValueError(
+            f"group_by={group_by!r}: source {name!r} has groups of shape {tuple(array.shape)}, "
+            f"expected one per image, shape ({num_images},)."
+        )
+    missing = array.dtype.kind == "f" and bool(np.isnan(array).any())
+    if array.dtype.kind == "O":
+        missing = any(value is None or value != value for value in array)
+        array = array.astype(str)
+    if missing:
+        raise ValueError(
+            f"group_by={group_by!r}: some images of source {name!r} have no group; give each "
+            "image one (an image that stands alone: a group of its own)."
+        )
+    return torch.from_numpy(np.unique(array, return_inverse=True)[1].reshape(-1).astype(np.int64))
+
+
 def one_label(label: Any, name: str) -> int:
     """One label of a data set's item as a Python int. Raises TypeError for a non-integer."""
     if isinstance(label, Tensor) and label.numel() == 1 and not label.is_floating_point():

@@ -14,7 +14,7 @@ from torch import Tensor
 from dpmmd.data.arrays import ArraySource
 from dpmmd.data.labels import as_labels
 from dpmmd.data.pixels import Geometry
-from dpmmd.data.source import file_identity
+from dpmmd.data.source import check_not_empty, file_identity
 
 _SPLITS = ("train", "test", "val", "valid", "validation")
 
@@ -27,11 +27,13 @@ def open_npz(
     num_classes: int | None,
     image_key: str | None,
     label_key: str | None,
+    group_by: str | None = None,
 ) -> ArraySource:
     """An ``.npz`` file as a source. Object arrays (pickles) are refused.
 
     Images are the array `image_key`, or the first of ``x_<split>``, ``images_<split>``, ``x``,
-    ``images``; labels likewise, from ``y_<split>``, ``labels_<split>``, ``y``, ``labels``.
+    ``images``; labels likewise, from ``y_<split>``, ``labels_<split>``, ``y``, ``labels``. Groups
+    are the array `group_by`.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -54,6 +56,9 @@ def open_npz(
             label_name = _pick(names, label_key, "label_key", default_labels, path, split)
             images = file[image_name]
             labels = file[label_name] if label_name else None
+            groups = None
+            if group_by is not None:
+                groups = file[_pick(names, group_by, "group_by", (), path, split)]
     except _KeyRefused as refused:
         raise ValueError(str(refused)) from None
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
@@ -69,6 +74,8 @@ def open_npz(
         identity=file_identity("npz", path, part),
         num_classes=num_classes,
         geometry=geometry,
+        groups=groups,
+        group_by=group_by,
     )
 
 
@@ -140,6 +147,7 @@ def write_npz(
         )
     array = images.detach().cpu().numpy() if isinstance(images, Tensor) else np.asarray(images)
     source = ArraySource(array, name=path.name)  # its checks of type and shape
+    check_not_empty(source.num_images, path.name)
     if array.dtype != np.uint8:
         array = array.astype(np.float32)
         if not bool(((array >= 0) & (array <= 1)).all()):

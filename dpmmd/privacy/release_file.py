@@ -26,7 +26,7 @@ from torch import Tensor
 from dpmmd.privacy.accounting import delta as delta_of
 from dpmmd.privacy.sensitivity import Block, sensitivity
 
-FORMAT = 1
+FORMAT = 2
 
 
 class PrivacyError(ValueError):
@@ -41,6 +41,7 @@ class BlockRecord(BaseModel):
     kind: Literal["sums", "counts"]
     bound: float
     nonnegative: bool
+    spread: bool
     size: int
 
 
@@ -53,11 +54,11 @@ class Metadata(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     version: str
     private: bool  # False: test noise, the whole file is stamped NOT PRIVATE
     adjacency: str
-    unit: Literal["image"] = "image"
+    unit: str  # "image", or "group by ..." for all images of a group together
     epsilon: float
     delta: float
     mu: float
@@ -72,12 +73,21 @@ class Metadata(BaseModel):
     blocks: tuple[BlockRecord, ...]
     num_classes: int
     labelled: bool
-    num_images: int | None  # None: N is private (add-remove)
+    num_units: int | None  # N, images or groups; None: it is private (add-remove)
     image_shape: tuple[int, int, int]  # (C, H, W) that images were brought to
     source: str
     encoder: dict[str, Any]
     selection_encoder: dict[str, Any] | None = None
+    shared_taps: int = 0
     array_sha256: str = ""
+
+    def sensitivity_under(self, adjacency: str) -> float:
+        """L2 sensitivity of the released blocks in grid units, by any adjacency."""
+        grid = 2**self.grid_bits
+        return sensitivity(
+            adjacency,
+            [Block(b.name, b.kind, b.bound * grid, b.nonnegative, b.spread) for b in self.blocks],
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,17 +95,20 @@ class Release:
     """A noised mean embedding with its divisors: all that training ever sees of private data.
 
     Attributes:
-        sums: noised class sums R of every moment, float32 [M, K, D].
+        sums: noised class sums R of every moment, float32 [M, K, D]; of a hybrid release (with
+            ``shared_taps``), of the taps that are not shared.
         counts: images per class to divide by, float64 [K]: N where it is public and there is one
             class, else the released noisy counts (at least 1).
         metadata: privacy parameters, encoder and layout.
         selection: noised class sums of the selection block, float32 [K, D'], or None.
+        shared: of a hybrid release, noised sums of the shared taps, float32 [M, 1, D''], or None.
     """
 
     sums: Tensor
     counts: Tensor
     metadata: Metadata
     selection: Tensor | None = None
+    shared: Tensor | None = None
 
     @property
     def target(self) -> Tensor:
@@ -108,6 +121,16 @@ class Release:
         if self.selection is None:
             return None
         return (self.selection.double() / self.counts[:, None]).float()
+
+    @property
+    def shared_target(self) -> Tensor | None:
+        """The noised mean of the shared taps over all classes, float32 [M, 1, D''], or None.
+
+        Divided by N where that is public, else by the sum of the released counts.
+        """
+        if self.shared is None:
+            return None
+        return (self.shared.double() / (self.metadata.num_units or self.counts.sum())).float()
 
     @property
     def num_classes(self) -> int:
@@ -136,9 +159,11 @@ class Release:
         """
         path = Path(path)
         tensors = {"sums": self.sums.contiguous(), "counts": self.counts.contiguous()}
-        if self.selection is not None:
-            tensors["selection"] = self.selection.contiguous()
-        data = encode(tensors, metadata={"dpmmd": self.metadata.model_dump_json()})
+        for name, tensor in (("selection", self.selection), ("shared", self.shared)):
+            if tensor is not None:
+                tensors[name] = tensor.contiguous()
+        text = self.metadata.model_dump_json()
+        data = encode(tensors, metadata={"dpmmd": text, "sha256": _text_hash(text)})
         write_atomically(path, data, overwrite=overwrite)
         return path
 
@@ -157,14 +182,20 @@ class Release:
             )
         try:
             with safe_open(str(path), framework="pt") as file:
-                text = (file.metadata() or {}).get("dpmmd")
+                kept = file.metadata() or {}
+                text = kept.get("dpmmd")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if text is None or set(tensors) - {"selection"} != {"sums", "counts"}:
+            if text is None or set(tensors) - {"selection", "shared"} != {"sums", "counts"}:
                 raise PrivacyError(f"{path}: a safetensors file, but not a dpmmd release.")
             if json.loads(text).get("format") != FORMAT:
                 raise PrivacyError(
                     f"{path}: format {json.loads(text).get('format')!r}, this version of dpmmd "
                     f"reads {FORMAT}; use the version that wrote it."
+                )
+            if kept.get("sha256") != _text_hash(text):
+                raise PrivacyError(
+                    f"{path}: the metadata do not match their hash; the file was altered or "
+                    "damaged. Restore it from a copy."
                 )
             metadata = Metadata.model_validate_json(text)
         except (SafetensorError, ValidationError, json.JSONDecodeError, AttributeError) as error:
@@ -173,7 +204,13 @@ class Release:
                 f"{path}: not a readable release ({reason}). The file is truncated, corrupt or of "
                 "another kind; restore it from a copy. Releasing the data again costs privacy."
             ) from None
-        release = cls(tensors["sums"], tensors["counts"], metadata, tensors.get("selection"))
+        release = cls(
+            tensors["sums"],
+            tensors["counts"],
+            metadata,
+            tensors.get("selection"),
+            tensors.get("shared"),
+        )
         release._verify(str(path))
         return release
 
@@ -187,14 +224,15 @@ class Release:
             or self.sums.dtype != torch.float32
             or self.counts.dtype != torch.float64
             or (self.selection is None) != (m.selection_encoder is None)
+            or (self.shared is None) != (m.shared_taps == 0)
+            or (self.shared is not None and tuple(self.shared.shape[:2]) != (len(m.moments), 1))
         ):
             raise PrivacyError(
                 f"{name}: arrays {tuple(self.sums.shape)} and {tuple(self.counts.shape)} do not "
                 f"match its metadata (moments, classes) = {expected}."
             )
-        blocks = [Block(b.name, b.kind, b.bound * 2**m.grid_bits, b.nonnegative) for b in m.blocks]
         if (
-            not math.isclose(sensitivity(m.adjacency, blocks), m.sensitivity, rel_tol=1e-9)
+            not math.isclose(m.sensitivity_under(m.adjacency), m.sensitivity, rel_tol=1e-9)
             or not math.isclose(m.mu * m.sd, m.sensitivity, rel_tol=1e-9)
             or delta_of(mu=m.mu, epsilon=m.epsilon) > m.delta * (1 + 1e-6)
         ):
@@ -203,20 +241,32 @@ class Release:
                 "does not follow from the noise and the blocks recorded beside it; the file was "
                 "altered. Restore it from a copy."
             )
-        if array_hash(self.sums, self.counts, self.selection) != m.array_sha256:
+        found = array_hash(self.sums, self.counts, self.selection, self.shared)
+        if found != m.array_sha256:
             raise PrivacyError(
                 f"{name}: the arrays do not match the hash in the metadata; the file was altered "
                 "or damaged. Restore it from a copy."
             )
 
 
-def array_hash(sums: Tensor, counts: Tensor, selection: Tensor | None = None) -> str:
+def unit_of(group_by: str | None) -> str:
+    """What `Metadata.unit` says: one image, or all images of a group."""
+    return "image" if group_by is None else f"group by {group_by}"
+
+
+def array_hash(
+    sums: Tensor, counts: Tensor, selection: Tensor | None = None, shared: Tensor | None = None
+) -> str:
     """sha256 over the little-endian bytes of the released arrays."""
     digest = hashlib.sha256()
-    arrays = [(sums, "<f4"), (counts, "<f8")]
-    for tensor, kind in arrays if selection is None else [*arrays, (selection, "<f4")]:
-        digest.update(np.ascontiguousarray(tensor.numpy(), dtype=kind).data)
+    for tensor, kind in ((sums, "<f4"), (counts, "<f8"), (selection, "<f4"), (shared, "<f4")):
+        if tensor is not None:
+            digest.update(np.ascontiguousarray(tensor.numpy(), dtype=kind).data)
     return digest.hexdigest()
+
+
+def _text_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def write_atomically(path: Path, data: bytes, *, overwrite: bool = False) -> None:

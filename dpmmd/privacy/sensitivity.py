@@ -1,8 +1,9 @@
-"""How far one person can move the released vector: the L2 sensitivity of its blocks.
+"""How far one unit can move the released vector: the L2 sensitivity of its blocks.
 
 The vector that is noised is the concatenation of blocks. Per image i a *sums* block adds one vector
 v_i, |v_i| <= c, to the row of i's class; the *counts* block adds tau to the entry of i's class. Two
-data sets are neighbours when they differ in one image (with its label):
+data sets are neighbours when they differ in one unit: one image (with its label) or one group of
+images, such as all of a patient's:
 
 ==============================  ===========  ==========  =====================  ====================
 one block, bound c (tau)        add-remove   zero-out    replace-one, signed    replace-one, v >= 0
@@ -28,6 +29,15 @@ with s_b^2 = 4 for signed blocks and 2 for non-negative ones.
 
 Counts are therefore free beside signed sums as long as tau^2 <= sum of the signed blocks' c_b^2.
 Every entry of this table is reached, and never passed, by exhaustive enumeration in the tests.
+
+*Spread contributions.* A unit may reach several rows: a group of g images, each of which adds at
+most c / g (tau / g), or an image whose shallow taps go to a row shared by all classes. What it adds
+to a block is still one vector V with |V| <= c (triangle inequality; a split of one vector), and
+counts t >= 0 with |t| <= sum t = tau at most. So the rows above stand: |V - V'| <= 2 c, at most
+sqrt(2) c where V, V' >= 0, and |t - t'|^2 <= |t|^2 + |t'|^2 <= 2 tau^2. But a new label no longer
+means disjoint rows, so the two cases under replace-one are not told apart:
+
+    Delta^2 = sum_b s_b^2 c_b^2 + 2 tau^2        (spread, replace-one)
 """
 
 from __future__ import annotations
@@ -48,12 +58,14 @@ class Block:
         kind: ``"sums"`` (one bounded vector an image, summed per class) or ``"counts"``.
         bound: L2 norm of one image's contribution, in any unit shared by all blocks: c or tau.
         nonnegative: every entry of every contribution is >= 0 (sums of post-ReLU features).
+        spread: one unit's contribution may lie in several rows (a group, or shared taps).
     """
 
     name: str
     kind: str
     bound: float
     nonnegative: bool = False
+    spread: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in ("sums", "counts"):
@@ -99,7 +111,10 @@ def sensitivity(adjacency: str, blocks: Sequence[Block]) -> float:
     else:
         same_label = math.fsum((2.0 if b.nonnegative else 4.0) * b.bound**2 for b in sums)
         new_label = 2.0 * _sum_of_squares(b.bound for b in blocks)
-        square = max(same_label, new_label)
+        if any(b.spread for b in blocks):
+            square = same_label + 2.0 * _sum_of_squares(b.bound for b in counts)
+        else:
+            square = max(same_label, new_label)
     return math.sqrt(square) * (1 + 1e-15)
 
 

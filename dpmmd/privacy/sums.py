@@ -2,10 +2,13 @@
 
 Per image, a feature vector v (all taps together, float64) becomes an integer vector q with
 
-    |q|_2 <= B   (B = 2^30 times the block's weight), checked in exact integer arithmetic,
+    |q|_2 <= B   (B = 2^30 times the block's weight, divided by the size of the image's group and
+                  rounded down), checked in exact integer arithmetic,
 
-and the class sums of q are exact int64. No step reduces in floating point, so the result is the
-same bits for any order, batch size, thread count or device, given the same features.
+and the class sums of q are exact int64. A group of g images adds g vectors of norm at most
+floor(B / g), together at most B, whatever rows they go to. No step reduces in floating point, so
+the result is the same bits for any order, batch size, thread count or device, given the same
+features.
 
 1. e is the exponent of max |v|, g = v 2^-e is in (-1, 1): multiplication by a power of two.
 2. s = sum over j of ceil(g_j^2 2^b), int64, with b = 62 - ceil(log2 D), so that s <= 2^62. The norm
@@ -23,7 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import torch
 from torch import Tensor
@@ -35,15 +38,15 @@ _CHUNK_ELEMENTS = 1 << 19  # rows are taken so many numbers at a time: temporari
 
 
 def bounded_integers(
-    vectors: Sequence[Tensor], limit: int, *, bound: str, clip: float, nonnegative: bool
+    vectors: Sequence[Tensor], limits: Tensor, *, bound: str, clip: float, nonnegative: bool
 ) -> tuple[list[Tensor], Tensor]:
-    """Integer vectors of norm at most ``limit``, one an image.
+    """Integer vectors of norm at most ``limits``, one an image.
 
     Args:
         vectors: one float64 [n, d_l] per tap.
-        limit: B, the greatest norm in grid units; at most 2^30.
+        limits: int64 [n], B of each image: the greatest norm in grid units; 0 to 2^30.
         bound: one of BOUNDS.
-        clip: c > 0, the norm that maps to ``limit`` (only balls depend on it).
+        clip: c > 0, the norm that maps to B (only balls depend on it).
         nonnegative: whether negative entries fail the certificate.
 
     Returns:
@@ -58,14 +61,14 @@ def bounded_integers(
         groups = [list(vectors)]
     integers: list[Tensor] = []
     for group in groups:
-        integers += _quantise(group, limit * share, bound.startswith("ball"), clip * share)
-    return certify(integers, limit, nonnegative=nonnegative)
+        integers += _quantise(group, limits * share, bound.startswith("ball"), clip * share)
+    return certify(integers, limits, nonnegative=nonnegative)
 
 
 def certify(
-    integers: list[Tensor], limit: int, *, nonnegative: bool
+    integers: list[Tensor], limits: Tensor, *, nonnegative: bool
 ) -> tuple[list[Tensor], Tensor]:
-    """Zeroes every row whose squared norm, summed exactly over the taps, is 0 or over limit^2."""
+    """Zeroes every row whose squared norm, summed exactly over the taps, is 0 or over limits^2."""
     n = integers[0].shape[0]
     square = torch.zeros(n, dtype=torch.int64, device=integers[0].device)
     within = torch.ones_like(square, dtype=torch.bool)
@@ -74,14 +77,14 @@ def certify(
         # 2^31 and excludes an int64 overflow, so the integer comparison after it is exact.
         within &= (q.double() ** 2).sum(dim=1) < 2.0**61
         square += torch.where(within[:, None], q * q, 0).sum(dim=1)
-        within &= square <= limit * limit
+        within &= square <= limits * limits
         if nonnegative and q.shape[1]:
             within &= q.amin(dim=1) >= 0
     within &= square > 0
     return [q.mul_(within[:, None]) for q in integers], within
 
 
-def _quantise(group: list[Tensor], limit: float, ball: bool, clip: float) -> list[Tensor]:
+def _quantise(group: list[Tensor], limits: Tensor, ball: bool, clip: float) -> list[Tensor]:
     n = group[0].shape[0]
     dim = sum(v.shape[1] for v in group)
     largest = torch.zeros(n, dtype=torch.float64, device=group[0].device)
@@ -98,9 +101,9 @@ def _quantise(group: list[Tensor], limit: float, ball: bool, clip: float) -> lis
     for g in unit:
         square += (g * g).mul_(2.0**bits).ceil_().to(torch.int64).sum(dim=1)
     norm = (square.double() * 2.0**-bits).sqrt_()
-    rate = limit * GUARD / norm
+    rate = limits * GUARD / norm
     if ball:
-        rate = torch.minimum(rate, limit * GUARD * _power_of_two(exponent) / clip)
+        rate = torch.minimum(rate, limits * GUARD * _power_of_two(exponent) / clip)
     rate = torch.where(usable, rate, 0.0)[:, None]
     return [g.mul_(rate).trunc_().to(torch.int64) for g in unit]
 
@@ -113,29 +116,40 @@ def _power_of_two(exponent: Tensor) -> Tensor:
 class PrivateSums:
     """Exact int64 class sums of one block: write-only until noise is added.
 
-    Has no representation, cannot be pickled, copied, compared, iterated or converted; its content
-    leaves through `take` alone, which `mechanism.release` calls once to add the noise in place.
+    Has no representation, cannot be pickled, copied, compared, iterated or converted. Its content
+    leaves through `take`, which `mechanism.release` calls once to add the noise in place, and
+    through `write`, into the folder for partial sums that the data holder named.
+
+    Args:
+        num_classes: K rows.
+        dim: columns of the class rows.
+        shared: columns of the one row that all classes share.
+        device: where they are summed.
     """
 
-    __slots__ = ("_sums",)
+    __slots__ = ("_shared", "_sums")
 
-    def __init__(self, num_classes: int, dim: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, num_classes: int, dim: int, shared: int = 0, device: torch.device | str = "cpu"
+    ) -> None:
         self._sums: Tensor | None = torch.zeros(
             num_classes, dim, dtype=torch.int64, device=device
         )  # [K, D]
+        self._shared = torch.zeros(1, shared, dtype=torch.int64, device=device)  # [1, D']
 
     def add(
         self,
         features: Sequence[Tensor],
         labels: Tensor,
         valid: Tensor,
-        limit: int,
+        limits: Tensor,
         *,
         moments: Sequence[int],
         joint_weight: float,
         bound: str,
         clip: float,
         nonnegative: bool,
+        shared_taps: int = 0,
     ) -> None:
         """Adds the bounded integer vectors of one batch to the rows of its labels.
 
@@ -143,12 +157,13 @@ class PrivateSums:
             features: one [n, d_l] per tap.
             labels: int64 [n] in 0..K-1.
             valid: bool [n]; rows that are False contribute zero.
-            limit: greatest norm of one image's vector, in grid units.
+            limits: int64 [n], greatest norm of each image's vector, in grid units.
             moments: (1,), (2,) or (1, 2); the last is the joint vector (f, joint_weight f^2).
             joint_weight: weight of the second moment within the joint vector.
             bound: one of BOUNDS.
             clip: c > 0.
             nonnegative: whether images with negative entries contribute zero.
+            shared_taps: the first so many taps go to the shared row.
         """
         if self._sums is None:
             raise RuntimeError("PrivateSums: the sums have been taken.")
@@ -166,31 +181,52 @@ class PrivateSums:
                             v.mul_(joint_weight)
                     vectors.append(v)
             integers, within = bounded_integers(
-                vectors, limit, bound=bound, clip=clip, nonnegative=nonnegative
+                vectors, limits[part], bound=bound, clip=clip, nonnegative=nonnegative
             )
             within &= valid[part]
-            column = 0
-            for q in integers:
-                view = self._sums[:, column : column + q.shape[1]]
-                view.index_add_(0, labels[part], q.mul_(within[:, None]))
-                column += q.shape[1]
+            columns = {False: 0, True: 0}
+            for position, q in enumerate(integers):
+                shared = position % len(features) < shared_taps
+                rows_of, target = labels[part], self._sums
+                if shared:
+                    rows_of, target = torch.zeros_like(rows_of), self._shared
+                view = target[:, columns[shared] : columns[shared] + q.shape[1]]
+                view.index_add_(0, rows_of, q.mul_(within[:, None]))
+                columns[shared] += q.shape[1]
 
-    def add_counts(self, labels: Tensor, valid: Tensor, tau: int) -> None:
-        """Adds tau to the entry of each valid image's class.
+    def add_counts(self, labels: Tensor, valid: Tensor, taus: Tensor) -> None:
+        """Adds each valid image's tau (int64 [n]) to the entry of its class.
 
         Not only of the images whose vectors passed the certificate: whether one did must not move
         the counts, or they would no longer be still while the label is (see `sensitivity`).
         """
         if self._sums is None:
             raise RuntimeError("PrivateSums: the sums have been taken.")
-        self._sums[:, 0].index_add_(0, labels, valid.to(torch.int64) * tau)
+        self._sums[:, 0].index_add_(0, labels, valid.to(torch.int64) * taus)
 
-    def take(self) -> Tensor:
-        """The int64 sums [K, D] on the CPU, once; nothing is left here afterwards."""
+    def take(self) -> tuple[Tensor, Tensor]:
+        """The int64 sums [K, D] and [1, D'] on the CPU, once; nothing is left here afterwards."""
         if self._sums is None:
             raise RuntimeError("PrivateSums: the sums have been taken.")
         sums, self._sums = self._sums.cpu(), None
-        return sums
+        shared, self._shared = self._shared.cpu(), torch.zeros(1, 0, dtype=torch.int64)
+        return sums, shared
+
+    def write(self, file: BinaryIO) -> None:
+        """Writes the raw sums: only to a file that `partial.PartialSums` has protected."""
+        if self._sums is None:
+            raise RuntimeError("PrivateSums: the sums have been taken.")
+        for sums in (self._sums, self._shared):
+            file.write(sums.cpu().contiguous().numpy().data)
+
+    def read(self, file: BinaryIO) -> None:
+        """Takes up what `write` wrote; the file must hold it whole."""
+        if self._sums is None:
+            raise RuntimeError("PrivateSums: the sums have been taken.")
+        for sums in (self._sums, self._shared):
+            data = file.read(8 * sums.numel())
+            if data:
+                sums.copy_(torch.frombuffer(bytearray(data), dtype=torch.int64).view_as(sums))
 
     def __repr__(self) -> str:
         return "<PrivateSums>"

@@ -142,8 +142,8 @@ def release(
     replace-one --num-classes 2 --image-size 64 --encoder-size 64`
     """
     import dpmmd
+    from dpmmd.files import refuse_existing
     from dpmmd.privacy import Ledger
-    from dpmmd.privacy.release_file import refuse_existing
     from dpmmd.privacy.report import facts
 
     refuse_existing(out)
@@ -258,7 +258,7 @@ def sample(
     """Draw a synthetic set (.npz: x uint8 [n, C, H, W], y) and a picture of samples beside it."""
     from dpmmd import run as runs
     from dpmmd import train as training
-    from dpmmd.privacy.release_file import refuse_existing
+    from dpmmd.files import refuse_existing
 
     if out.suffix != ".npz":
         raise ValueError(f"--out {out}: expected a name ending in .npz.")

@@ -19,10 +19,11 @@ from dpmmd import encoders, recipe, train
 from dpmmd.data import open_source
 from dpmmd.encoders import Encoder
 from dpmmd.evaluate import check_classifiers, evaluate
+from dpmmd.files import write_atomically
 from dpmmd.nn import check_encoder
 from dpmmd.privacy import Release
 from dpmmd.privacy import release as make_release
-from dpmmd.privacy.release_file import unit_of, write_atomically
+from dpmmd.privacy.release_file import unit_of
 from dpmmd.privacy.report import facts
 
 Say = Callable[[str], None]

@@ -23,10 +23,11 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from dpmmd.encoders import Encoder
+from dpmmd.files import write_atomically
 from dpmmd.functional import mean_embedding
 from dpmmd.generators import build
 from dpmmd.nn import MMDLoss, check_encoder
-from dpmmd.privacy.release_file import Release, write_atomically
+from dpmmd.privacy.release_file import Release
 from dpmmd.recipe import GeneratorSection, TrainSection
 
 CHECKPOINT = "last.pt"

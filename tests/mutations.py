@@ -32,6 +32,7 @@ FILE = "dpmmd/privacy/release_file.py"
 ENCODER = "dpmmd/encoders/base.py"
 ITEMS = "dpmmd/data/items.py"
 TRAIN = "dpmmd/train.py"
+PARTIAL = "dpmmd/privacy/partial.py"
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ _AUDIT = "tests/test_audit.py::test_the_release_keeps_its_claim_and_the_audit_ne
 _ADD_REMOVE = "tests/test_release.py::test_n_stays_private_under_add_remove"
 _SUMS_OF = "tests/test_release.py::test_sums_are_those_of_the_features[moments0-sphere]"
 _TABLE = "tests/test_sensitivity.py::test_declared_sensitivity_is_reached_and_never_passed"
+
+_GROUPS = "tests/test_units.py::test_neighbours_in_a_group_differ_by_at_most_the_sensitivity"
 
 MUTATIONS = (
     # ------------------------------------------------------------------------- noise
@@ -317,6 +320,57 @@ MUTATIONS = (
         ),
     ),
     Mutation(
+        "group-not-bounded",
+        "every image of a group contributes as if it were alone",
+        (
+            Edit(
+                MECHANISM,
+                "int(part.block.bound) // share",
+                "int(part.block.bound) // (share * 0 + 1)",
+            ),
+        ),
+        (_GROUPS, "tests/test_units.py::test_a_group_shares_one_contribution_among_its_images"),
+    ),
+    Mutation(
+        "group-counted-by-its-images",
+        "the counts of a group are not bounded",
+        (
+            Edit(
+                MECHANISM,
+                "int(counts_block.bound) // share",
+                "int(counts_block.bound) // (share * 0 + 1)",
+            ),
+        ),
+        ("tests/test_units.py::test_a_group_shares_one_contribution_among_its_images",),
+    ),
+    Mutation(
+        "spread-forgotten",
+        "shared taps, or groups, are taken for images whose label parts the rows",
+        (Edit(MECHANISM, "limit, nonnegative, grouped or spread)", "limit, nonnegative, False)"),),
+        ("tests/test_units.py::test_shared_taps_and_counts_move_together",),
+    ),
+    Mutation(
+        "spread-sensitivity-too-small",
+        "counts are taken to be free beside sums that several classes share",
+        (Edit(SENSITIVITY, "if any(b.spread for b in blocks):", "if False:"),),
+        (
+            "tests/test_sensitivity.py::test_units_that_reach_several_rows",
+            "tests/test_units.py::test_shared_taps_and_counts_move_together",
+        ),
+    ),
+    Mutation(
+        "shared-row-not-noised",
+        "the row that all classes share is released as it is",
+        (
+            Edit(
+                MECHANISM,
+                "    for values in (by_class, shared):",
+                "    for values in (by_class,):",
+            ),
+        ),
+        ("tests/test_units.py::test_shared_rows_get_noise_of_their_own",),
+    ),
+    Mutation(
         "sign-not-checked-by-the-encoder",
         "a tap with negative values may be declared non-negative",
         (Edit(ENCODER, 'if signs[name] == "nonnegative" and', "if False and"),),
@@ -334,6 +388,68 @@ MUTATIONS = (
             ),
         ),
         (_ADD_REMOVE,),
+    ),
+    Mutation(
+        "group-sizes-in-the-metadata",
+        "the number of images stands in the file, though a group may be exchanged for a larger one",
+        (
+            Edit(
+                MECHANISM,
+                "num_units = images.num_images if images.groups is None else",
+                "num_units = images.num_images if True else",
+            ),
+        ),
+        ("tests/test_units.py::test_the_number_of_images_of_a_group_is_private",),
+    ),
+    Mutation(
+        "no-image-raises",
+        "an empty data set stops the release under add-remove, one image does not",
+        (Edit(MECHANISM, "allow_empty=not public_n", "allow_empty=False"),),
+        ("tests/test_partial.py::test_no_image_is_released_as_one_is_under_add_remove",),
+    ),
+    Mutation(
+        "partial-sums-open-to-others",
+        "raw sums are written where others can read them",
+        (Edit(PARTIAL, "or found.st_mode & 0o077 ", ""),),
+        ("tests/test_partial.py::test_a_folder_that_others_can_enter_is_refused",),
+    ),
+    Mutation(
+        "partial-sums-kept",
+        "raw sums stay behind when the release is done",
+        (Edit(MECHANISM, "        store.delete()", "        pass"),),
+        ("tests/test_partial.py::test_it_goes_on_to_the_same_bits",),
+    ),
+    Mutation(
+        "partial-sums-mixed",
+        "raw sums of another release are taken up, under this one's claim",
+        (Edit(PARTIAL, 'if foot["release"] != self._release:', "if False:"),),
+        (
+            "tests/test_partial.py::test_sums_of_another_release_are_not_mixed_in",
+            "tests/test_partial.py::test_other_data_are_not_mixed_in",
+        ),
+    ),
+    Mutation(
+        "half-a-batch-kept",
+        "an interruption within a batch: its images are summed twice in some blocks",
+        (Edit(MECHANISM, "if store is not None and whole:", "if store is not None:"),),
+        ("tests/test_partial.py::test_an_interruption_within_a_batch_keeps_whole_batches_only",),
+    ),
+    Mutation(
+        "released-spend-used-again",
+        "a second release from the same sums hides behind the ledger's line of the first",
+        (
+            Edit(
+                MECHANISM,
+                "if book is not None and not (spend and book.is_open(spend)):",
+                "if book is not None and not spend:",
+            ),
+            Edit(
+                MECHANISM,
+                "    if book is not None and spend is not None:",
+                "    if book is not None and spend is not None and book.is_open(spend):",
+            ),
+        ),
+        ("tests/test_partial.py::test_a_spend_that_was_released_is_not_used_again",),
     ),
     Mutation(
         "progress-under-add-remove",
@@ -383,6 +499,12 @@ MUTATIONS = (
             ),
         ),
         ("tests/test_release.py::test_altered_files_are_refused",),
+    ),
+    Mutation(
+        "metadata-not-checked",
+        "the metadata of a file were altered and nobody notices",
+        (Edit(FILE, 'if kept.get("sha256") != _text_hash(text):', "if False:"),),
+        ("tests/test_release.py::test_altered_metadata_are_refused",),
     ),
     Mutation(
         "epsilon-not-checked",

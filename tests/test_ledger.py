@@ -20,7 +20,15 @@ import torch
 
 import dpmmd
 from dpmmd.data import Batch, ImageSource, open_source
-from dpmmd.privacy import Block, Ledger, PrivacyError, accounting, calibrate, sensitivity
+from dpmmd.privacy import (
+    ADJACENCIES,
+    Block,
+    Ledger,
+    PrivacyError,
+    accounting,
+    calibrate,
+    sensitivity,
+)
 from dpmmd.privacy import ledger as module
 from dpmmd.privacy.mechanism import rounded_gaussian
 from dpmmd.privacy.report import facts, markdown
@@ -91,6 +99,41 @@ def filled(path: Path) -> Path:
     spend(ledger, epsilon=2.0)
     spend(ledger, OTHER, epsilon=0.5)
     return path
+
+
+# ----------------------------------------------------------------------------- units
+
+
+def test_a_release_for_groups_promises_something_for_images(path: Path) -> None:
+    """One image changed is its group exchanged: one step, or two for blanking and leaving out."""
+    for number, adjacency in enumerate(ADJACENCIES):
+        spend(Ledger(path), f"{number}", adjacency=adjacency, unit="group by patient", mu=0.3)
+    factors = {
+        "replace-one": (1, 1, math.inf),
+        "zero-out": (2, 2, math.inf),
+        "add-remove": (2, 2, 2),
+    }
+    for number, adjacency in enumerate(ADJACENCIES):
+        total = Ledger(path).total(f"{number}")
+        assert tuple(total.mu) == ("replace-one", "zero-out", "add-remove")
+        found = tuple(mu / 0.3 for mu in total.mu.values())
+        assert found == pytest.approx(factors[adjacency])
+        own = Ledger(path).total(f"{number}", unit="group by patient")
+        assert own.mu[adjacency] == pytest.approx(0.3)
+        assert own.unit == "group by patient"
+
+
+def test_a_release_for_images_promises_nothing_for_groups(path: Path) -> None:
+    ledger = Ledger(path, budget=(5.0, 1e-5))
+    spend(ledger, unit="image")
+    spend(ledger, unit="image")
+    assert set(ledger.total(ONE, unit="group by patient").mu.values()) == {math.inf}
+    with pytest.raises(PrivacyError, match=r"another unit \(image\)"):
+        spend(ledger, unit="group by patient")
+    spend(ledger, OTHER, unit="group by patient")
+    with pytest.raises(PrivacyError, match=r"another unit \(group by patient\)"):
+        spend(ledger, OTHER, unit="group by family")
+    spend(ledger, OTHER, unit="image")  # that is stated for images
 
 
 # ----------------------------------------------------------------------------- what is recorded

@@ -611,6 +611,15 @@ def test_altered_files_are_refused(released: Release, tmp_path: Path) -> None:
         Release.load(path)
 
 
+def test_altered_metadata_are_refused(released: Release, tmp_path: Path) -> None:
+    path = released.save(tmp_path / "r.safetensors")
+    data = path.read_bytes()
+    assert data.count(b"two-taps") == 1
+    path.write_bytes(data.replace(b"two-taps", b"two-tips"))
+    with pytest.raises(PrivacyError, match="metadata do not match their hash"):
+        Release.load(path)
+
+
 def test_other_files_are_refused(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 

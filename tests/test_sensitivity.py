@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -69,6 +71,71 @@ def test_declared_sensitivity_is_reached_and_never_passed(
 ) -> None:
     assert sensitivity(adjacency, blocks) == pytest.approx(worst(adjacency, blocks), rel=1e-14)
     assert sensitivity(adjacency, blocks) >= worst(adjacency, blocks)
+
+
+def shared_and_own(blocks: list[Block]) -> list[np.ndarray]:
+    """An image whose first coordinate goes to a row that all classes share (hybrid taps)."""
+    result = []
+    for label in range(CLASSES):
+        choices = []
+        for b in blocks:
+            if b.kind == "counts":
+                choices.append([row((int(b.bound),), label)])
+                continue
+            vectors = NONNEGATIVE if b.nonnegative else SIGNED
+            scale = int(b.bound) // RADIUS
+            choices.append(
+                [np.concatenate([[scale * a], row((scale * own,), label)]) for a, own in vectors]
+            )
+        result += [np.concatenate(parts) for parts in itertools.product(*choices)]
+    return result
+
+
+def groups_of_two(blocks: list[Block]) -> list[np.ndarray]:
+    """A group of one image, or of two of half the bound each, of the same class or not."""
+    halves = [dataclasses.replace(b, bound=b.bound / 2) for b in blocks]
+    alone = [*contributions(blocks), np.zeros_like(contributions(blocks)[0])]
+    pairs = itertools.combinations_with_replacement(contributions(halves), 2)
+    return alone + [a + b for a, b in pairs]
+
+
+SPREAD = [
+    [Block("phi1", "sums", 10.0, False, True)],
+    [Block("phi1", "sums", 10.0, True, True)],
+    [Block("phi1", "sums", 10.0, False, True), Block("n", "counts", 4.0, False, True)],
+    [Block("phi1", "sums", 10.0, True, True), Block("n", "counts", 4.0, False, True)],
+]
+
+
+@pytest.mark.parametrize("adjacency", ADJACENCIES)
+@pytest.mark.parametrize("blocks", SPREAD, ids=["signed", "nonnegative", "signed+n", "nonneg+n"])
+@pytest.mark.parametrize("units", [shared_and_own, groups_of_two])
+def test_units_that_reach_several_rows(
+    units: Callable[[list[Block]], list[np.ndarray]], blocks: list[Block], adjacency: str
+) -> None:
+    """The declared sensitivity is never passed; it is reached but for one slightly loose case."""
+    points = np.array(units(blocks))
+    if adjacency == "replace-one":
+        square = (points**2).sum(axis=1)
+        most = float((square[:, None] + square[None] - 2 * points @ points.T).max())
+    else:
+        most = float((points**2).sum(axis=1).max())
+    declared = sensitivity(adjacency, blocks)
+    assert declared >= math.sqrt(most)
+    loose = units is groups_of_two and len(blocks) == 2 and not blocks[0].nonnegative
+    if loose and adjacency == "replace-one":  # a new label and a turned vector exclude each other
+        assert math.sqrt(most) == pytest.approx(20)
+        assert declared**2 == pytest.approx(20**2 + 2 * 4**2)
+    else:
+        assert declared == pytest.approx(math.sqrt(most), rel=1e-14)
+
+
+def test_a_shared_row_is_not_free_of_counts() -> None:
+    """Where labels no longer part the rows, counts and antipodal vectors move together."""
+    sums, counts = Block("phi1", "sums", 1.0), Block("n", "counts", 1.0)
+    spread = dataclasses.replace(sums, spread=True)
+    assert sensitivity("replace-one", [sums, counts]) == pytest.approx(2)
+    assert sensitivity("replace-one", [spread, counts]) == pytest.approx(math.sqrt(6))
 
 
 def test_counts_are_free_beside_signed_sums() -> None:

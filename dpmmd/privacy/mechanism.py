@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dpmmd.files import refuse_unwritable
 from dpmmd.privacy.accounting import calibrate
 from dpmmd.privacy.ledger import Ledger
 from dpmmd.privacy.noise import rounded_gaussian
@@ -34,7 +35,6 @@ from dpmmd.privacy.release_file import (
     Metadata,
     Release,
     array_hash,
-    refuse_unwritable,
     unit_of,
 )
 from dpmmd.privacy.sensitivity import Block, check_adjacency, sensitivity

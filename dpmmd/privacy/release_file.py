@@ -6,12 +6,10 @@ add-remove adjacency nothing that depends on the true N.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as encode
 from torch import Tensor
 
+from dpmmd.files import write_atomically
 from dpmmd.privacy.accounting import delta as delta_of
 from dpmmd.privacy.sensitivity import Block, sensitivity
 
@@ -267,61 +266,3 @@ def array_hash(
 
 def _text_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def write_atomically(path: Path, data: bytes, *, overwrite: bool = False) -> None:
-    """Writes ``data`` to a temporary file beside ``path`` and puts it in place in one step."""
-    refuse_existing(path, overwrite=overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        if overwrite:
-            os.replace(temporary, path)
-        else:
-            _place(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-
-
-def _place(temporary: str, path: Path) -> None:
-    """Gives the file its name, unless somebody else has taken it meanwhile."""
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        refuse_existing(path)
-        raise
-    except OSError:  # a file system without hard links
-        refuse_existing(path)
-        os.replace(temporary, path)
-    else:
-        os.unlink(temporary)
-
-
-def refuse_unwritable(path: Path) -> None:
-    """Raises where `write_atomically` would: before privacy is spent, not after."""
-    refuse_existing(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise OSError(
-            f"out={str(path)!r}: cannot write there ({error.strerror or error}); choose a folder "
-            "that exists or can be made."
-        ) from None
-
-
-def refuse_existing(path: Path, *, overwrite: bool = False) -> None:
-    """Raises FileExistsError with the remedy if ``path`` exists."""
-    if path.exists() and not overwrite:
-        raise FileExistsError(
-            f"{path} exists: it is not overwritten unless told to. Choose another name, or "
-            "remove it first (removing a release does not give its privacy budget back)."
-        )

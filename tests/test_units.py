@@ -219,6 +219,25 @@ def test_shared_taps_are_one_row(options: dict[str, Any]) -> None:
     torch.testing.assert_close(hybrid.shared_target, whole / 50, rtol=1e-5, atol=1e-6)
 
 
+def test_the_reported_noise_norms_are_what_happens() -> None:
+    from dpmmd.privacy.report import facts
+
+    options = {"epsilon": 1.0, "delta": 1e-9, "adjacency": "replace-one", "num_classes": 3}
+    clean = exact(images(50), shared_taps=1, moments=(1, 2))
+    counts = clean.counts[:, None]
+    own, shared = [], []
+    for _ in range(30):
+        noisy = dpmmd.release(images(50), small_encoder(), shared_taps=1, moments=(1, 2), **options)  # type: ignore[arg-type]
+        own.append(((noisy.sums - clean.sums) / counts).square().sum(dim=2))
+        shared.append((noisy.shared_target - clean.shared_target).square().sum(dim=(1, 2)))  # type: ignore[operator]
+    for row, block in enumerate(facts(clean)["blocks"][:2]):
+        found = torch.stack(own)[:, row].mean(dim=0).sqrt()
+        wanted = torch.tensor(block["expected_noise_norm_per_class"])
+        torch.testing.assert_close(found, wanted.double(), rtol=0.1, atol=0, check_dtype=False)
+        whole = float(torch.stack(shared)[:, row].mean().sqrt())
+        assert whole == pytest.approx(block["expected_noise_norm_shared"], rel=0.1)
+
+
 def test_the_file_keeps_shared_taps(tmp_path: Path) -> None:
     released = exact(images(50), shared_taps=1)
     again = Release.load(released.save(tmp_path / "r.safetensors"))

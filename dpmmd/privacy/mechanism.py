@@ -226,8 +226,8 @@ def release(
         bound=bound,
         clip=float(clip),
         joint_weight=None if joint_weight is None else float(joint_weight),
-        blocks=tuple(_record(part.block, classes * part.dim + part.shared) for part in parts)
-        + (() if counts_block is None else (_record(counts_block, classes),)),
+        blocks=tuple(_record(p.block, classes * p.dim, p.shared) for p in parts)
+        + (() if counts_block is None else (_record(counts_block, classes, 0),)),
         num_classes=classes,
         labelled=labelled,
         num_units=num_units if public_n else None,
@@ -406,14 +406,15 @@ def _blocks(
     return parts, block("counts", "counts", False) if with_counts else None
 
 
-def _record(block: Block, size: int) -> BlockRecord:
+def _record(block: Block, by_class: int, shared: int) -> BlockRecord:
     return BlockRecord(
         name=block.name,
         kind="counts" if block.kind == "counts" else "sums",
         bound=block.bound / GRID,
         nonnegative=block.nonnegative,
         spread=block.spread,
-        size=size,
+        size=by_class + shared,
+        shared=shared,
     )
 
 

@@ -42,6 +42,7 @@ class BlockRecord(BaseModel):
     nonnegative: bool
     spread: bool
     size: int
+    shared: int  # how many of them lie in the row that all classes share
 
 
 class Metadata(BaseModel):

@@ -83,12 +83,13 @@ def facts(release: Release, ledger: Ledger | None = None) -> dict[str, Any]:
         # phi blocks are released in units of the clip norm; selection and counts in their own
         norm = m.clip if block.name.startswith("phi") else 1.0
         noise_sd = m.sd / 2**m.grid_bits * norm / block.bound
-        noise_norm = noise_sd * math.sqrt(block.size / m.num_classes)
+        noise_norm = noise_sd * math.sqrt((block.size - block.shared) / m.num_classes)
+        shared_norm = noise_sd * math.sqrt(block.shared) / (m.num_units or release.counts.sum())
         blocks.append(
             {
                 "name": block.name,
                 "kind": block.kind,
-                "bound": norm,  # of one image's vector, in the unit of the released sums
+                "bound": norm,  # of one unit's vector, in that of the released sums
                 "weight": block.bound,
                 "nonnegative": block.nonnegative,
                 "size": block.size,
@@ -96,6 +97,7 @@ def facts(release: Release, ledger: Ledger | None = None) -> dict[str, Any]:
                 "expected_noise_norm_per_class": [noise_norm / n for n in release.counts.tolist()]
                 if block.kind == "sums"
                 else None,  # of a class mean, with the released divisors
+                "expected_noise_norm_shared": float(shared_norm) if block.shared else None,
             }
         )
     result = {
@@ -242,7 +244,7 @@ def rows(f: dict[str, Any]) -> list[tuple[str, str]]:
         result.append(
             (
                 f"block {block['name']}",
-                f"{block['size']} numbers, one image's norm at most {block['bound']:g}, weight "
+                f"{block['size']} numbers, one unit's norm at most {block['bound']:g}, weight "
                 f"{block['weight']:g}{sign}",
             )
         )
@@ -254,7 +256,8 @@ def rows(f: dict[str, Any]) -> list[tuple[str, str]]:
 def _adjacency_row(f: dict[str, Any], adjacency: str) -> tuple[str, str]:
     at = f["by_adjacency"][adjacency]
     if at is None:
-        value = "no guarantee" + (": it states the number of images" * f["private"])
+        units = "images" if f["unit"] == "image" else "groups"
+        value = "no guarantee" + (f": it states the number of {units}" * f["private"])
     else:
         value = f"epsilon = {at['epsilon']:.4g} at delta = {f['delta']:g}, mu = {at['mu']:.4g}"
     return f"the same release under {adjacency}", value
@@ -291,11 +294,15 @@ def utility(f: dict[str, Any]) -> list[str]:
             )
             continue
         norms = block["expected_noise_norm_per_class"]
+        squares = sum(n * n for n in norms)
+        shared = ""
+        if (norm := block["expected_noise_norm_shared"]) is not None:
+            shared, squares = f", on the mean of the shared taps {norm:.3g}", squares + norm * norm
         lines.append(
             f"{block['name']}: expected norm of the noise on a class mean "
-            f"{_range(norms)}, against means of norm at most "
+            f"{_range(norms)}{shared}, against means of norm at most "
             f"{block['bound']:g}; the squared MMD to the noised target exceeds "
-            f"that to the true one by {sum(n * n for n in norms):.3g} in expectation, whatever "
+            f"that to the true one by {squares:.3g} in expectation, whatever "
             "the generator"
         )
     return lines

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,6 +46,8 @@ class Rows(ImageSource):
         self.image_shape = tuple(x.shape[1:])  # type: ignore[assignment]
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
+        if not self.num_images:
+            return
         padding = -len(self.x) % batch_size
         x = torch.cat([self.x, self.x.new_zeros(padding, *self.x.shape[1:])])
         y = torch.cat([self.y, self.y.new_zeros(padding)])
@@ -267,6 +270,98 @@ def test_replay_neighbours_differ_by_at_most_the_sensitivity(
         worst = max(worst, float((sums + counts).sqrt()) * 2**m.grid_bits)
     assert worst <= declared * (1 + 1e-6)  # float32 of the file
     assert worst > 0.2 * declared
+
+
+# Features by the grey level of a pixel, in steps of 1 / 15: all that floating point has to offer.
+EXTREMES = torch.tensor([
+    0.0, 1.0, -1.0, 2.0, -3.0, 1e38, -1e38, 3e-39,
+    -1e-45, 1e-20, 0.5, -0.25, math.nan, math.inf, -math.inf, 7.0,
+])  # fmt: skip
+
+
+class _Extremes(torch.nn.Module):
+    """Two taps of two features each, any numbers at all."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        v = EXTREMES[(x[:, :1] * 15).round().long()]
+        return {"a": v[..., :2], "b": v[..., 2:].abs()}
+
+
+def extremes() -> dpmmd.encoders.Encoder:
+    with pytest.MonkeyPatch.context() as patch:  # its probe would refuse NaN
+        patch.setattr(
+            dpmmd.encoders.Encoder,
+            "_probe",
+            lambda self, signs: tuple(
+                dpmmd.encoders.base.Tap(name, (1, 1, 2), sign) for name, sign in signs.items()
+            ),
+        )
+        return dpmmd.encoders.Encoder(
+            _Extremes(), name="extremes", weights_sha256="0" * 64, image_size=(1, 4),
+            tap_signs={"a": "signed", "b": "nonnegative"},
+        )  # fmt: skip
+
+
+image = st.tuples(
+    st.lists(st.integers(0, 15), min_size=4, max_size=4), st.integers(0, 2), st.booleans()
+)
+data_sets = st.lists(image, min_size=0, max_size=4)
+MOMENTS: list[dict[str, object]] = [
+    {"moments": (1,)},
+    {"moments": (2,)},
+    {"moments": (1, 2)},
+    {"moments": (1, 2), "joint_weight": 0.7},
+    {"moments": (1,), "shared_taps": 1},
+]
+
+
+@given(
+    rest=data_sets,
+    one=image,
+    other=image,
+    adjacency=st.sampled_from(["replace-one", "zero-out", "add-remove"]),
+    moments=st.sampled_from(MOMENTS),
+    bound=st.sampled_from(["sphere", "ball"]),
+    classes=st.sampled_from([None, 3]),
+)
+@settings(max_examples=300, deadline=None)
+def test_adversarial_neighbours_differ_by_at_most_the_sensitivity(
+    rest: list, one: tuple, other: tuple, adjacency: str, moments: dict, bound: str, classes: object
+) -> None:
+    """Any features, labels and undecodable images, down to a data set of one image, or of none."""
+    options = {**moments, "bound": bound, "num_classes": classes, "adjacency": adjacency}
+    if classes is None:
+        options.pop("shared_taps", None)
+
+    def released(items: list) -> tuple[Tensor, Release]:
+        x = torch.tensor([i[0] for i in items], dtype=torch.float32).reshape(-1, 1, 1, 4) / 15
+        y = torch.tensor([i[1] for i in items], dtype=torch.int64)
+        valid = torch.tensor([i[2] for i in items], dtype=torch.bool)
+        taken = []
+        take = PrivateSums.take
+
+        def watch(self: PrivateSums) -> tuple[Tensor, Tensor]:
+            sums = take(self)
+            taken.extend(s.clone().flatten() for s in sums)
+            return sums
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(PrivateSums, "take", watch)
+            result = exact(Rows(x, y, valid), extremes(), batch_size=2, delta=1e-9, **options)
+        return torch.cat(taken), result
+
+    first = [*rest, one]
+    second = [*rest, other]
+    if adjacency == "zero-out":
+        second = [*rest, (*one[:2], False)]
+    if adjacency == "add-remove":
+        second = rest
+    (a, left), (b, right) = released(first), released(second)
+    square = sum(int(d) ** 2 for d in (a - b))  # Python integers: exact
+    assert square <= left.metadata.sensitivity**2
+    hidden = {"array_sha256"}
+    assert left.metadata.model_dump(exclude=hidden) == right.metadata.model_dump(exclude=hidden)
+    assert left.sums.shape == right.sums.shape
 
 
 def test_noise_has_the_declared_sd(encoder: dpmmd.encoders.Encoder) -> None:

@@ -2,29 +2,71 @@
 
 ``auto`` takes the fastest one available for the tensors at hand and may fall back; every explicit
 choice runs as chosen or raises.
+
+- ``"cpu"``: the native core (csrc/), for float32 and bfloat16 tensors on the CPU;
+- ``"torch"``: plain PyTorch, for every floating dtype and device.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-BACKENDS = ("auto", "torch")
+import torch
+
+from dpmmd import _cpu
+
+BACKENDS = ("auto", "torch", "cpu")
+NOT_IN_THIS_BUILD = ("triton", "cuda")
 ENVIRONMENT_VARIABLE = "DPMMD_BACKEND"
+NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 
 _chosen: ContextVar[str | None] = ContextVar("dpmmd_backend", default=None)
+_warned = False
 
 
-def resolve(backend: str = "auto") -> str:
-    """The implementation that will run.
+@torch.compiler.assume_constant_result
+def resolve(
+    backend: str = "auto", device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> str:
+    """The implementation that will run: ``"torch"`` or ``"cpu"``.
 
-    An argument other than ``"auto"`` wins, then `use`, then the variable DPMMD_BACKEND.
+    An argument other than ``"auto"`` wins, then `use`, then the variable DPMMD_BACKEND. Under
+    torch.compile the choice is made once, when a graph is compiled.
+
+    Args:
+        backend: one of BACKENDS.
+        device: type of the device that the tensors are on, e.g. ``"cpu"``.
+        dtype: theirs.
 
     Raises:
-        ValueError: the name is unknown to this build.
+        ValueError: the name is unknown to this build, or an explicit choice cannot run.
     """
+    origin, backend = _requested(backend)
+    fits = device == "cpu" and dtype in NATIVE_DTYPES
+    if backend == "cpu":
+        if not fits:
+            raise ValueError(
+                f"{origin}='cpu': cannot run {dtype} on {device}; it takes float32 and bfloat16 "
+                "on the CPU. Use 'auto', or convert the tensors."
+            )
+        if _cpu.missing is not None:
+            raise ValueError(
+                f"{origin}='cpu': dpmmd._native did not load ({_cpu.missing}). Install dpmmd with "
+                "a C++ compiler at hand, or use 'auto'."
+            )
+    if backend != "auto":
+        return backend
+    if fits and _cpu.missing is not None:
+        _warn_once()
+    return "cpu" if fits and _cpu.missing is None else "torch"
+
+
+def _requested(backend: str) -> tuple[str, str]:
+    """Where the choice comes from, and the choice, which this build has."""
     origin = "backend"
     if backend == "auto":
         inner = _chosen.get()
@@ -33,17 +75,30 @@ def resolve(backend: str = "auto") -> str:
         elif ENVIRONMENT_VARIABLE in os.environ:
             backend, origin = os.environ[ENVIRONMENT_VARIABLE], ENVIRONMENT_VARIABLE
     if backend not in BACKENDS:
+        reason = "not in this build; " if backend in NOT_IN_THIS_BUILD else ""
         raise ValueError(
-            f"{origin}={backend!r}: this build has {', '.join(map(repr, BACKENDS))}. "
+            f"{origin}={backend!r}: {reason}this build has {', '.join(map(repr, BACKENDS))}. "
             "Use 'auto' to let the library choose."
         )
-    return "torch" if backend == "auto" else backend
+    return origin, backend
+
+
+def _warn_once() -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            f"dpmmd._native did not load ({_cpu.missing}): plain PyTorch runs in its place, several "
+            "times slower. Install dpmmd with a C++ compiler at hand.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
 
 @contextmanager
 def use(backend: str) -> Iterator[None]:
     """Within the block, calls with ``backend="auto"`` run ``backend``."""
-    resolve(backend)
+    _requested(backend)
     token = _chosen.set(backend)
     try:
         yield

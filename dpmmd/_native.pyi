@@ -1,0 +1,66 @@
+"""The native core (csrc/bindings.cpp). Addresses are ints, statuses are those of csrc/dpmmd.h."""
+
+_Tap = tuple[int, int, int, int, int]  # data, stride, columns, gradient or 0, gradient's stride
+
+def level() -> str: ...
+def choose(level: str) -> bool: ...
+def mean_embedding(
+    is_backward: bool,
+    phases: int,
+    taps: list[_Tap],
+    type: int,
+    n: int,
+    labels: int,
+    num_classes: int,
+    moments: int,
+    ball: bool,
+    per_tap: bool,
+    joint: bool,
+    clip: float,
+    weight: float,
+    scale: int,
+    projection: int,
+    means: int,
+    counts: int,
+    upstream: int,
+    coefficients: int,
+    threads: int,
+) -> int: ...
+def difference(
+    estimator: int,
+    update: bool,
+    moments: int,
+    num_classes: int,
+    columns: int,
+    means: int,
+    counts: int,
+    target: int,
+    estimate: int,
+    first_moment: int,
+    second_moment: int,
+    steps: int,
+    decay: float,
+    rate: float,
+    gradient: int,
+    value: int,
+    threads: int,
+) -> int: ...
+def bounded_sums(
+    taps: list[_Tap],
+    type: int,
+    n: int,
+    labels: int,
+    num_classes: int,
+    valid: int,
+    limits: int,
+    moments: int,
+    ball: bool,
+    per_tap: bool,
+    nonnegative: bool,
+    clip: float,
+    weight: float,
+    shared_taps: int,
+    sums: int,
+    shared: int,
+    threads: int,
+) -> int: ...

@@ -91,7 +91,7 @@ int difference(
     int estimator, bool update, std::int64_t moments, std::int64_t num_classes,
     std::int64_t columns, Address means, Address counts, Address target, Address estimate,
     Address first_moment, Address second_moment, Address steps, double decay, double rate,
-    Address gradient, Address value, int threads
+    double numbers, Address gradient, Address value, int threads
 ) {
     dpmmd::Difference e{};
     e.estimator = static_cast<dpmmd::Difference::Estimator>(estimator);
@@ -108,6 +108,7 @@ int difference(
     e.steps = at<float>(steps);
     e.decay = decay;
     e.rate = rate;
+    e.numbers = numbers;
     e.gradient = at<float>(gradient);
     e.value = at<float>(value);
     e.threads = threads;

@@ -74,6 +74,7 @@ struct Difference {
     float* second_moment;  // state of adam
     float* steps;          // [num_classes], state of ema and adam
     double decay, rate;    // of ema; of adam
+    double numbers;        // of adam: over how many numbers the loss that trains v is a mean
     float* gradient;       // with respect to means; written
     float* value;          // one number; written
     std::byte* workspace;

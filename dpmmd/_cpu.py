@@ -251,6 +251,7 @@ def difference(
     second_moment: Tensor | None = None,
     decay: float = 0.0,
     lr: float = 0.0,
+    numbers: int | None = None,
     update: bool = True,
     threads: int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -288,6 +289,7 @@ def difference(
         _address(steps),
         decay,
         lr,
+        float(means.numel() if numbers is None else numbers),
         _address(gradient),
         _address(value),
         torch.get_num_threads() if threads is None else threads,

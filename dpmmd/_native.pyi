@@ -41,6 +41,7 @@ def difference(
     steps: int,
     decay: float,
     rate: float,
+    numbers: float,
     gradient: int,
     value: int,
     threads: int,

@@ -159,6 +159,7 @@ def adam_loss(
     second_moment: Tensor,
     steps: Tensor,
     lr: float,
+    numbers: int | None = None,
     update: bool = True,
     backend: str = "auto",
 ) -> Tensor:
@@ -172,6 +173,8 @@ def adam_loss(
         estimate, first_moment, second_moment: [M, K, D], zero at the start; changed in place.
         steps: [K] in the dtype of ``estimate``, zero at the start; changed in place.
         lr: Adam's rate.
+        numbers: over how many numbers the mean is taken; None for M K D. Give it where v is a part
+            of a longer vector.
         update: whether to move the state.
 
     Returns:
@@ -184,7 +187,16 @@ def adam_loss(
         backend, means, counts, target, estimate, first_moment, second_moment, steps
     ):
         value, gradient = torch.ops.dpmmd.adam_step(
-            means.detach(), counts, target, estimate, first_moment, second_moment, steps, lr, update
+            means.detach(),
+            counts,
+            target,
+            estimate,
+            first_moment,
+            second_moment,
+            steps,
+            lr,
+            numbers,
+            update,
         )
         return torch.ops.dpmmd.with_gradient(means, value, gradient)
     d = mean_difference(means, counts, target)
@@ -193,7 +205,7 @@ def adam_loss(
             beta1, beta2, eps = 0.9, 0.999, 1e-8
             present = counts > 0
             steps += present
-            slope = (estimate - d) * (2.0 / d.numel())
+            slope = (estimate - d) * (2.0 / (d.numel() if numbers is None else numbers))
             where = present.to(estimate.dtype)[None, :, None]
             first_moment.lerp_(slope, (1 - beta1) * where)
             second_moment.lerp_(slope.square(), (1 - beta2) * where)
@@ -610,6 +622,7 @@ def _adam_step(
     second_moment: Tensor,
     steps: Tensor,
     lr: float,
+    numbers: int | None,
     update: bool,
 ) -> tuple[Tensor, Tensor]:
     return _cpu.difference(
@@ -622,6 +635,7 @@ def _adam_step(
         second_moment=second_moment,
         steps=steps,
         lr=lr,
+        numbers=numbers,
         update=update,
     )
 
@@ -636,6 +650,7 @@ def _(
     second_moment: Tensor,
     steps: Tensor,
     lr: float,
+    numbers: int | None,
     update: bool,
 ) -> tuple[Tensor, Tensor]:
     return means.new_empty(()), means.new_empty(means.shape)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dpmmd.encoders import Encoder
-from dpmmd.functional import mean_difference, mean_embedding
+from dpmmd.functional import adam_loss, ema_loss, mean_embedding, mmd_loss
 from dpmmd.privacy import PrivacyError, Release
 
 ESTIMATORS = ("batch", "unbiased", "ema", "adam")
@@ -96,7 +96,14 @@ class MMDLoss(nn.Module):
         numbers = sum(t.numel() for t in (release.target, release.shared_target) if t is not None)
 
         def matched(target: Tensor) -> _Difference:
-            return _Difference(target.to(device), estimator, decay=decay, lr=lr, numbers=numbers)
+            return _Difference(
+                target.to(device),
+                estimator,
+                decay=decay,
+                lr=lr,
+                numbers=numbers,
+                backend=backend,
+            )
 
         self.by_class = matched(release.target)
         shared = release.shared_target
@@ -164,7 +171,7 @@ class _Difference(nn.Module):
 
     Args:
         target: [M, R, D], a row a class, or one row.
-        estimator, decay, lr: as in `MMDLoss`.
+        estimator, decay, lr, backend: as in `MMDLoss`.
         numbers: size of all blocks together, over which the "adam" estimate's loss is a mean.
     """
 
@@ -175,10 +182,18 @@ class _Difference(nn.Module):
     second_moment: Tensor
 
     def __init__(
-        self, target: Tensor, estimator: str, *, decay: float, lr: float, numbers: int
+        self,
+        target: Tensor,
+        estimator: str,
+        *,
+        decay: float,
+        lr: float,
+        numbers: int,
+        backend: str,
     ) -> None:
         super().__init__()
         self.estimator, self.decay, self.lr, self.numbers = estimator, decay, lr, numbers
+        self.backend = backend
         self.register_buffer("target", target, persistent=False)
         if estimator in ("ema", "adam"):
             self.register_buffer("difference", torch.zeros_like(target))  # v
@@ -189,39 +204,32 @@ class _Difference(nn.Module):
 
     def forward(self, means: Tensor, counts: Tensor) -> Tensor:
         """The loss of the rows with a count above 0, from means [M, R, D] and counts [R]."""
-        d = mean_difference(means, counts, self.target.to(means.dtype))
+        target = self.target.to(means.dtype)
         if self.estimator in ("batch", "unbiased"):
-            return d.square().sum()
-        return (self._direction(d.detach(), counts) * d).sum()
-
-    @torch.no_grad()
-    def _direction(self, d: Tensor, counts: Tensor) -> Tensor:
-        """The current estimate v, moved on by d for the rows of this batch if training."""
-        present = counts > 0
-        d = d.to(self.difference.dtype)
-        if self.training:
-            self.steps += present
-            if self.estimator == "ema":
-                rate = (1 - self.decay) * present.to(d.dtype)
-                self.difference.lerp_(d, rate[None, :, None])
-            else:
-                self._adam_step(d, present)
+            return mmd_loss(means, counts, target, backend=self.backend)
+        state = {"estimate": self.difference, "steps": self.steps}
         if self.estimator == "ema":
-            correction = 1 - self.decay ** self.steps.clamp(min=1)
-            return self.difference / correction[None, :, None]
-        return self.difference
-
-    def _adam_step(self, d: Tensor, present: Tensor) -> None:
-        """One step of Adam (betas 0.9, 0.999, eps 1e-8) on mean((v - d)^2) for present rows."""
-        beta1, beta2, eps = 0.9, 0.999, 1e-8
-        gradient = (self.difference - d) * (2.0 / self.numbers)
-        where = present.to(d.dtype)[None, :, None]
-        self.first_moment.lerp_(gradient, (1 - beta1) * where)
-        self.second_moment.lerp_(gradient.square(), (1 - beta2) * where)
-        steps = self.steps.clamp(min=1)[None, :, None]
-        denominator = (self.second_moment / (1 - beta2**steps)).sqrt_().add_(eps)
-        step = self.first_moment / (1 - beta1**steps) / denominator * self.lr
-        self.difference -= step * where
+            return ema_loss(
+                means,
+                counts,
+                target,
+                **state,
+                decay=self.decay,
+                update=self.training,
+                backend=self.backend,
+            )
+        return adam_loss(
+            means,
+            counts,
+            target,
+            **state,
+            first_moment=self.first_moment,
+            second_moment=self.second_moment,
+            lr=self.lr,
+            numbers=self.numbers,
+            update=self.training,
+            backend=self.backend,
+        )
 
 
 def check_encoder(release: Release, encoder: Encoder, *, selection: bool = False) -> None:

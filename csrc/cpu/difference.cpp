@@ -47,9 +47,7 @@ double power(double base, double exponent) { return __builtin_pow(base, exponent
 template <Estimator estimator>
 double step(const Difference& e, std::int64_t at, std::int64_t count, double steps) {
     constexpr std::int64_t piece = 512;  // stays in the first level of cache between the two loops
-    const double entries = static_cast<double>(e.moments) * static_cast<double>(e.num_classes) *
-                           static_cast<double>(e.columns);
-    const auto slope = static_cast<float>(2 / entries);
+    const auto slope = static_cast<float>(2 / e.numbers);
     const auto rate1 = static_cast<float>(1 - beta1), rate2 = static_cast<float>(1 - beta2);
     const double taken = steps > 1 ? steps : 1;
     const auto bias1 = static_cast<float>(1 - power(beta1, taken));

@@ -61,7 +61,7 @@ def bounded_integers(
         groups = [list(vectors)]
     integers: list[Tensor] = []
     for group in groups:
-        integers += _quantise(group, limits * share, bound.startswith("ball"), clip * share)
+        integers += _quantise(group, limits.double() * share, bound.startswith("ball"), clip * share)
     return certify(integers, limits, nonnegative=nonnegative)
 
 

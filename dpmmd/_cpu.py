@@ -33,6 +33,7 @@ BOTH = 3
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 _FEATURES = (torch.float32, torch.bfloat16)
+SUMMED = tuple(_TYPES)  # what `bounded_sums` takes
 _ESTIMATORS = {"batch": 0, "ema": 1, "adam": 2}
 _LABEL_OUT_OF_RANGE = 1
 

@@ -692,7 +692,7 @@ class Broken(Exception):
 def copy_tree(folder: Path) -> None:
     """The package and the tests, without compiled files."""
     for name in ("dpmmd", "tests"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     shutil.copy(ROOT / "pyproject.toml", folder)
 
 
@@ -715,6 +715,7 @@ def _child(folder: str, tests: list[str], log: str) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.chdir(folder)
+    os.environ["DPMMD_BACKEND"] = "torch"  # the definitions; the native core is not copied
     sys.dont_write_bytecode = True
     for name in [m for m in sys.modules if m.split(".")[0] in ("dpmmd", "tests")]:
         del sys.modules[name]

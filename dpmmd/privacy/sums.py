@@ -20,6 +20,9 @@ features.
    with. No message is made, no shape changes.
 
 Steps 1 to 3 are for usefulness; the sensitivity rests on step 4 alone, whatever the encoder did.
+
+On the CPU the same steps run in csrc/cpu/bounded_sums.cpp, which tests compare with the code below,
+their definition, bit for bit; ``DPMMD_BACKEND=torch`` runs the definition itself.
 """
 
 from __future__ import annotations
@@ -30,6 +33,8 @@ from typing import Any, BinaryIO, NoReturn
 
 import torch
 from torch import Tensor
+
+from dpmmd import _cpu, backends
 
 GRID_BITS = 30
 GUARD = 1.0 - 2.0**-20
@@ -113,6 +118,13 @@ def _power_of_two(exponent: Tensor) -> Tensor:
     return ((exponent + 1023) << 52).view(torch.float64)
 
 
+def _runs_native(features: Sequence[Tensor]) -> bool:
+    like = features[0]
+    return (
+        like.dtype in _cpu.SUMMED and backends.resolve("auto", like.device.type) == "cpu"
+    )
+
+
 class PrivateSums:
     """Exact int64 class sums of one block: write-only until noise is added.
 
@@ -167,6 +179,22 @@ class PrivateSums:
         """
         if self._sums is None:
             raise RuntimeError("PrivateSums: the sums have been taken.")
+        if _runs_native(features):
+            _cpu.bounded_sums(
+                features,
+                labels,
+                valid,
+                limits,
+                moments=moments,
+                joint_weight=joint_weight,
+                bound=bound,
+                clip=clip,
+                nonnegative=nonnegative,
+                sums=self._sums,
+                shared=self._shared if shared_taps else None,
+                shared_taps=shared_taps,
+            )
+            return
         width = sum(f.shape[1] for f in features) * len(moments)
         rows = max(1, _CHUNK_ELEMENTS // max(width, 1))
         for start in range(0, labels.shape[0], rows):

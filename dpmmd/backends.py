@@ -28,7 +28,6 @@ _chosen: ContextVar[str | None] = ContextVar("dpmmd_backend", default=None)
 _warned = False
 
 
-@torch.compiler.assume_constant_result
 def resolve(
     backend: str = "auto", device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> str:
@@ -63,6 +62,11 @@ def resolve(
     if fits and _cpu.missing is not None:
         _warn_once()
     return "cpu" if fits and _cpu.missing is None else "torch"
+
+
+# What torch.compiler.assume_constant_result does, whose import would take seconds: torch.compile
+# runs the function while it traces, where it could not trace the context variable.
+resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _requested(backend: str) -> tuple[str, str]:

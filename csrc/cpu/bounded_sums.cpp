@@ -352,7 +352,8 @@ private:
                 s += p_.squares[slot(thread, r) * p_.groups + group_of(j)];
             }
             const double norm = __builtin_sqrt(static_cast<double>(s) * (1 / grid[j].bits));
-            double rate = limit * guard / norm;
+            // PyTorch divides a number by a tensor so: it multiplies by the reciprocal.
+            double rate = 1.0 / norm * (limit * guard);
             if (e_.ball) {
                 const double most = limit * guard * (1 / grid[j].inverse) / (e_.clip * share);
                 rate = most < rate ? most : rate;

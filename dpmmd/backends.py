@@ -28,9 +28,7 @@ _chosen: ContextVar[str | None] = ContextVar("dpmmd_backend", default=None)
 _warned = False
 
 
-def resolve(
-    backend: str = "auto", device: str = "cpu", dtype: torch.dtype = torch.float32
-) -> str:
+def resolve(backend: str = "auto", device: str = "cpu", dtype: torch.dtype = torch.float32) -> str:
     """The implementation that will run: ``"torch"`` or ``"cpu"``.
 
     An argument other than ``"auto"`` wins, then `use`, then the variable DPMMD_BACKEND. Under
@@ -92,8 +90,8 @@ def _warn_once() -> None:
     if not _warned:
         _warned = True
         warnings.warn(
-            f"dpmmd._native did not load ({_cpu.missing}): plain PyTorch runs in its place, several "
-            "times slower. Install dpmmd with a C++ compiler at hand.",
+            f"dpmmd._native did not load ({_cpu.missing}): plain PyTorch runs in its place, "
+            "many times slower. Install dpmmd with a C++ compiler at hand.",
             RuntimeWarning,
             stacklevel=4,
         )

@@ -36,7 +36,9 @@ def level(request: pytest.FixtureRequest) -> Iterator[str]:
     assert _native.choose(before)
 
 
-def features(n: int, shapes: list[tuple[int, ...]], dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
+def features(
+    n: int, shapes: list[tuple[int, ...]], dtype: torch.dtype, seed: int = 0
+) -> list[Tensor]:
     rng = torch.Generator().manual_seed(seed)
     return [torch.randn(n, *s, generator=rng).relu().to(dtype) for s in shapes]
 
@@ -173,7 +175,9 @@ def test_features_in_one_piece_are_not_copied(monkeypatch: pytest.MonkeyPatch) -
     seen: list[list[int]] = []
     original = _cpu._addresses
     monkeypatch.setattr(
-        _cpu, "_addresses", lambda taps, g: seen.append([t.data_ptr() for t in taps]) or original(taps, g)
+        _cpu,
+        "_addresses",
+        lambda taps, g: seen.append([t.data_ptr() for t in taps]) or original(taps, g),
     )
     (f,) = features(4, [(3, 4, 5)], torch.float32)
     for layout in ("contiguous", "channels-last", "batch-strided"):
@@ -338,7 +342,9 @@ def test_opcheck() -> None:
         torch.library.opcheck(
             torch.ops.dpmmd.mean_embedding.default, (fs, y, 3, [1, 2], bound, 1.0, None)
         )
-    means, _, scale, projection = torch.ops.dpmmd.mean_embedding(fs, y, 3, [1, 2], "sphere", 1.0, None)
+    means, _, scale, projection = torch.ops.dpmmd.mean_embedding(
+        fs, y, 3, [1, 2], "sphere", 1.0, None
+    )
     torch.library.opcheck(
         torch.ops.dpmmd.mean_embedding_backward.default,
         (

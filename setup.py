@@ -23,8 +23,8 @@ class CMakeBuild(build_ext):
         )
         if not any(map(shutil.which, compilers)):
             raise SystemExit(
-                f"dpmmd: no C++ compiler (looked for {', '.join(compilers)}): install GCC or Clang, "
-                "e.g. `apt install g++`, `dnf install gcc-c++` or `xcode-select --install`, "
+                f"dpmmd: no C++ compiler (looked for {', '.join(compilers)}): install GCC or "
+                "Clang, e.g. `apt install g++`, `dnf install gcc-c++` or `xcode-select --install`, "
                 "and run the same command again."
             )
         import pybind11

@@ -1,4 +1,4 @@
-"""The native integer sums against `dpmmd.privacy.sums`, bit for bit, and against Python integers."""
+"""The native integer sums: `dpmmd.privacy.sums` bit for bit, and Python integers."""
 
 from __future__ import annotations
 
@@ -153,7 +153,8 @@ def test_shared_taps_have_one_row(moments: tuple[int, ...]) -> None:
     fs = rows(15, widths, torch.float32)
     y, valid = labels(15, 4), torch.ones(15, dtype=torch.bool)
     options: dict[str, Any] = {
-        "moments": moments, "joint_weight": 0.5, "bound": "sphere", "clip": 1.0, "nonnegative": True,
+        "moments": moments, "joint_weight": 0.5, "bound": "sphere", "clip": 1.0,
+        "nonnegative": True,
     }  # fmt: skip
     m, dim = len(moments), sum(widths)
     shared = torch.zeros(1, m * 75, dtype=torch.int64)

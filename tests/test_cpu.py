@@ -87,7 +87,7 @@ def test_buffers_of_backward(name: str, value: Tensor) -> None:
 
 
 def test_statistics_of_class_sums() -> None:
-    with pytest.raises(ValueError, match="projection: .*expected"):
+    with pytest.raises(ValueError, match=r"projection: .*expected"):
         _cpu.forward(
             GOOD, None, 1, clip=1.0, phases=_cpu.CLASS_SUMS,
             statistics=(torch.rand(1, 3, 1), torch.rand(3)), **OPTIONS,

@@ -61,7 +61,7 @@ def laid_out(tap: Tensor, layout: str) -> Tensor:
 def ours_and_truth(
     fs: list[Tensor], y: Tensor | None, k: int, **options: object
 ) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor], list[Tensor], Tensor]:
-    """Means and gradients: ours, in float64 by the reference, and by the reference in their dtype."""
+    """Means and gradients: ours, then the reference's in float64 and in the features' dtype."""
     results = []
     weight = None
     for function, dtype in (

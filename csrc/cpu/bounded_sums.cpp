@@ -340,7 +340,9 @@ private:
     }
 
     // The rate of every group of one row: B guard / |g|, for balls at most B guard 2^e / c.
+    // What may not contribute keeps rate 0: only with a limit of at most 2^30 do integers fit.
     void choose_rate(std::int64_t image, std::int64_t r) const {
+        if (!is_eligible(image)) return;
         Grid* const grid = grids(r);
         const double share =
             e_.per_tap ? 1.0 / __builtin_sqrt(static_cast<double>(p_.num_vectors)) : 1.0;
@@ -378,6 +380,13 @@ private:
         p_.sizes[slot(worker_.thread, r)] = size;
     }
 
+    // Whether an image may contribute at all: it is valid, and its limit and label are in range.
+    bool is_eligible(std::int64_t image) const {
+        const std::int64_t limit = e_.limits[image], label = e_.labels[image];
+        return e_.valid[image] && limit > 0 && limit <= std::int64_t{1} << 30 && label >= 0 &&
+               label < e_.num_classes;
+    }
+
     // Step 4: the certificate.
     bool is_within(std::int64_t image, std::int64_t r) const {
         Size size{0, 0, 0, 0};
@@ -393,11 +402,8 @@ private:
         const auto entries = static_cast<std::uint64_t>(p_.columns * p_.num_moments);
         const bool exact =
             size.magnitude >> 32 == 0 && size.high + entries <= std::uint64_t{1} << 32;
-        const std::int64_t limit = e_.limits[image], label = e_.labels[image];
-        const bool eligible = e_.valid[image] && limit > 0 && limit <= std::int64_t{1} << 30 &&
-                              label >= 0 && label < e_.num_classes;
-        const auto most = static_cast<std::uint64_t>(limit) * static_cast<std::uint64_t>(limit);
-        return eligible && exact && size.square > 0 && size.square <= most &&
+        const auto limit = static_cast<std::uint64_t>(e_.limits[image]);
+        return is_eligible(image) && exact && size.square > 0 && size.square <= limit * limit &&
                !(e_.nonnegative && size.sign < 0);
     }
 

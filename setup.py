@@ -18,11 +18,13 @@ class CMakeBuild(build_ext):
     """Configures and builds in build/<name>; the module lands where setuptools wants it."""
 
     def build_extension(self, ext: Extension) -> None:
-        compilers = [os.environ["CXX"].split()[0]] if "CXX" in os.environ else ["c++", "g++", "clang++"]
+        compilers = (
+            [os.environ["CXX"].split()[0]] if "CXX" in os.environ else ["c++", "g++", "clang++"]
+        )
         if not any(map(shutil.which, compilers)):
             raise SystemExit(
-                f"dpmmd: no C++ compiler (looked for {', '.join(compilers)}): install GCC or Clang, "
-                "e.g. `apt install g++`, `dnf install gcc-c++` or `xcode-select --install`, "
+                f"dpmmd: no C++ compiler (looked for {', '.join(compilers)}): install GCC or "
+                "Clang, e.g. `apt install g++`, `dnf install gcc-c++` or `xcode-select --install`, "
                 "and run the same command again."
             )
         import pybind11
@@ -43,7 +45,9 @@ class CMakeBuild(build_ext):
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
             if done.returncode:
                 sys.stderr.write(done.stdout.decode(errors="replace"))
-                raise SystemExit(f"dpmmd: `{' '.join(command[:2])} ...` failed; its output is above.")
+                raise SystemExit(
+                    f"dpmmd: `{' '.join(command[:2])} ...` failed; its output is above."
+                )
 
 
 setup(ext_modules=[Extension("dpmmd._native", [])], cmdclass={"build_ext": CMakeBuild})

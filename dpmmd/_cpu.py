@@ -114,7 +114,8 @@ def forward(
         scale, projection, means, counts, None, None, phases, threads,
     )  # fmt: skip
     if phases & CLASS_SUMS:
-        for piece, tap in zip(means.split([prod(t.shape[1:]) for t in taps], dim=2), taps):
+        widths = [prod(t.shape[1:]) for t in taps]
+        for piece, tap in zip(means.split(widths, dim=2), taps, strict=True):
             if layout(tap) == PLANES:
                 by_plane = piece.unflatten(2, (tap.shape[1], -1))
                 piece.copy_(by_plane.transpose(2, 3).flatten(2))
@@ -267,8 +268,8 @@ def difference(
     shape = tuple(means.shape)
     means, counts, target = means.contiguous(), counts.contiguous(), target.contiguous()
     inputs = {"means": means, "target": target}
-    states = {"estimate": estimate, "first_moment": first_moment, "second_moment": second_moment}
-    states = {name: state for name, state in states.items() if state is not None}
+    named = {"estimate": estimate, "first_moment": first_moment, "second_moment": second_moment}
+    states = {name: state for name, state in named.items() if state is not None}
     for name, buffer in (inputs | states).items():
         _check_buffer(name, buffer, shape)
     _check_buffer("counts", counts, shape[1:2])
@@ -280,7 +281,9 @@ def difference(
     status = _native.difference(
         _ESTIMATORS[estimator],
         update,
-        *shape,
+        shape[0],
+        shape[1],
+        shape[2],
         _address(means),
         _address(counts),
         _address(target),
@@ -335,6 +338,10 @@ def bounded_sums(
     n, widths = features[0].shape[0], [prod(f.shape[1:]) for f in features]
     if not 0 <= shared_taps <= len(taps):
         raise ValueError(f"shared_taps={shared_taps!r}: expected 0..{len(taps)}.")
+    if (shared is None) != (shared_taps == 0):
+        raise ValueError(
+            f"shared: {_brief(shared)} with shared_taps={shared_taps}; give both or neither."
+        )
     of_shared = len(moments) * sum(widths[:shared_taps])
     own = len(moments) * sum(widths[shared_taps:])
     _check_buffer("labels", labels, (n,), torch.int64)
@@ -342,14 +349,10 @@ def bounded_sums(
     _check_buffer("limits", limits, (n,), torch.int64)
     _check_buffer("sums", sums, (sums.shape[0] if sums.ndim else 1, own), torch.int64)
     outputs = {"sums": sums}
-    if (shared is None) != (shared_taps == 0):
-        raise ValueError(
-            f"shared: {_brief(shared)} with shared_taps={shared_taps}; give both or neither."
-        )
     if shared is not None:
         _check_buffer("shared", shared, (1, of_shared), torch.int64)
         outputs["shared"] = shared
-    inputs = {f"features[{i}]": tap for i, tap in enumerate(taps)}
+    inputs = {f"features[{i}]": tap for i, tap in enumerate(features)}
     _check_apart(outputs, inputs | {"labels": labels, "valid": valid, "limits": limits})
     status = _native.bounded_sums(
         _addresses(taps, None),

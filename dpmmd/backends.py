@@ -28,10 +28,7 @@ _chosen: ContextVar[str | None] = ContextVar("dpmmd_backend", default=None)
 _warned = False
 
 
-@torch.compiler.assume_constant_result
-def resolve(
-    backend: str = "auto", device: str = "cpu", dtype: torch.dtype = torch.float32
-) -> str:
+def resolve(backend: str = "auto", device: str = "cpu", dtype: torch.dtype = torch.float32) -> str:
     """The implementation that will run: ``"torch"`` or ``"cpu"``.
 
     An argument other than ``"auto"`` wins, then `use`, then the variable DPMMD_BACKEND. Under
@@ -65,6 +62,11 @@ def resolve(
     return "cpu" if fits and _cpu.missing is None else "torch"
 
 
+# What torch.compiler.assume_constant_result does, whose import would take seconds: torch.compile
+# runs the function while it traces, where it could not trace the context variable.
+resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _requested(backend: str) -> tuple[str, str]:
     """Where the choice comes from, and the choice, which this build has."""
     origin = "backend"
@@ -88,8 +90,8 @@ def _warn_once() -> None:
     if not _warned:
         _warned = True
         warnings.warn(
-            f"dpmmd._native did not load ({_cpu.missing}): plain PyTorch runs in its place, several "
-            "times slower. Install dpmmd with a C++ compiler at hand.",
+            f"dpmmd._native did not load ({_cpu.missing}): plain PyTorch runs in its place, "
+            "many times slower. Install dpmmd with a C++ compiler at hand.",
             RuntimeWarning,
             stacklevel=4,
         )

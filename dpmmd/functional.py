@@ -183,9 +183,7 @@ def adam_loss(
     Raises:
         ValueError: shapes differ.
     """
-    if _runs_native(
-        backend, means, counts, target, estimate, first_moment, second_moment, steps
-    ):
+    if _runs_native(backend, means, counts, target, estimate, first_moment, second_moment, steps):
         value, gradient = torch.ops.dpmmd.adam_step(
             means.detach(),
             counts,
@@ -299,7 +297,7 @@ def _check(
 
 
 def _checked_values(labels: Tensor | None, like: Tensor, num_classes: int) -> Tensor:
-    """The labels, zeros for None; refused if a value is out of range (the native core does, too)."""
+    """The labels, zeros for None; refuses values out of range, as the native core does."""
     n = like.shape[0]
     if labels is None:
         return torch.zeros(n, dtype=torch.int64, device=like.device)
@@ -546,9 +544,7 @@ def _differentiate_mean_embedding(
     return wanted, None, None, None, None, None, None
 
 
-_mean_embedding.register_autograd(
-    _differentiate_mean_embedding, setup_context=_save_mean_embedding
-)
+_mean_embedding.register_autograd(_differentiate_mean_embedding, setup_context=_save_mean_embedding)
 
 
 def _refuse_double_backward(ctx: Any, *grads: Tensor) -> None:
@@ -571,9 +567,7 @@ def _(means: Tensor, counts: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return means.new_empty(()), means.new_empty(means.shape)
 
 
-@torch.library.custom_op(
-    "dpmmd::ema_step", mutates_args=("estimate", "steps"), device_types="cpu"
-)
+@torch.library.custom_op("dpmmd::ema_step", mutates_args=("estimate", "steps"), device_types="cpu")
 def _ema_step(
     means: Tensor,
     counts: Tensor,

@@ -1,14 +1,20 @@
 from __future__ import annotations
 
-import pytest
+import warnings
 
-from dpmmd import backends
+import pytest
+import torch
+
+from dpmmd import _cpu, backends, functional
 
 
 def test_resolution_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert backends.resolve() == "torch"
+    best = "torch" if _cpu.missing else "cpu"
+    assert backends.resolve() == best
     monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "torch")
     assert backends.resolve() == "torch"
+    with backends.use("auto"):
+        assert backends.resolve() == best
     monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "fast")
     with pytest.raises(ValueError, match="DPMMD_BACKEND='fast'"):
         backends.resolve()
@@ -18,7 +24,44 @@ def test_resolution_order(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_unknown_names_are_refused() -> None:
-    with pytest.raises(ValueError, match="backend='triton': this build has 'auto', 'torch'"):
-        backends.resolve("triton")
-    with pytest.raises(ValueError, match="backend='nope'"), backends.use("nope"):
+    for name in backends.NOT_IN_THIS_BUILD:
+        with pytest.raises(ValueError, match=f"backend='{name}': not in this build; .*'cpu'"):
+            backends.resolve(name)
+    with pytest.raises(ValueError, match="backend='nope': this build has"), backends.use("nope"):
         pass
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.float32, torch.bfloat16])
+def test_auto_takes_what_fits_and_an_explicit_choice_raises(
+    device: str, dtype: torch.dtype
+) -> None:
+    fits = device == "cpu" and dtype in (torch.float32, torch.bfloat16)
+    if fits and _cpu.missing is None:
+        assert backends.resolve("auto", device, dtype) == "cpu"
+        assert backends.resolve("cpu", device, dtype) == "cpu"
+        return
+    assert backends.resolve("auto", device, dtype) == "torch"
+    with (
+        backends.use("cpu"),
+        pytest.raises(ValueError, match=f"backend='cpu': cannot run {dtype} on {device}"),
+    ):
+        backends.resolve("auto", device, dtype)
+
+
+def test_a_build_without_the_core_falls_back_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fs = [torch.rand(3, 5)]
+    with backends.use("torch"):
+        expected, _ = functional.mean_embedding(fs)
+    monkeypatch.setattr(_cpu, "missing", "no such file")
+    monkeypatch.setattr(backends, "_warned", False)
+    with pytest.warns(RuntimeWarning, match=r"dpmmd._native did not load \(no such file\)"):
+        means, _ = functional.mean_embedding(fs)
+    assert torch.equal(means, expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        functional.mean_embedding(fs)
+    with pytest.raises(ValueError, match=r"backend='cpu': dpmmd._native did not load"):
+        functional.mean_embedding(fs, backend="cpu")

@@ -1,11 +1,11 @@
 // Exact class sums of bounded integer vectors: the native twin of dpmmd/privacy/sums.py, whose
 // docstring has the steps and why they are safe. Same arithmetic, same bits:
 //
-//   step 1  largest |v| of a group of taps, its exponent e, inverse = 2^-e      (largest)
-//   step 2  s = sum of ceil((v inverse)^2 2^b), b = 62 - ceil(log2 D); rate = B guard / |g|  (square)
-//   step 3  q = trunc(v inverse rate)                                          (quantised)
-//   step 4  certificate: 0 < sum q^2 <= B^2 exactly, no q < 0 where declared  (certify)
-//   then    sums[y] += q                                                     (add)
+//   step 1  largest |v| of a group of taps, its exponent e, inverse = 2^-e
+//   step 2  s = sum of ceil((v inverse)^2 2^b), b = 62 - ceil(log2 D); rate = B guard / |g|
+//   step 3  q = trunc(v inverse rate)
+//   step 4  certificate: 0 < sum q^2 <= B^2 exactly, no q < 0 where so declared
+//   then    sums[y] += q
 //
 // Steps 1, 2 and 4 reduce over an image's features; maxima and integer sums are exact in any order,
 // so threads own ranges of columns and add up their shares between the steps. What an image holds
@@ -20,8 +20,7 @@ namespace dpmmd::DPMMD_LEVEL {
 namespace {
 
 constexpr double guard = 1.0 - 0x1p-20;
-constexpr std::uint64_t too_high = std::uint64_t{1} << 60;  // of a sum's high part
-constexpr std::int64_t tile_bytes = 4 << 20;
+constexpr std::int64_t tile_bytes = 5 << 19;
 constexpr std::int64_t most_rows = 16;
 
 // Double precision, exactly the number that the feature is.
@@ -59,15 +58,85 @@ double number(std::uint32_t bits) {
 }
 double number(std::uint16_t bits) { return value(bf16{bits}); }
 
-// What a thread found in its columns of one row, per vector (a moment of a tap) or row.
-struct Square {
-    std::uint64_t high, low;  // the sum is high 2^32 + low: exact for any row
-};
-
-// How a vector is quantised: g = v inverse, q = trunc(g rate). A vector without use has rate 0.
+// How a vector (a moment of a tap) is quantised: q = trunc(v inverse rate). Without use: rate 0.
 struct Grid {
     double inverse, rate, bits;  // bits = 2^b of its group
 };
+
+// What the certificate reads of an image's integers: the sum of q^2 modulo 2^64, the sum of the
+// high halves of q^2, which tells whether that sum is exact, and what any q has of sign and size.
+struct Size {
+    std::uint64_t square, high, magnitude;
+    std::int64_t sign;  // negative if any q is
+};
+
+// The entry of the vector of a moment: f, f^2 or, in a joint vector, weight f^2.
+template <int moment, bool joint, class T>
+inline double entry(T f, double weight) {
+    const double v = value(f);
+    if (moment == 1) return v;
+    return joint ? v * v * weight : v * v;
+}
+
+// Step 1: the largest |f|. NaN stays, nothing compares above it.
+template <class T>
+double largest(const T* __restrict f, std::int64_t count) {
+    auto most = ordered(T{});
+    for (std::int64_t i = 0; i < count; ++i) {
+        const auto v = ordered(f[i]);
+        most = v > most ? v : most;
+    }
+    return number(most);
+}
+
+// Step 2: the sum of ceil((v inverse)^2 2^b).
+template <int moment, bool joint, class T>
+std::int64_t square(const T* __restrict f, Grid grid, double weight, std::int64_t count) {
+    std::int64_t total = 0;
+    for (std::int64_t i = 0; i < count; ++i) {
+        const double g = entry<moment, joint>(f[i], weight) * grid.inverse;
+        const double x = g * g * grid.bits;
+        const auto down = static_cast<std::int64_t>(x);  // x >= 0: the ceiling is it or one more
+        total += down + (static_cast<double>(down) < x ? 1 : 0);
+    }
+    return total;
+}
+
+// Step 3. |q| <= 2^30 up to rounding, whatever f is; the conversion truncates toward zero.
+template <int moment, bool joint, class T>
+inline std::int64_t quantised(T f, Grid grid, double weight) {
+    return static_cast<std::int64_t>(entry<moment, joint>(f, weight) * grid.inverse * grid.rate);
+}
+
+// Step 4, what the certificate reads.
+template <int moment, bool joint, class T>
+void measure(const T* __restrict f, Grid grid, double weight, std::int64_t count, Size& size) {
+    std::uint64_t total = 0, high = 0;
+    std::int64_t magnitude = 0, sign = 0;
+    for (std::int64_t i = 0; i < count; ++i) {
+        const std::int64_t q = quantised<moment, joint>(f[i], grid, weight);
+        const auto q2 = static_cast<std::uint64_t>(q) * static_cast<std::uint64_t>(q);
+        total += q2;
+        high += q2 >> 32;
+        magnitude |= q < 0 ? -q : q;
+        sign |= q;
+    }
+    size.square += total;
+    size.high += high;
+    size.magnitude |= static_cast<std::uint64_t>(magnitude);
+    size.sign |= sign;
+}
+
+// Then: sums += q.
+template <int moment, bool joint, class T>
+void add(
+    const T* __restrict f, Grid grid, double weight, std::int64_t count,
+    std::int64_t* __restrict sums
+) {
+    for (std::int64_t i = 0; i < count; ++i) {
+        sums[i] += quantised<moment, joint>(f[i], grid, weight);
+    }
+}
 
 struct Plan {
     const BoundedSums& e;
@@ -76,12 +145,13 @@ struct Plan {
     int threads;
     std::size_t bytes;
     Chunk* chunks;
-    double* largest;    // [threads, rows, taps]: |f|
+    std::int64_t* order;    // [n] images by class: a class's sums stay in cache for several
+    std::int64_t* starts;   // [num_classes + 1]
+    double* largest;        // [threads, rows, taps]: |f|
     std::int64_t* squares;  // [threads, rows, groups]
-    Square* sizes;          // [threads, rows]
-    std::uint8_t* negative;  // [threads, rows]
-    Grid* grids;             // [threads, rows, vectors]
-    std::uint8_t* within;    // [threads, rows]
+    Size* sizes;            // [threads, rows]
+    Grid* grids;            // [threads, rows, vectors]
+    bool* within;           // [threads, rows]
 
     Plan(const BoundedSums& sums, std::byte* base)
         : e(sums),
@@ -100,12 +170,13 @@ struct Plan {
         tile_rows = larger(1, smaller(tile_rows, e.n));
         Workspace workspace(base);
         chunks = workspace.take<Chunk>(num_chunks);
+        order = workspace.take<std::int64_t>(e.n);
+        starts = workspace.take<std::int64_t>(e.num_classes + 1);
         largest = workspace.take<double>(threads * tile_rows * e.num_taps);
         squares = workspace.take<std::int64_t>(threads * tile_rows * groups);
-        sizes = workspace.take<Square>(threads * tile_rows);
-        negative = workspace.take<std::uint8_t>(threads * tile_rows);
+        sizes = workspace.take<Size>(threads * tile_rows);
         grids = workspace.take<Grid>(threads * tile_rows * num_vectors);
-        within = workspace.take<std::uint8_t>(threads * tile_rows);
+        within = workspace.take<bool>(threads * tile_rows);
         bytes = workspace.used();
     }
 };
@@ -132,22 +203,32 @@ public:
                             worker.threads)) {}
 
     void run() const {
+        if (e_.n == 0) return;
+        const std::int64_t slots = p_.tile_rows * e_.num_taps;  // taps of other threads stay 0
+        for (std::int64_t i = 0; i < slots; ++i) p_.largest[slot(worker_.thread, 0) * e_.num_taps + i] = 0;
+        for (std::int64_t u = first_; u < last_; ++u) find_largest(0, u);
         for (std::int64_t begin = 0; begin < e_.n; begin += p_.tile_rows) {
-            const std::int64_t rows = smaller(p_.tile_rows, e_.n - begin);
-            for (std::int64_t r = 0; r < rows; ++r) largest(begin + r, r);
+            const std::int64_t rows = rows_from(begin), next = begin + p_.tile_rows;
+            const std::int64_t* const images = p_.order + begin;
             worker_.meet();
             for (std::int64_t r = 0; r < rows; ++r) {
-                scale(r);
-                square(begin + r, r);
+                choose_scale(r);
+                add_squares(images[r], r);
             }
             worker_.meet();
             for (std::int64_t r = 0; r < rows; ++r) {
-                rate(begin + r, r);
-                certify(begin + r, r);
+                choose_rate(images[r], r);
+                take_size(images[r], r);
             }
             worker_.meet();
             for (std::int64_t r = 0; r < rows; ++r) {
-                if (is_within(begin + r, r)) add(begin + r, r);
+                p_.within[slot(worker_.thread, r)] = is_within(images[r], r);
+            }
+            for (std::int64_t u = first_; u < last_; ++u) {
+                for (std::int64_t r = 0; r < rows; ++r) {
+                    if (p_.within[slot(worker_.thread, r)]) add_row(images[r], r, p_.chunks[u]);
+                }
+                if (next < e_.n) find_largest(next, u);  // meanwhile, from memory
             }
         }
     }
@@ -166,20 +247,19 @@ private:
     std::int64_t slot(std::int64_t thread, std::int64_t r) const {
         return thread * p_.tile_rows + r;
     }
+    // The grids of a row's vectors; vector = index of the moment * num_taps + tap.
     Grid* grids(std::int64_t r) const {
         return p_.grids + slot(worker_.thread, r) * p_.num_vectors;
     }
     std::int64_t group_of(std::int64_t vector) const { return e_.per_tap ? vector : 0; }
 
-    // The entry of the vector of moment m: f, f^2 or, in a joint vector, weight f^2.
-    template <int m, bool joint>
-    double entry(T f) const {
-        const double v = value(f);
-        if (m == 1) return v;
-        return joint ? v * v * e_.weight : v * v;
-    }
+    template <int number, bool joint_vector>
+    struct Moment {
+        static constexpr int moment = number;
+        static constexpr bool joint = joint_vector;
+    };
 
-    // Calls body(moment, joint) with compile-time constants for each moment.
+    // Calls body(Moment, its index) for each moment, which is a constant to the compiler.
     template <class Body>
     void each_moment(const Body& body) const {
         if (e_.moments == 1) {
@@ -191,32 +271,28 @@ private:
             body(Moment<2, true>{}, 1);
         }
     }
-    template <int number, bool joint_vector>
-    struct Moment {
-        static constexpr int m = number;
-        static constexpr bool joint = joint_vector;
-    };
 
-    void largest(std::int64_t image, std::int64_t r) const {
-        double* result = p_.largest + slot(worker_.thread, r) * e_.num_taps;
-        for (std::int64_t l = 0; l < e_.num_taps; ++l) result[l] = 0;
-        for (std::int64_t u = first_; u < last_; ++u) {
-            const Chunk& chunk = p_.chunks[u];
-            const T* f = features(image, chunk);
-            auto most = ordered(T{});
-            for (std::int64_t i = 0; i < chunk.columns; ++i) {
-                const auto v = ordered(f[i]);
-                most = v > most ? v : most;
-            }
-            // NaN stays: nothing compares above it.
-            const double v = number(most);
-            double& so_far = result[chunk.tap];
-            if (!(v <= so_far) && so_far == so_far) so_far = v;
+    std::int64_t rows_from(std::int64_t begin) const {
+        return smaller(p_.tile_rows, e_.n - begin);
+    }
+
+    // Step 1, one chunk of this thread's, of the tile that begins with image order[begin].
+    void find_largest(std::int64_t begin, std::int64_t u) const {
+        const Chunk& chunk = p_.chunks[u];
+        const bool opens = u == first_ || p_.chunks[u - 1].tap != chunk.tap;
+        for (std::int64_t r = 0; r < rows_from(begin); ++r) {
+            double& so_far = p_.largest[slot(worker_.thread, r) * e_.num_taps + chunk.tap];
+            const double here = largest(features(p_.order[begin + r], chunk), chunk.columns);
+            so_far = opens ? here : larger_or_nan(so_far, here);
         }
     }
 
+    static double larger_or_nan(double a, double b) {
+        return a != a || a >= b ? a : b;
+    }
+
     // Step 1, for every group of one row.
-    void scale(std::int64_t r) const {
+    void choose_scale(std::int64_t r) const {
         Grid* const grid = grids(r);
         for (std::int64_t group = 0; group < p_.groups; ++group) {
             const std::int64_t begin = e_.per_tap ? group : 0;
@@ -228,13 +304,12 @@ private:
                 columns += e_.taps[tap].columns;
                 double v = 0;
                 for (int thread = 0; thread < worker_.threads; ++thread) {
-                    const double f = p_.largest[slot(thread, r) * e_.num_taps + tap];
-                    if (!(f <= v) && v == v) v = f;
+                    v = larger_or_nan(v, p_.largest[slot(thread, r) * e_.num_taps + tap]);
                 }
                 // Rounding is monotone, so the largest |f| gives the largest entry.
                 if (p_.first_moment == 2 || j >= e_.num_taps) v = v * v;
                 if (j >= e_.num_taps) v = v * e_.weight;
-                if (!(v <= most) && most == most) most = v;
+                most = larger_or_nan(most, v);
             }
             const bool usable = most >= 0x1p-1000 && most <= 0x1p1000;  // false for NaN
             int exponent = 0;
@@ -248,30 +323,26 @@ private:
     }
 
     // Step 2, this thread's columns.
-    void square(std::int64_t image, std::int64_t r) const {
-        std::int64_t* result = p_.squares + slot(worker_.thread, r) * p_.groups;
+    void add_squares(std::int64_t image, std::int64_t r) const {
+        std::int64_t* const result = p_.squares + slot(worker_.thread, r) * p_.groups;
         for (std::int64_t group = 0; group < p_.groups; ++group) result[group] = 0;
         for (std::int64_t u = first_; u < last_; ++u) {
             const Chunk& chunk = p_.chunks[u];
-            const T* f = features(image, chunk);
-            each_moment([&](auto moment, std::int64_t index) {
+            each_moment([&](auto m, std::int64_t index) {
                 const std::int64_t vector = index * e_.num_taps + chunk.tap;
-                const Grid grid = grids(r)[vector];
+                const Grid& grid = grids(r)[vector];
                 if (grid.inverse == 0) return;
-                std::int64_t total = 0;
-                for (std::int64_t i = 0; i < chunk.columns; ++i) {
-                    const double g = this->template entry<moment.m, moment.joint>(f[i]) * grid.inverse;
-                    const double x = g * g * grid.bits;
-                    const auto down = static_cast<std::int64_t>(x);  // x >= 0: ceil is down or one more
-                    total += down + (static_cast<double>(down) < x);
-                }
-                result[group_of(vector)] += total;
+                result[group_of(vector)] += square<m.moment, m.joint>(
+                    features(image, chunk), grid, e_.weight, chunk.columns
+                );
             });
         }
     }
 
     // The rate of every group of one row: B guard / |g|, for balls at most B guard 2^e / c.
-    void rate(std::int64_t image, std::int64_t r) const {
+    // What may not contribute keeps rate 0: only with a limit of at most 2^30 do integers fit.
+    void choose_rate(std::int64_t image, std::int64_t r) const {
+        if (!is_eligible(image)) return;
         Grid* const grid = grids(r);
         const double share =
             e_.per_tap ? 1.0 / __builtin_sqrt(static_cast<double>(p_.num_vectors)) : 1.0;
@@ -283,7 +354,8 @@ private:
                 s += p_.squares[slot(thread, r) * p_.groups + group_of(j)];
             }
             const double norm = __builtin_sqrt(static_cast<double>(s) * (1 / grid[j].bits));
-            double rate = limit * guard / norm;
+            // PyTorch divides a number by a tensor so: it multiplies by the reciprocal.
+            double rate = 1.0 / norm * (limit * guard);
             if (e_.ball) {
                 const double most = limit * guard * (1 / grid[j].inverse) / (e_.clip * share);
                 rate = most < rate ? most : rate;
@@ -292,91 +364,79 @@ private:
         }
     }
 
-    // Step 3.
-    template <int m, bool joint>
-    std::int64_t quantised(T f, const Grid& grid) const {
-        return static_cast<std::int64_t>(entry<m, joint>(f) * grid.inverse * grid.rate);
+    // Steps 3 and 4, this thread's columns.
+    void take_size(std::int64_t image, std::int64_t r) const {
+        Size size{0, 0, 0, 0};
+        for (std::int64_t u = first_; u < last_; ++u) {
+            const Chunk& chunk = p_.chunks[u];
+            each_moment([&](auto m, std::int64_t index) {
+                const Grid& grid = grids(r)[index * e_.num_taps + chunk.tap];
+                if (grid.rate == 0) return;
+                measure<m.moment, m.joint>(
+                    features(image, chunk), grid, e_.weight, chunk.columns, size
+                );
+            });
+        }
+        p_.sizes[slot(worker_.thread, r)] = size;
     }
 
-    // Whether an image may contribute: it is valid and its limit is one.
+    // Whether an image may contribute at all: it is valid, and its limit and label are in range.
     bool is_eligible(std::int64_t image) const {
         const std::int64_t limit = e_.limits[image], label = e_.labels[image];
         return e_.valid[image] && limit > 0 && limit <= std::int64_t{1} << 30 && label >= 0 &&
                label < e_.num_classes;
     }
 
-    // Step 4, this thread's columns.
-    void certify(std::int64_t image, std::int64_t r) const {
-        Square size{0, 0};
-        std::int64_t signs = 0;
-        for (std::int64_t u = first_; u < last_ && is_eligible(image); ++u) {
-            const Chunk& chunk = p_.chunks[u];
-            const T* f = features(image, chunk);
-            each_moment([&](auto moment, std::int64_t index) {
-                const Grid grid = grids(r)[index * e_.num_taps + chunk.tap];
-                if (grid.rate == 0) return;
-                std::uint64_t high = 0, low = 0;
-                std::int64_t either = 0, magnitude = 0;
-                for (std::int64_t i = 0; i < chunk.columns; ++i) {
-                    const std::int64_t q =
-                        this->template quantised<moment.m, moment.joint>(f[i], grid);
-                    const auto square = static_cast<std::uint64_t>(q) * static_cast<std::uint64_t>(q);
-                    high += square >> 32;
-                    low += square & 0xffffffff;
-                    either |= q;
-                    magnitude |= q ^ (q >> 63);
-                }
-                size.high += high;
-                size.low += low;
-                // An entry whose square would not fit in 64 bits is over any limit.
-                if (magnitude >> 31) size.high |= too_high;
-                signs |= either;
-            });
-        }
-        p_.sizes[slot(worker_.thread, r)] = size;
-        p_.negative[slot(worker_.thread, r)] = signs < 0;
-    }
-
+    // Step 4: the certificate.
     bool is_within(std::int64_t image, std::int64_t r) const {
-        if (!is_eligible(image)) return false;
-        std::uint64_t high = 0, low = 0;
-        bool negative = false;
+        Size size{0, 0, 0, 0};
         for (int thread = 0; thread < worker_.threads; ++thread) {
-            high += p_.sizes[slot(thread, r)].high;
-            low += p_.sizes[slot(thread, r)].low;
-            negative |= p_.negative[slot(thread, r)] != 0;
+            const Size& part = p_.sizes[slot(thread, r)];
+            size.square += part.square;
+            size.high += part.high;
+            size.magnitude |= part.magnitude;
+            size.sign |= part.sign;
         }
-        high += low >> 32;
-        low &= 0xffffffff;
+        // Every q^2 is below (its high half + 1) 2^32, so the sum of squares is exact where
+        // high + entries <= 2^32; a sum that is not is over any limit.
+        const auto entries = static_cast<std::uint64_t>(p_.columns * p_.num_moments);
+        const bool exact =
+            size.magnitude >> 32 == 0 && size.high + entries <= std::uint64_t{1} << 32;
         const auto limit = static_cast<std::uint64_t>(e_.limits[image]);
-        const std::uint64_t most = limit * limit;  // at most 2^60
-        const bool fits = high < (std::uint64_t{1} << 30) && (high << 32 | low) <= most;
-        return fits && (high | low) != 0 && !(e_.nonnegative && negative);
+        return is_eligible(image) && exact && size.square > 0 && size.square <= limit * limit &&
+               !(e_.nonnegative && size.sign < 0);
     }
 
-    void add(std::int64_t image, std::int64_t r) const {
-        for (std::int64_t u = first_; u < last_; ++u) {
-            const Chunk& chunk = p_.chunks[u];
-            const T* f = features(image, chunk);
-            const bool shared = chunk.tap < e_.shared_taps;
-            each_moment([&](auto moment, std::int64_t index) {
-                const Grid grid = grids(r)[index * e_.num_taps + chunk.tap];
-                if (grid.rate == 0) return;
-                std::int64_t* sums =
-                    shared ? e_.shared + index * p_.shared_columns + chunk.column
-                           : e_.sums + (e_.labels[image] * p_.num_moments + index) * p_.own_columns +
-                                 chunk.column - p_.shared_columns;
-                for (std::int64_t i = 0; i < chunk.columns; ++i) {
-                    sums[i] += this->template quantised<moment.m, moment.joint>(f[i], grid);
-                }
-            });
-        }
+    void add_row(std::int64_t image, std::int64_t r, const Chunk& chunk) const {
+        each_moment([&](auto m, std::int64_t index) {
+            const Grid& grid = grids(r)[index * e_.num_taps + chunk.tap];
+            if (grid.rate == 0) return;
+            std::int64_t* const sums =
+                chunk.tap < e_.shared_taps
+                    ? e_.shared + index * p_.shared_columns + chunk.column
+                    : e_.sums + (e_.labels[image] * p_.num_moments + index) * p_.own_columns +
+                          chunk.column - p_.shared_columns;
+            add<m.moment, m.joint>(
+                features(image, chunk), grid, e_.weight, chunk.columns, sums
+            );
+        });
     }
 };
 
 template <class T>
 void run(void* argument, const Worker& worker) {
     Work<T>(*static_cast<const Plan*>(argument), worker).run();
+}
+
+// Images by class; those whose label is out of range, which add nothing, lie with class 0.
+void sort_by_class(const BoundedSums& e, std::int64_t* order, std::int64_t* starts) {
+    const auto label = [&](std::int64_t i) {
+        return e.labels[i] >= 0 && e.labels[i] < e.num_classes ? e.labels[i] : 0;
+    };
+    for (std::int64_t k = 0; k <= e.num_classes; ++k) starts[k] = 0;
+    for (std::int64_t i = 0; i < e.n; ++i) ++starts[label(i) + 1];
+    for (std::int64_t k = 0; k < e.num_classes; ++k) starts[k + 1] += starts[k];
+    for (std::int64_t i = 0; i < e.n; ++i) order[starts[label(i)]++] = i;
 }
 
 }  // namespace
@@ -387,6 +447,7 @@ Status bounded_sums(const BoundedSums& e) {
     Plan plan(e, e.workspace);
     if (plan.bytes > e.workspace_bytes) return Status::workspace_too_small;
     cut_chunks(e.taps, e.num_taps, plan.chunks);
+    sort_by_class(e, plan.order, plan.starts);
     void (*const bodies[3])(void*, const Worker&) = {run<float>, run<bf16>, run<double>};
     run_team(plan.threads, bodies[static_cast<int>(e.type)], &plan);
     return Status::ok;

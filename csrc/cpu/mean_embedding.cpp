@@ -16,7 +16,7 @@
 namespace dpmmd::DPMMD_LEVEL {
 namespace {
 
-constexpr std::int64_t tile_bytes = 5 << 20;
+constexpr std::int64_t tile_bytes = 5 << 19;
 constexpr std::int64_t most_rows = 32;
 constexpr std::int64_t streamed_bytes = 16 << 20;  // gradients larger than this bypass the caches
 

@@ -16,9 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dpmmd import _cpu, backends
-
-BOUNDS = ("sphere", "ball", "sphere-per-tap", "ball-per-tap")
-MOMENTS = ((1,), (2,), (1, 2))
+from dpmmd.bounds import check_bound
 
 
 def mean_embedding(
@@ -267,22 +265,7 @@ def _check(
             )
     if not isinstance(num_classes, int) or num_classes < 1:
         raise ValueError(f"num_classes={num_classes!r}: expected an int >= 1.")
-    if tuple(moments) not in MOMENTS:
-        raise ValueError(f"moments={moments!r}: expected (1,), (2,) or (1, 2).")
-    if bound not in BOUNDS:
-        raise ValueError(f"bound={bound!r}: expected one of {', '.join(BOUNDS)}.")
-    if not (math.isfinite(clip) and clip > 0):
-        raise ValueError(f"clip={clip!r}: expected a finite number > 0.")
-    if joint_weight is not None:
-        if tuple(moments) != (1, 2):
-            raise ValueError(
-                f"joint_weight={joint_weight!r} bounds both moments together: "
-                f"it needs moments=(1, 2), got {tuple(moments)}."
-            )
-        if bound.endswith("-per-tap"):
-            raise ValueError(f"joint_weight with bound={bound!r}: expected 'sphere' or 'ball'.")
-        if not (math.isfinite(joint_weight) and joint_weight > 0):
-            raise ValueError(f"joint_weight={joint_weight!r}: expected a finite number > 0.")
+    check_bound(moments, bound, clip, joint_weight)
     if labels is None:
         if num_classes != 1:
             raise ValueError(f"labels=None: expected labels, since num_classes={num_classes}.")

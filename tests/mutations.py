@@ -692,7 +692,8 @@ class Broken(Exception):
 def copy_tree(folder: Path) -> None:
     """The package and the tests, without compiled files."""
     for name in ("dpmmd", "tests"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+        ignore = shutil.ignore_patterns("__pycache__", "*.so")
+        shutil.copytree(ROOT / name, folder / name, ignore=ignore)
     shutil.copy(ROOT / "pyproject.toml", folder)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dpmmd import _cpu, functional, reference
+from dpmmd.bounds import BOUNDS, MOMENTS
 
 pytestmark = pytest.mark.skipif(_cpu.missing is not None, reason="dpmmd._native is not built")
 
@@ -109,8 +110,8 @@ def check(fs: list[Tensor], y: Tensor | None, k: int, **options: object) -> None
 
 
 @pytest.mark.parametrize("labelled", [True, False], ids=["labelled", "unlabelled"])
-@pytest.mark.parametrize("moments", functional.MOMENTS, ids=str)
-@pytest.mark.parametrize("bound", functional.BOUNDS)
+@pytest.mark.parametrize("moments", MOMENTS, ids=str)
+@pytest.mark.parametrize("bound", BOUNDS)
 @pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 def test_values_and_gradients(
@@ -141,7 +142,7 @@ def test_joint_bound(bound: str, dtype: torch.dtype) -> None:
     )
 
 
-@pytest.mark.parametrize("moments", functional.MOMENTS, ids=str)
+@pytest.mark.parametrize("moments", MOMENTS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("shapes", ["maps", "odd"])
 def test_levels(level: str, shapes: str, dtype: torch.dtype, moments: tuple[int, ...]) -> None:
@@ -207,8 +208,8 @@ def test_same_bits_for_any_number_of_threads(level: str, bound: str, dtype: torc
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("bound", functional.BOUNDS)
-@pytest.mark.parametrize("moments", functional.MOMENTS, ids=str)
+@pytest.mark.parametrize("bound", BOUNDS)
+@pytest.mark.parametrize("moments", MOMENTS, ids=str)
 def test_halves_give_what_the_fused_passes_give(bound: str, moments: tuple[int, ...]) -> None:
     fs = features(11, SHAPES["maps"], torch.float32)
     y = labels(11, 4)
@@ -242,9 +243,9 @@ def test_statistics_are_those_of_the_rows() -> None:
     torch.testing.assert_close(projection.double(), 1 / norms, rtol=3e-7, atol=0)
 
 
-@pytest.mark.parametrize("bound", functional.BOUNDS)
+@pytest.mark.parametrize("bound", BOUNDS)
 @pytest.mark.parametrize("bad", [0.0, math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("moments", functional.MOMENTS, ids=str)
+@pytest.mark.parametrize("moments", MOMENTS, ids=str)
 def test_unusable_rows_are_zero_and_harm_nobody(
     bound: str, bad: float, moments: tuple[int, ...]
 ) -> None:
@@ -295,7 +296,7 @@ def test_few_images(n: int, k: int) -> None:
 def test_empty_tap_and_absent_classes() -> None:
     fs = [*features(4, [(7,)], torch.float32), torch.zeros(4, 0)]
     y = torch.tensor([1, 1, 998, 1])
-    for bound in functional.BOUNDS:
+    for bound in BOUNDS:
         means, counts = functional.mean_embedding(fs, y, 1000, bound=bound, backend="cpu")
         truth, _ = reference.mean_embedding([f.double() for f in fs], y, 1000, bound=bound)
         torch.testing.assert_close(means.double(), truth, rtol=1e-6, atol=1e-7)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from dpmmd import recipe
+from dpmmd.bounds import BOUNDS
 from dpmmd.evaluate import CLASSIFIERS
-from dpmmd.functional import BOUNDS
 from dpmmd.nn import ESTIMATORS
 from dpmmd.privacy.sensitivity import ADJACENCIES
 from dpmmd.recipe import RecipeError, parse, read, revised

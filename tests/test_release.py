@@ -19,9 +19,10 @@ from torch import Tensor
 
 import dpmmd
 from dpmmd import functional, reference
+from dpmmd.bounds import BOUNDS
 from dpmmd.data import Batch, ImageSource
 from dpmmd.privacy import Block, PrivacyError, Release, sensitivity
-from dpmmd.privacy.sums import BOUNDS, GUARD, PrivateSums, bounded_integers
+from dpmmd.privacy.sums import GUARD, PrivateSums, bounded_integers
 from tests.conftest import images, no_noise, nonnegative_encoder, small_encoder
 
 LIMIT = 2**30

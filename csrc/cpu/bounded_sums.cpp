@@ -355,7 +355,7 @@ private:
             }
             const double norm = __builtin_sqrt(static_cast<double>(s) * (1 / grid[j].bits));
             // PyTorch divides a number by a tensor so: it multiplies by the reciprocal.
-            double rate = 1.0 / norm * (limit * guard);
+            double rate = limit * guard / norm;
             if (e_.ball) {
                 const double most = limit * guard * (1 / grid[j].inverse) / (e_.clip * share);
                 rate = most < rate ? most : rate;

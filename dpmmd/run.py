@@ -101,6 +101,7 @@ def load_encoder(settings: recipe.EncoderSection) -> Encoder:
         taps=settings.taps,
         pool=settings.pool,
         weights=settings.weights,
+        precision=settings.precision,
     )
 
 

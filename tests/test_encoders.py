@@ -17,13 +17,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+import dpmmd
 from dpmmd import _torchvision, encoders
 from dpmmd.encoders import (
     Encoder,
     StagedBackbone,
     base,
     efficientnet_lite,
+    layers,
     squeezenet,
     torchvision_models,
     weights,
@@ -196,6 +199,271 @@ def test_spec_round_trip(name):
     x = images(2, size=32)
     with torch.no_grad():
         assert torch.equal(encoder(x)[0], rebuilt(x)[0])
+
+
+# ---- nothing is computed, and nothing kept, that no tap needs
+
+
+def flops(function):
+    with FlopCounterMode(display=False) as counter:  # linear layers included
+        function()
+    return counter.get_total_flops()
+
+
+def plain_flops(name, deepest, x):
+    """Of the convolutions up to a tap, from torchvision's own model or the packaged stages."""
+    total, done = 0, False
+
+    def count(module, inputs, output):
+        nonlocal total
+        total += 0 if done else 2 * output.numel() * module.weight[0].numel()
+
+    def stop(*_):
+        nonlocal done
+        done = True
+
+    if name in PACKAGED:
+        model = load(name)
+        tapped = dict(zip(model.backbone.names, model.backbone.stages, strict=True))
+    else:
+        model = torchvision_model(name)
+        if name.startswith("vgg"):
+            relus = [m for m in model.features if isinstance(m, nn.ReLU)]
+            tapped = dict(zip(torchvision_models.SIGNS[name], relus, strict=True))
+        else:
+            blocks = {
+                tap: model.get_submodule(tap) for tap in list(torchvision_models.SIGNS[name])[1:]
+            }
+            tapped = {"relu1": model.bn1, **blocks}
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(count)
+    tapped[deepest].register_forward_hook(stop)
+    with torch.no_grad():
+        model(x)
+    return total
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_computes_the_convolutions_up_to_the_deepest_tap_and_nothing_else(name):
+    x = images(2).requires_grad_()
+    names = [tap.name for tap in cached(name).taps]
+    for deepest, encoder in ((names[-1], cached(name)), (names[2], load(name, taps=names[2:0:-1]))):
+        needed = plain_flops(name, deepest, x)
+        with torch.no_grad():
+            assert flops(lambda: encoder(x)) == needed  # noqa: B023
+        # Backward: the gradient of every convolution's input, and of no weight.
+        both = flops(lambda: sum(fmap.sum() for fmap in encoder(x)).backward())  # noqa: B023
+        assert both == 2 * needed
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_backward_keeps_one_tensor_a_relu_and_nothing_else(name):
+    """No index of a pooling, no input of a convolution; a ReLU's output is the tap itself."""
+    encoder = cached(name)
+    constant = {t.data_ptr() for t in (*encoder.parameters(), *encoder.buffers())}
+    kept = {}
+
+    def keep(tensor):
+        if tensor.data_ptr() not in constant:
+            kept[tensor.data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        maps = encoder(images(4).requires_grad_())
+    taps = {fmap.data_ptr() for fmap in maps}
+    others = [tensor for address, tensor in kept.items() if address not in taps]
+    if name == "efficientnet-lite0":  # ReLU6 keeps what comes in, and that is no tap
+        assert len(kept) == len(others) == 33
+        return
+    assert taps <= kept.keys()
+    assert all(t.dtype == torch.float32 and t.min() >= 0 for t in others)
+    inside = {"resnet18": 8, "resnet34": 16, "resnet50": 32, "squeezenet1.1": 8}
+    assert len(others) == inside.get(name, 0)  # of residual blocks and fires
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_everything_stays_channels_last(name):
+    encoder, layouts = load(name), []
+
+    def note(tensor):
+        layouts.append(tensor.is_contiguous(memory_format=torch.channels_last))
+
+    for module in encoder.modules():
+        if isinstance(module, nn.Conv2d):
+            note(module.weight)
+        if module is not encoder and module is not encoder.backbone:
+            module.register_forward_hook(lambda m, _, output: note(output))
+    maps = encoder(images(3).requires_grad_())
+    for fmap in maps:
+        note(fmap)
+        fmap.register_hook(note)
+    torch.autograd.backward(maps, [fmap.detach() for fmap in maps])
+    assert all(layouts)
+    assert len(layouts) > 4 * len(encoder.taps)
+
+
+CONVOLUTIONS = [(1, 0, 1, 1), (3, 1, 1, 1), (3, 0, 2, 1), (3, (1, 0), 1, 1), (5, 2, 2, 6)]
+
+
+def frozen(kernel, padding, stride, groups, dtype=torch.float64):
+    torch.manual_seed(0)
+    weight = torch.randn(12, 6 // groups, kernel, kernel, dtype=dtype)
+    layer = layers.Convolution(weight, torch.randn(12, dtype=dtype), stride=stride, groups=groups)
+    return lambda x: layer.convolve(x, padding if isinstance(padding, tuple) else (padding,) * 2)
+
+
+@pytest.mark.parametrize("options", CONVOLUTIONS)
+def test_frozen_convolution(options):
+    function = frozen(*options)
+    x = torch.randn(2, 6, 7, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(function, x)
+    assert torch.autograd.gradgradcheck(function, x)
+    kernel, padding, stride, groups = options
+    function = frozen(*options, dtype=torch.float32)
+    x = x.detach().float().to(memory_format=torch.channels_last).requires_grad_()
+    plain = torch.nn.Conv2d(6, 12, kernel, stride, padding, groups=groups)
+    torch.manual_seed(0)
+    plain.weight.data = torch.randn(plain.weight.shape)
+    plain.bias.data = torch.randn(12)
+    got, expected = function(x), plain(x)
+    assert torch.equal(got, expected)
+    upstream = torch.randn_like(got)
+    (dx,) = torch.autograd.grad(got, x, upstream)
+    assert torch.equal(dx, torch.autograd.grad(expected, x, upstream)[0])
+    assert function(x[:0]).shape == (0, *got.shape[1:])
+
+
+def test_convolution_that_is_not_frozen_gets_its_gradients():
+    torch.manual_seed(0)
+    layer = layers.Convolution(torch.randn(4, 3, 3, 3), torch.randn(4))
+    x = torch.randn(2, 3, 5, 5)
+    assert not layer(x).requires_grad
+    layer.bias.requires_grad_()
+    layer(x).sum().backward()
+    assert layer.bias.grad.tolist() == [18.0] * 4
+    layer.weight.requires_grad_()
+    layer(x).sum().backward()
+    assert layer.weight.grad.any()
+
+
+@pytest.mark.parametrize("options", [(2, 2, 0), (3, 2, 0), (3, 2, 1)])
+def test_max_pool(options):
+    pool, plain = layers.MaxPool(*options), nn.MaxPool2d(*options)
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 7, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(pool, x)
+    assert torch.autograd.gradgradcheck(pool, x)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(2, 3, 9, 8).relu().to(memory_format=layout).requires_grad_()  # with ties
+        got, expected = pool(x), plain(x)
+        assert torch.equal(got, expected)
+        upstream = torch.randn_like(got)
+        (dx,) = torch.autograd.grad(got, x, upstream)
+        assert torch.equal(dx, torch.autograd.grad(expected, x, upstream)[0])
+        assert dx.is_contiguous(memory_format=layout)
+    changed = x * 1
+    total = pool(changed).sum()
+    changed.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
+
+
+@pytest.mark.parametrize("name", ["squeezenet1.1", "vgg11", "resnet18", "efficientnet-lite0"])
+def test_compiles_into_one_graph(name):
+    encoder = load(name)
+    compiled = torch.compile(encoder, backend="aot_eager", fullgraph=True)
+    results = []
+    for function in (encoder, compiled):
+        x = images(2).requires_grad_()
+        maps = function(x)
+        (grad,) = torch.autograd.grad(sum(fmap.square().sum() for fmap in maps), x)
+        results.append([*maps, grad])
+    assert_close(results[1], results[0], rounding(encoder))
+
+
+def test_autocast():
+    encoder = cached("vgg11")
+    x = images(2).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        maps = encoder(x)
+    assert {fmap.dtype for fmap in maps} == {torch.bfloat16}
+    (grad,) = torch.autograd.grad(sum(fmap.float().sum() for fmap in maps), x)
+    (expected,) = torch.autograd.grad(sum(fmap.sum() for fmap in encoder(x)), x)
+    assert grad.dtype == torch.float32
+    assert F.cosine_similarity(grad.flatten(), expected.flatten(), dim=0) > 0.98
+
+
+# ---- precision
+
+
+def rounded_to_bfloat16(encoder):
+    """The float64 encoder with weights, and what every convolution takes and gives, rounded."""
+
+    def nearest(t):
+        return t.bfloat16().double()
+
+    for module in encoder.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight.copy_(nearest(module.weight))
+            module.bias.copy_(nearest(module.bias))
+            module.register_forward_pre_hook(lambda m, inputs: nearest(inputs[0]))
+            module.register_forward_hook(lambda m, inputs, output: nearest(output))
+    return encoder
+
+
+@pytest.mark.parametrize("name", [*PACKAGED, "vgg11", "resnet18"])
+def test_bfloat16(name):
+    encoder = load(name, precision="bfloat16")
+    spec = encoder.spec()
+    assert spec["precision"] == "bfloat16"
+    assert {**spec, "precision": "float32"} == cached(name).spec()
+    x = images(5).requires_grad_()
+    maps = encoder(x)
+    with torch.no_grad():
+        for again in (encoders.from_spec(spec), load(name).to(torch.bfloat16)):
+            for a, b in zip(maps, again(x), strict=True):
+                assert a.dtype == torch.bfloat16
+                assert torch.equal(a, b)
+        exact = load(name).double()(x)
+        rounded = rounded_to_bfloat16(load(name).double())(x)
+    for fmap, emulated, truth in zip(maps, rounded, exact, strict=True):
+        assert (fmap - truth).norm() <= 2 * (emulated - truth).norm()
+        assert (emulated - truth).norm() < 0.1 * truth.norm()
+        assert fmap.is_contiguous(memory_format=torch.channels_last)
+    (grad,) = torch.autograd.grad(sum(fmap.float().square().sum() for fmap in maps), x)
+    assert grad.dtype == torch.float32
+    assert (grad.flatten(1).abs().amax(1) > 0).all()
+
+
+def test_half_precision_normalises_images_in_float32():
+    backbone = load("squeezenet1.1", precision="bfloat16").backbone
+    assert backbone.mean.dtype == backbone.std.dtype == torch.float32
+    assert torch.equal(backbone.mean, cached("squeezenet1.1").backbone.mean)
+    assert backbone.to(torch.float64).mean.dtype == torch.float64
+
+
+def test_precision_of_release_and_training_must_agree():
+    x = (images(12) * 255).byte().numpy()
+    options = {"epsilon": 5.0, "delta": 1e-3, "adjacency": "replace-one", "num_classes": 2}
+    half = load("squeezenet1.1", precision="bfloat16", taps=["conv1"])
+    release = dpmmd.release((x, np.arange(12) % 2), half, progress=False, **options)
+    y = torch.arange(4) % 2
+    sample = images(4).requires_grad_()
+    dpmmd.nn.MMDLoss(release, half, estimator="batch")(sample, y).backward()
+    assert sample.grad.any()
+    with pytest.raises(dpmmd.privacy.PrivacyError, match=r"precision is 'float32'.*'bfloat16'"):
+        dpmmd.nn.MMDLoss(release, load("squeezenet1.1", taps=["conv1"]))
+
+
+def test_refuses_precision_it_cannot_compute(monkeypatch):
+    with pytest.raises(ValueError, match="precision='bf16': expected one of float32, bfloat16"):
+        load("squeezenet1.1", precision="bf16")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    with pytest.raises(ValueError, match=r"no usable bfloat16.*use precision='float32'"):
+        load("squeezenet1.1", precision="bfloat16")
+    load("squeezenet1.1", precision="float32")
 
 
 # ---- images
@@ -643,7 +911,7 @@ def test_fold_batch_norm():
     nn.init.normal_(norm.bias)
     weight, bias = base.fold_batch_norm(conv.weight, norm.state_dict(), eps=norm.eps)
     x = torch.randn(2, 5, 8, 8, dtype=torch.float64)
-    torch.testing.assert_close(base.Convolution(weight, bias)(x), norm.eval()(conv(x)))
+    torch.testing.assert_close(layers.Convolution(weight, bias)(x), norm.eval()(conv(x)))
 
 
 def test_registered_signs_cover_every_encoder():

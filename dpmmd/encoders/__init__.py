@@ -9,8 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-import torch
-
 from dpmmd.encoders import efficientnet_lite, squeezenet, torchvision_models
 from dpmmd.encoders.base import Encoder, StagedBackbone, Tap, suggestion
 from dpmmd.encoders.weights import StrPath, WeightsError, WeightsNotFoundError
@@ -42,11 +40,6 @@ _REGISTRY = {
     },
 }
 
-_PRECISIONS = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-}
-
 
 def available() -> tuple[str, ...]:
     """The names that `load` knows."""
@@ -60,6 +53,7 @@ def load(
     taps: Sequence[str] | None = None,
     pool: int | None = None,
     weights: StrPath | None = None,
+    precision: str = "float32",
 ) -> Encoder:
     """A frozen encoder with ImageNet weights.
 
@@ -74,9 +68,11 @@ def load(
             or fetched, for the others); the path of a weight file (for the first two the pinned
             file itself, for the others a state dict, .pth or .safetensors); or, for torchvision's
             models, "random": initialised from a fixed seed, for tests.
+        precision: as in `Encoder`.
 
     Raises:
-        ValueError: an unknown name or tap, or images too small for a tap.
+        ValueError: an unknown name, tap or precision, a precision that this machine cannot compute
+            in, or images too small for a tap.
         WeightsNotFoundError: the weights are not there; the message says what to install.
         WeightsError: the weights are not what they should be.
         ImportError: a torchvision model without torchvision.
@@ -101,6 +97,7 @@ def load(
         tap_signs=entry.signs,
         taps=taps,
         pool=pool,
+        precision=precision,
     )
 
 
@@ -127,12 +124,16 @@ def from_spec(spec: Mapping[str, Any], *, weights: StrPath | None = None) -> Enc
             f"spec: not a complete encoder description ({type(error).__name__}: {error}); "
             "expected what Encoder.spec() returns"
         ) from error
-    if precision not in _PRECISIONS:
-        raise ValueError(f"spec: precision={precision!r}, expected one of {', '.join(_PRECISIONS)}")
     if weights is None and recorded_sha256 == torchvision_models.RANDOM:
         weights = torchvision_models.RANDOM
-    encoder = load(name, image_size=(height, width), taps=taps, pool=pool, weights=weights)
-    encoder = encoder.to(_PRECISIONS[precision])
+    encoder = load(
+        name,
+        image_size=(height, width),
+        taps=taps,
+        pool=pool,
+        weights=weights,
+        precision=precision,
+    )
     rebuilt = encoder.spec()
     for key in {**rebuilt, **spec}:
         if spec.get(key) != rebuilt.get(key):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -13,6 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 SIGNS = ("nonnegative", "signed")
+PRECISIONS = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float64": torch.float64,
+    "float16": torch.float16,
+}
+_HALF = (torch.bfloat16, torch.float16)
 
 # Interpolation may overshoot [0, 1] by a rounding error; a forgotten division by 255 or a tanh
 # output is outside by far more.
@@ -44,7 +51,8 @@ class StagedBackbone(nn.Module):
 
     Args:
         stages: tap name -> module, in the order in which they run.
-        mean, std: per RGB channel; the first stage sees (images - mean) / std.
+        mean, std: per RGB channel; the first stage sees (images - mean) / std, computed in float32
+            if the stages are in half precision, and then rounded.
 
     `forward` takes images [n, 3, H, W] in [0, 1] and returns {tap name: feature map [n, C, h, w]}.
     """
@@ -62,18 +70,29 @@ class StagedBackbone(nn.Module):
         super().__init__()
         self.names = tuple(stages)
         self.stages = nn.ModuleList(stages.values())
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
+        self._constants = {"mean": tuple(mean), "std": tuple(std)}
+        for key, values in self._constants.items():
+            self.register_buffer(key, torch.tensor(values).view(1, 3, 1, 1))
 
     def truncated(self, names: Sequence[str]) -> StagedBackbone:
         """The same backbone without the stages behind the deepest of the taps `names`."""
         depth = 1 + max(self.names.index(name) for name in names)
-        short = StagedBackbone(dict(zip(self.names[:depth], self.stages[:depth], strict=True)))
+        short = StagedBackbone(
+            dict(zip(self.names[:depth], self.stages[:depth], strict=True)), **self._constants
+        )
         short.mean, short.std = self.mean, self.std
         return short
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StagedBackbone:
+        super()._apply(fn, recurse)
+        for key, values in self._constants.items():
+            if (buffer := getattr(self, key)).dtype in _HALF:
+                exact = torch.tensor(values, dtype=torch.float32, device=buffer.device)
+                setattr(self, key, exact.view(1, 3, 1, 1))
+        return self
+
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        x = (images - self.mean) / self.std
+        x = ((images - self.mean) / self.std).to(_dtype(self))
         taps = {}
         for name, stage in zip(self.names, self.stages, strict=True):
             taps[name] = x = stage(x)
@@ -106,10 +125,15 @@ class Encoder(nn.Module):
         taps: names of the taps to hand out, in this order; None for all that tap_signs lists.
         pool: None, or p: a tap larger than p x p is averaged down to p x p (adaptive average
             pooling, each side on its own).
+        precision: "float32", "bfloat16", "float64" or "float16": what the backbone is converted to,
+            computes in and hands out; None for its own. A release records it. "bfloat16" needs a
+            CPU with AVX-512 (or ARM with bf16), or a GPU; it keeps 8 bits of a feature and halves
+            its memory.
 
     Raises:
-        ValueError: an unknown tap, a tap without a sign, an image too small for the backbone, or
-            a backbone that does not keep to the rules above.
+        ValueError: an unknown tap, a tap without a sign, an image too small for the backbone, a
+            precision that this machine cannot compute in, or a backbone that does not keep to the
+            rules above.
     """
 
     taps: tuple[Tap, ...]
@@ -124,6 +148,7 @@ class Encoder(nn.Module):
         tap_signs: Mapping[str, str],
         taps: Sequence[str] | None = None,
         pool: int | None = None,
+        precision: str | None = None,
     ) -> None:
         super().__init__()
         self.name = name
@@ -137,6 +162,8 @@ class Encoder(nn.Module):
                 raise ValueError(f"backbone has no tap {unknown[0]!r}; it has {backbone.names}")
             backbone = backbone.truncated(names)
         _refuse_batch_statistics(backbone)
+        if precision is not None:
+            backbone = backbone.to(_usable_dtype(precision))
         self.backbone = backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.requires_grad_(False)
         self.train(False)
@@ -163,7 +190,7 @@ class Encoder(nn.Module):
             "layout": "NHWC-per-tap",
             "resize": "bilinear",
             "pixel_range": "[0,1] RGB",
-            "precision": str(self._dtype()).removeprefix("torch."),
+            "precision": str(_dtype(self.backbone)).removeprefix("torch."),
         }
 
     def train(self, mode: bool = True) -> Encoder:
@@ -175,8 +202,8 @@ class Encoder(nn.Module):
 
         Args:
             images: [n, 3, H, W] RGB or [n, 1, H, W] grey (repeated to three channels),
-                floating point in [0, 1]. Computed in the encoder's own precision (float32 unless
-                converted); under autocast, in autocast's.
+                floating point in [0, 1]. Computed in the encoder's own precision; under autocast,
+                in autocast's.
 
         Returns:
             One tensor [n, C, h, w] per tap, channels-last in memory, in the order of `taps`.
@@ -192,7 +219,7 @@ class Encoder(nn.Module):
         return self._maps(images)
 
     def _maps(self, images: Tensor) -> list[Tensor]:
-        x = images.to(self._dtype())
+        x = images.to(self._input_dtype())
         if tuple(x.shape[-2:]) != self.image_size:
             x = F.interpolate(
                 x, self.image_size, mode="bilinear", align_corners=False, antialias=False
@@ -207,11 +234,11 @@ class Encoder(nn.Module):
             fmap = F.adaptive_avg_pool2d(fmap, (min(height, self.pool), min(width, self.pool)))
         return fmap.contiguous(memory_format=torch.channels_last)
 
-    def _dtype(self) -> torch.dtype:
-        for tensor in (*self.backbone.parameters(), *self.backbone.buffers()):
-            if tensor.is_floating_point():
-                return tensor.dtype
-        return torch.float32
+    def _input_dtype(self) -> torch.dtype:
+        """A StagedBackbone in half precision still takes float32 images, and rounds later."""
+        dtype = _dtype(self.backbone)
+        half = dtype in _HALF and isinstance(self.backbone, StagedBackbone)
+        return torch.float32 if half else dtype
 
     @torch.no_grad()
     def _probe(self, signs: Mapping[str, str]) -> tuple[Tap, ...]:
@@ -242,7 +269,7 @@ class Encoder(nn.Module):
     def _probe_maps(self, images: Tensor) -> list[Tensor]:
         height, width = self.image_size
         try:
-            maps = self.backbone(images.to(self._dtype()))
+            maps = self.backbone(images.to(self._input_dtype()))
         except RuntimeError as error:
             raise ValueError(
                 f"image_size={self.image_size}: the encoder {self.name!r} cannot take images of "
@@ -274,27 +301,6 @@ class Encoder(nn.Module):
         return f"{self.name!r}, image_size={height}x{width}, taps={len(self.taps)}, dim={self.dim}"
 
 
-class Convolution(nn.Conv2d):
-    """A convolution built from its weight [out, in / groups, k, k] and bias [out]."""
-
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor,
-        *,
-        stride: int = 1,
-        padding: int = 0,
-        groups: int = 1,
-    ) -> None:
-        out_channels, in_channels, kernel = weight.shape[:3]
-        with torch.device("meta"):  # no memory, no random numbers
-            super().__init__(
-                in_channels * groups, out_channels, kernel, stride, padding, groups=groups
-            )
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = nn.Parameter(bias, requires_grad=False)
-
-
 def fold_batch_norm(
     weight: Tensor, norm: Mapping[str, Tensor], *, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -317,6 +323,30 @@ def suggestion(name: object, known: Sequence[str]) -> str:
     """' (did you mean ...?)' where `known` has something like `name`, else ''."""
     close = difflib.get_close_matches(str(name), known, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _dtype(backbone: nn.Module) -> torch.dtype:
+    """Of the first floating-point parameter, or else buffer."""
+    for tensor in (*backbone.parameters(), *backbone.buffers()):
+        if tensor.is_floating_point():
+            return tensor.dtype
+    return torch.float32
+
+
+def _usable_dtype(precision: str) -> torch.dtype:
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision!r}: expected one of {', '.join(PRECISIONS)}")
+    # What torch itself asks before it gives a bfloat16 convolution to oneDNN; without, it loops.
+    if (
+        precision == "bfloat16"
+        and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        and not torch.cuda.is_available()
+    ):
+        raise ValueError(
+            "precision='bfloat16': this CPU has no usable bfloat16 (AVX-512, or ARM with bf16) and "
+            "there is no GPU; use precision='float32', with a release that was made so"
+        )
+    return PRECISIONS[precision]
 
 
 def _image_size(value: int | Sequence[int]) -> tuple[int, int]:

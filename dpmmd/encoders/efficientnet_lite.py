@@ -13,7 +13,8 @@ from collections.abc import Mapping
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpmmd.encoders.base import Convolution, StagedBackbone, fold_batch_norm
+from dpmmd.encoders.base import StagedBackbone, fold_batch_norm
+from dpmmd.encoders.layers import Convolution
 from dpmmd.encoders.weights import EFFICIENTNET_LITE0, StrPath, load_state_dict
 
 _MEAN = (127 / 255, 127 / 255, 127 / 255)
@@ -52,9 +53,7 @@ class SameConvolution(Convolution):
         if rows % 2 or columns % 2:  # uneven: more at the end
             x = F.pad(x, (columns // 2, -(-columns // 2), rows // 2, -(-rows // 2)))
             rows = columns = 0
-        return F.conv2d(
-            x, self.weight, self.bias, stride, (rows // 2, columns // 2), 1, self.groups
-        )
+        return self.convolve(x, (rows // 2, columns // 2))
 
 
 class InvertedResidual(nn.Module):

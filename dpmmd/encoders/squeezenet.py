@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpmmd.encoders.base import Convolution, StagedBackbone
+from dpmmd.encoders.base import StagedBackbone
+from dpmmd.encoders.layers import Convolution, MaxPool
 from dpmmd.encoders.weights import SQUEEZENET, StrPath, load_array_pickle
 
 _MEAN = (123.68 / 255, 116.779 / 255, 103.939 / 255)  # red, green, blue
@@ -32,8 +33,8 @@ class Fire(nn.Module):
         self.expand3x3 = expand3x3
 
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.squeeze(x))
-        return torch.relu(torch.cat((self.expand1x1(x), self.expand3x3(x)), dim=1))
+        x = self.squeeze(x).relu_()
+        return torch.cat((self.expand1x1(x), self.expand3x3(x)), dim=1).relu_()
 
 
 def read_weights(path: StrPath | None = None) -> dict[str, tuple[Tensor, Tensor]]:
@@ -60,7 +61,7 @@ def build(path: StrPath | None = None) -> tuple[StagedBackbone, str]:
     """The backbone and the sha256 of its weights."""
     layers = read_weights(path)
     stages: dict[str, nn.Module] = {
-        "conv1": nn.Sequential(Convolution(*layers["conv1"], stride=2), nn.ReLU())
+        "conv1": nn.Sequential(Convolution(*layers["conv1"], stride=2), nn.ReLU(inplace=True))
     }
     for name in list(SIGNS)[1:]:
         fire = Fire(
@@ -69,5 +70,5 @@ def build(path: StrPath | None = None) -> tuple[StagedBackbone, str]:
             Convolution(*layers[f"{name}/expand3x3"], padding=1),
         )
         pooled = name in _POOL_BEFORE
-        stages[name] = nn.Sequential(nn.MaxPool2d(3, 2), fire) if pooled else fire
+        stages[name] = nn.Sequential(MaxPool(3, 2), fire) if pooled else fire
     return StagedBackbone(stages, mean=_MEAN, std=_STD), SQUEEZENET.sha256

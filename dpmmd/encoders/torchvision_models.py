@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from dpmmd._torchvision import import_torchvision
-from dpmmd.encoders.base import Convolution, StagedBackbone, fold_batch_norm
+from dpmmd.encoders.base import StagedBackbone, fold_batch_norm
+from dpmmd.encoders.layers import Convolution, MaxPool
 from dpmmd.encoders.weights import StrPath, WeightsError, download, existing_file, load_state_dict
 
 _MEAN = (0.485, 0.456, 0.406)
@@ -72,8 +73,8 @@ class Residual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = x
         for i, convolution in enumerate(self.convolutions):
-            y = convolution(torch.relu(y) if i else y)
-        return torch.relu(y + self.skip(x))
+            y = convolution(y.relu_() if i else y)
+        return (y + self.skip(x)).relu_()
 
 
 def build(name: str, weights: StrPath | None = None) -> tuple[StagedBackbone, str]:
@@ -139,23 +140,26 @@ def _vgg_stages(name: str, model: nn.Module) -> dict[str, nn.Module]:
     pending: list[nn.Module] = []
     for module in cast(nn.Sequential, model.features):
         if isinstance(module, nn.ReLU):
-            stages[next(names)] = nn.Sequential(*pending, nn.ReLU())  # torchvision's is in-place
+            stages[next(names)] = nn.Sequential(*pending, nn.ReLU(inplace=True))
             pending = []
+        elif isinstance(module, nn.Conv2d):
+            pending.append(_frozen(module.weight, cast(Tensor, module.bias), module))
         else:
-            pending.append(module)
+            pending.append(MaxPool(2, 2))
     return stages
 
 
 def _resnet_stages(name: str, model: nn.Module) -> dict[str, nn.Module]:
     stages: dict[str, nn.Module] = {
         "relu1": nn.Sequential(
-            _folded(cast(nn.Conv2d, model.conv1), cast(nn.BatchNorm2d, model.bn1)), nn.ReLU()
+            _folded(cast(nn.Conv2d, model.conv1), cast(nn.BatchNorm2d, model.bn1)),
+            nn.ReLU(inplace=True),
         )
     }
     for tap in list(SIGNS[name])[1:]:
         block = _residual(model.get_submodule(tap))
         first = tap == "layer1.0"
-        stages[tap] = nn.Sequential(cast(nn.Module, model.maxpool), block) if first else block
+        stages[tap] = nn.Sequential(MaxPool(3, 2, 1), block) if first else block
     return stages
 
 
@@ -173,6 +177,11 @@ def _residual(block: nn.Module) -> Residual:
 
 def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Convolution:
     weight, bias = fold_batch_norm(conv.weight, norm.state_dict(), eps=norm.eps)
+    return _frozen(weight, bias, conv)
+
+
+def _frozen(weight: Tensor, bias: Tensor, conv: nn.Conv2d) -> Convolution:
+    """The convolution `conv` with this weight and bias."""
     return Convolution(
         weight, bias, stride=conv.stride[0], padding=cast(int, conv.padding[0]), groups=conv.groups
     )

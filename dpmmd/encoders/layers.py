@@ -1,0 +1,114 @@
+"""Layers of a frozen network: for backward they keep what the gradient of their input needs.
+
+torch's own keep more: a convolution its input, though only the gradient of a weight would read it;
+a max pooling one int64 index for every output. Where the input is a tap, or a ReLU's output, it is
+alive anyway; behind a pooling or a padding it is not.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_Pair = tuple[int, int]
+
+
+class Convolution(nn.Conv2d):
+    """A convolution built from its weight [out, in / groups, k, k] and bias [out].
+
+    As long as both are frozen its backward keeps the weight and the size of the input.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        *,
+        stride: int = 1,
+        padding: int = 0,
+        groups: int = 1,
+    ) -> None:
+        out_channels, in_channels, kernel = weight.shape[:3]
+        with torch.device("meta"):  # no memory, no random numbers
+            super().__init__(
+                in_channels * groups, out_channels, kernel, stride, padding, groups=groups
+            )
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.convolve(x, cast(_Pair, self.padding))
+
+    def convolve(self, x: Tensor, padding: _Pair) -> Tensor:
+        """The convolution with another zero padding (rows, columns) than its own."""
+        stride, weight, bias = cast(_Pair, self.stride), self.weight, self.bias
+        if weight.requires_grad or (bias is not None and bias.requires_grad):
+            return F.conv2d(x, weight, bias, stride, padding, 1, self.groups)
+        return _FrozenConvolution.apply(x, weight, bias, stride, padding, self.groups)
+
+
+class _FrozenConvolution(torch.autograd.Function):
+    """y = x * w + b for constant w, b: dx is the transposed convolution of dy, which needs no x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: _Pair,
+        padding: _Pair,
+        groups: int,
+    ) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.size, ctx.stride, ctx.padding, ctx.groups = x.shape[2:], stride, padding, groups
+        return F.conv2d(x, weight, bias, stride, padding, 1, groups)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        rest = [  # rows and columns at the end that no step of the kernel reached
+            size - ((steps - 1) * stride - 2 * padding + kernel)
+            for size, steps, stride, padding, kernel in zip(
+                ctx.size, grad.shape[2:], ctx.stride, ctx.padding, weight.shape[2:], strict=True
+            )
+        ]
+        # Under autocast the gradient has another dtype than the weight.
+        dx = F.conv_transpose2d(
+            grad, weight.to(grad.dtype), None, ctx.stride, ctx.padding, rest, ctx.groups
+        )
+        return dx, None, None, None, None, None
+
+
+class MaxPool(nn.MaxPool2d):
+    """Max pooling k x k that finds its maxima again in backward instead of keeping indices."""
+
+    def __init__(self, kernel_size: int, stride: int, padding: int = 0) -> None:
+        super().__init__(kernel_size, stride, padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _MaxPool.apply(x, self.kernel_size, self.stride, self.padding)
+
+
+class _MaxPool(torch.autograd.Function):
+    """Saved for backward: the input, which in an encoder is the output of a ReLU, alive anyway."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.options = kernel, stride, padding
+        return F.max_pool2d(x, kernel, stride, padding)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        kernel, stride, padding = ([size, size] for size in ctx.options)
+        with torch.no_grad():
+            _, indices = torch.ops.aten.max_pool2d_with_indices(x, kernel, stride, padding)
+        dx = torch.ops.aten.max_pool2d_with_indices_backward(
+            grad, x.detach(), kernel, stride, padding, [1, 1], False, indices
+        )
+        return dx, None, None, None

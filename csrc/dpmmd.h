@@ -19,7 +19,7 @@ struct Tap {
     const void* data;
     std::int64_t stride;
     std::int64_t columns;
-    void* gradient;  // where backward writes, laid out likewise; null where no gradient is asked for
+    void* gradient;  // where backward writes, laid out likewise; null where none is asked for
     std::int64_t gradient_stride;
 };
 

@@ -91,6 +91,17 @@ def test_signed_features(level: str, moments: tuple[int, ...], nonnegative: bool
     assert ours.any()
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("weight", [1e-200, 1e-30, 1e30, 1e200, 1e290])
+def test_extreme_joint_weights(weight: float, dtype: torch.dtype) -> None:
+    ours, expected = both(
+        rows(9, [40, 3], dtype), labels(9, 2), torch.ones(9, dtype=torch.bool), 2,
+        moments=(1, 2), joint_weight=weight, bound="sphere", clip=1.0, nonnegative=True,
+    )  # fmt: skip
+    assert torch.equal(ours, expected)
+    assert ours.any()
+
+
 @pytest.mark.parametrize("exponent", [-1074, -1022, -1000, -999, -150, 150, 999, 1000, 1023])
 def test_extremes_of_float64(exponent: int) -> None:
     fs = [torch.tensor([[1.0, 1.5, 0.0]], dtype=torch.float64) * 2.0**exponent]

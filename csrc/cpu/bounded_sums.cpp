@@ -58,10 +58,18 @@ double number(std::uint32_t bits) {
 }
 double number(std::uint16_t bits) { return value(bf16{bits}); }
 
-// How a vector (a moment of a tap) is quantised: q = trunc(v inverse rate). Without use: rate 0.
+// How a vector (a moment of a tap) is quantised: q = trunc(v inverse rate). Without use: 0.
 struct Grid {
-    double inverse, rate, bits;  // bits = 2^b of its group
+    double inverse;  // 2^-e
+    double bits;     // 2^b
+    double rate;
 };
+
+// Whether v is multiplied by inverse before all else. Float64 and joint vectors, whose weight may be
+// any number, need it, lest squares overflow. Of the others the power of two is multiplied into the
+// next factor: all factors are within 2^+-700, so no bit changes.
+template <bool joint, class T>
+constexpr bool scaled_first = joint || sizeof(T) == 8;
 
 // What the certificate reads of an image's integers: the sum of q^2 modulo 2^64, the sum of the
 // high halves of q^2, which tells whether that sum is exact, and what any q has of sign and size.
@@ -92,10 +100,14 @@ double largest(const T* __restrict f, std::int64_t count) {
 // Step 2: the sum of ceil((v inverse)^2 2^b).
 template <int moment, bool joint, class T>
 std::int64_t square(const T* __restrict f, Grid grid, double weight, std::int64_t count) {
+    const double before = scaled_first<joint, T> ? grid.inverse : 1;
+    const double after =
+        scaled_first<joint, T> ? grid.bits : grid.inverse * grid.inverse * grid.bits;
     std::int64_t total = 0;
     for (std::int64_t i = 0; i < count; ++i) {
-        const double g = entry<moment, joint>(f[i], weight) * grid.inverse;
-        const double x = g * g * grid.bits;
+        double g = entry<moment, joint>(f[i], weight);
+        if (scaled_first<joint, T>) g *= before;
+        const double x = g * g * after;
         const auto down = static_cast<std::int64_t>(x);  // x >= 0: the ceiling is it or one more
         total += down + (static_cast<double>(down) < x ? 1 : 0);
     }
@@ -105,7 +117,10 @@ std::int64_t square(const T* __restrict f, Grid grid, double weight, std::int64_
 // Step 3. |q| <= 2^30 up to rounding, whatever f is; the conversion truncates toward zero.
 template <int moment, bool joint, class T>
 inline std::int64_t quantised(T f, Grid grid, double weight) {
-    return static_cast<std::int64_t>(entry<moment, joint>(f, weight) * grid.inverse * grid.rate);
+    const double v = entry<moment, joint>(f, weight);
+    return static_cast<std::int64_t>(
+        scaled_first<joint, T> ? v * grid.inverse * grid.rate : v * (grid.inverse * grid.rate)
+    );
 }
 
 // Step 4, what the certificate reads.
@@ -204,32 +219,31 @@ public:
 
     void run() const {
         if (e_.n == 0) return;
-        const std::int64_t slots = p_.tile_rows * e_.num_taps;  // taps of other threads stay 0
-        for (std::int64_t i = 0; i < slots; ++i) p_.largest[slot(worker_.thread, 0) * e_.num_taps + i] = 0;
-        for (std::int64_t u = first_; u < last_; ++u) find_largest(0, u);
+        bool forth = true;
+        clear_largest(rows_from(0));
+        sweep(forth, [&](std::int64_t u) { find_largest(0, u); });
         for (std::int64_t begin = 0; begin < e_.n; begin += p_.tile_rows) {
             const std::int64_t rows = rows_from(begin), next = begin + p_.tile_rows;
             const std::int64_t* const images = p_.order + begin;
             worker_.meet();
-            for (std::int64_t r = 0; r < rows; ++r) {
-                choose_scale(r);
-                add_squares(images[r], r);
-            }
+            for (std::int64_t r = 0; r < rows; ++r) choose_scale(r);
+            sweep(forth, [&](std::int64_t u) {
+                for (std::int64_t r = 0; r < rows; ++r) add_squares(images[r], r, u);
+            });
             worker_.meet();
-            for (std::int64_t r = 0; r < rows; ++r) {
-                choose_rate(images[r], r);
-                take_size(images[r], r);
-            }
+            for (std::int64_t r = 0; r < rows; ++r) choose_rate(images[r], r);
+            sweep(forth, [&](std::int64_t u) {
+                for (std::int64_t r = 0; r < rows; ++r) take_size(images[r], r, u);
+            });
             worker_.meet();
-            for (std::int64_t r = 0; r < rows; ++r) {
-                p_.within[slot(worker_.thread, r)] = is_within(images[r], r);
-            }
-            for (std::int64_t u = first_; u < last_; ++u) {
+            for (std::int64_t r = 0; r < rows; ++r) within(r) = is_within(images[r], r);
+            clear_largest(rows_from(next));
+            sweep(forth, [&](std::int64_t u) {
                 for (std::int64_t r = 0; r < rows; ++r) {
-                    if (p_.within[slot(worker_.thread, r)]) add_row(images[r], r, p_.chunks[u]);
+                    if (within(r)) add_row(images[r], r, u);
                 }
-                if (next < e_.n) find_largest(next, u);  // meanwhile, from memory
-            }
+                find_largest(next, u);  // meanwhile, from memory
+            });
         }
     }
 
@@ -272,18 +286,42 @@ private:
         }
     }
 
-    std::int64_t rows_from(std::int64_t begin) const {
-        return smaller(p_.tile_rows, e_.n - begin);
+    // Calls body(chunk) for this thread's chunks, by turns forth and back: what the last pass read
+    // last is still in this core's own cache.
+    template <class Body>
+    void sweep(bool& forth, const Body& body) const {
+        if (forth) {
+            for (std::int64_t u = first_; u < last_; ++u) body(u);
+        } else {
+            for (std::int64_t u = last_; u-- > first_;) body(u);
+        }
+        forth = !forth;
     }
 
-    // Step 1, one chunk of this thread's, of the tile that begins with image order[begin].
+    std::int64_t rows_from(std::int64_t begin) const {
+        return larger(0, smaller(p_.tile_rows, e_.n - begin));
+    }
+
+    bool& within(std::int64_t r) const { return p_.within[slot(worker_.thread, r)]; }
+
+    double* largest_of(std::int64_t thread, std::int64_t r) const {
+        return p_.largest + slot(thread, r) * e_.num_taps;
+    }
+
+    void clear_largest(std::int64_t rows) const {
+        for (std::int64_t i = 0; i < rows * e_.num_taps; ++i) {
+            largest_of(worker_.thread, 0)[i] = 0;
+        }
+    }
+
+    // Step 1, one chunk, of the tile that begins with image order[begin].
     void find_largest(std::int64_t begin, std::int64_t u) const {
         const Chunk& chunk = p_.chunks[u];
-        const bool opens = u == first_ || p_.chunks[u - 1].tap != chunk.tap;
         for (std::int64_t r = 0; r < rows_from(begin); ++r) {
-            double& so_far = p_.largest[slot(worker_.thread, r) * e_.num_taps + chunk.tap];
-            const double here = largest(features(p_.order[begin + r], chunk), chunk.columns);
-            so_far = opens ? here : larger_or_nan(so_far, here);
+            double& so_far = largest_of(worker_.thread, r)[chunk.tap];
+            so_far = larger_or_nan(
+                so_far, largest(features(p_.order[begin + r], chunk), chunk.columns)
+            );
         }
     }
 
@@ -291,10 +329,12 @@ private:
         return a != a || a >= b ? a : b;
     }
 
-    // Step 1, for every group of one row.
+    // Step 1, for every group of one row; its sums begin at 0.
     void choose_scale(std::int64_t r) const {
         Grid* const grid = grids(r);
+        p_.sizes[slot(worker_.thread, r)] = {0, 0, 0, 0};
         for (std::int64_t group = 0; group < p_.groups; ++group) {
+            squares(worker_.thread, r)[group] = 0;
             const std::int64_t begin = e_.per_tap ? group : 0;
             const std::int64_t end = e_.per_tap ? group + 1 : p_.num_vectors;
             double most = 0;
@@ -304,7 +344,7 @@ private:
                 columns += e_.taps[tap].columns;
                 double v = 0;
                 for (int thread = 0; thread < worker_.threads; ++thread) {
-                    v = larger_or_nan(v, p_.largest[slot(thread, r) * e_.num_taps + tap]);
+                    v = larger_or_nan(v, largest_of(thread, r)[tap]);
                 }
                 // Rounding is monotone, so the largest |f| gives the largest entry.
                 if (p_.first_moment == 2 || j >= e_.num_taps) v = v * v;
@@ -322,21 +362,21 @@ private:
         }
     }
 
-    // Step 2, this thread's columns.
-    void add_squares(std::int64_t image, std::int64_t r) const {
-        std::int64_t* const result = p_.squares + slot(worker_.thread, r) * p_.groups;
-        for (std::int64_t group = 0; group < p_.groups; ++group) result[group] = 0;
-        for (std::int64_t u = first_; u < last_; ++u) {
-            const Chunk& chunk = p_.chunks[u];
-            each_moment([&](auto m, std::int64_t index) {
-                const std::int64_t vector = index * e_.num_taps + chunk.tap;
-                const Grid& grid = grids(r)[vector];
-                if (grid.inverse == 0) return;
-                result[group_of(vector)] += square<m.moment, m.joint>(
-                    features(image, chunk), grid, e_.weight, chunk.columns
-                );
-            });
-        }
+    std::int64_t* squares(std::int64_t thread, std::int64_t r) const {
+        return p_.squares + slot(thread, r) * p_.groups;
+    }
+
+    // Step 2, one chunk.
+    void add_squares(std::int64_t image, std::int64_t r, std::int64_t u) const {
+        const Chunk& chunk = p_.chunks[u];
+        each_moment([&](auto m, std::int64_t index) {
+            const std::int64_t vector = index * e_.num_taps + chunk.tap;
+            const Grid& grid = grids(r)[vector];
+            if (grid.inverse == 0) return;
+            squares(worker_.thread, r)[group_of(vector)] += square<m.moment, m.joint>(
+                features(image, chunk), grid, e_.weight, chunk.columns
+            );
+        });
     }
 
     // The rate of every group of one row: B guard / |g|, for balls at most B guard 2^e / c.
@@ -351,7 +391,7 @@ private:
             if (grid[j].inverse == 0) continue;
             std::int64_t s = 0;
             for (int thread = 0; thread < worker_.threads; ++thread) {
-                s += p_.squares[slot(thread, r) * p_.groups + group_of(j)];
+                s += squares(thread, r)[group_of(j)];
             }
             const double norm = __builtin_sqrt(static_cast<double>(s) * (1 / grid[j].bits));
             // PyTorch divides a number by a tensor so: it multiplies by the reciprocal.
@@ -364,20 +404,17 @@ private:
         }
     }
 
-    // Steps 3 and 4, this thread's columns.
-    void take_size(std::int64_t image, std::int64_t r) const {
-        Size size{0, 0, 0, 0};
-        for (std::int64_t u = first_; u < last_; ++u) {
-            const Chunk& chunk = p_.chunks[u];
-            each_moment([&](auto m, std::int64_t index) {
-                const Grid& grid = grids(r)[index * e_.num_taps + chunk.tap];
-                if (grid.rate == 0) return;
-                measure<m.moment, m.joint>(
-                    features(image, chunk), grid, e_.weight, chunk.columns, size
-                );
-            });
-        }
-        p_.sizes[slot(worker_.thread, r)] = size;
+    // Steps 3 and 4, one chunk.
+    void take_size(std::int64_t image, std::int64_t r, std::int64_t u) const {
+        const Chunk& chunk = p_.chunks[u];
+        each_moment([&](auto m, std::int64_t index) {
+            const Grid& grid = grids(r)[index * e_.num_taps + chunk.tap];
+            if (grid.rate == 0) return;
+            measure<m.moment, m.joint>(
+                features(image, chunk), grid, e_.weight, chunk.columns,
+                p_.sizes[slot(worker_.thread, r)]
+            );
+        });
     }
 
     // Whether an image may contribute at all: it is valid, and its limit and label are in range.
@@ -407,7 +444,8 @@ private:
                !(e_.nonnegative && size.sign < 0);
     }
 
-    void add_row(std::int64_t image, std::int64_t r, const Chunk& chunk) const {
+    void add_row(std::int64_t image, std::int64_t r, std::int64_t u) const {
+        const Chunk& chunk = p_.chunks[u];
         each_moment([&](auto m, std::int64_t index) {
             const Grid& grid = grids(r)[index * e_.num_taps + chunk.tap];
             if (grid.rate == 0) return;

@@ -1,5 +1,5 @@
-// Class sums: adds a f and b f^2 of several rows of one class to that class's sums, column by column
-// and row after row, so that a sum is read and written once for all of them.
+// Class sums: adds a f and b f^2 of several rows of one class to that class's sums, column by
+// column and row after row, so that a sum is read and written once for all of them.
 // Bytes: the rows' chunks once, the sums' chunk once in and once out.
 #pragma once
 

@@ -1,5 +1,4 @@
 // The operations for the processor at hand.
-#include <cstdlib>
 #include <cstring>
 
 #include "../dpmmd.h"
@@ -39,9 +38,13 @@ const Operations* find(const char* level) {  // null: the best
     const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
                             __builtin_cpu_supports("avx512dq") &&
-                            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+                            __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512vl");
     const Level levels[] = {
-        {&avx512::operations, has_avx512}, {&avx2::operations, has_avx2}, {&baseline::operations, true}};
+        {&avx512::operations, has_avx512},
+        {&avx2::operations, has_avx2},
+        {&baseline::operations, true},
+    };
 #else
     const Level levels[] = {{&baseline::operations, true}};
 #endif

@@ -16,7 +16,7 @@
 namespace dpmmd::DPMMD_LEVEL {
 namespace {
 
-constexpr std::int64_t tile_bytes = 5 << 19;
+constexpr std::int64_t tile_bytes = 5 << 20;
 constexpr std::int64_t most_rows = 32;
 constexpr std::int64_t streamed_bytes = 16 << 20;  // gradients larger than this bypass the caches
 
@@ -30,7 +30,7 @@ struct Plan {
     std::int64_t* order;   // [n] images by class
     std::int64_t* starts;  // [num_classes + 1]
     double* shares;        // [2 tiles, rows, chunks, 2]: row reductions of each chunk
-    float* factors;        // [threads, 2 moments, rows, blocks, 2]: scales or coefficients of a tile
+    float* factors;        // [threads, 2 moments, rows, blocks, 2]: scales, coefficients
 
     Plan(const MeanEmbedding& embedding, bool is_backward, Phases phases, std::byte* base)
         : e(embedding),
@@ -284,7 +284,8 @@ private:
                 a[count] = factor(1, r, block)[0];
                 b[count] = factor(2, r, block)[0];
                 // A row without use is left out: it may hold NaN.
-                const bool used = ((moments & 1) && a[count] != 0) || ((moments & 2) && b[count] != 0);
+                const bool used =
+                    ((moments & 1) && a[count] != 0) || ((moments & 2) && b[count] != 0);
                 rows[count] = row(p_.order[i], chunk);
                 count += used;
             }

@@ -27,7 +27,8 @@ static inline void row_dots(
     }
     if (i < count) {
         const std::int64_t rest = count - i;
-        add(0, load_part(f + i, rest), [i, rest](const float* p) { return load_part(p + i, rest); });
+        const auto part = [i, rest](const float* p) { return load_part(p + i, rest); };
+        add(0, load_part(f + i, rest), part);
     }
     sums[0] = moments & 1 ? sum((dot1[0] + dot1[1]) + (dot1[2] + dot1[3])) : 0;
     sums[1] = moments & 2 ? sum((dot2[0] + dot2[1]) + (dot2[2] + dot2[3])) : 0;

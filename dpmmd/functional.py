@@ -466,7 +466,15 @@ def _(
     )
 
 
-@torch.library.custom_op("dpmmd::mean_embedding_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(
+    "dpmmd::mean_embedding_backward",
+    mutates_args=(),
+    device_types="cpu",
+    # Written out: older versions of PyTorch cannot infer a list that is returned.
+    schema="(Tensor[] features, Tensor? labels, SymInt num_classes, SymInt[] moments, str bound, "
+    "float? joint_weight, Tensor scale, Tensor projection, Tensor upstream, bool[] needed) "
+    "-> Tensor[]",
+)
 def _mean_embedding_backward(
     features: Sequence[Tensor],
     labels: Tensor | None,

@@ -461,7 +461,15 @@ def _(
     )
 
 
-@torch.library.custom_op("dpmmd::mean_embedding_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(
+    "dpmmd::mean_embedding_backward",
+    mutates_args=(),
+    device_types="cpu",
+    # Written out: older versions of PyTorch cannot infer a list that is returned.
+    schema="(Tensor[] features, Tensor? labels, SymInt num_classes, SymInt[] moments, str bound, "
+    "float? joint_weight, Tensor scale, Tensor projection, Tensor upstream, bool[] needed) "
+    "-> Tensor[]",
+)
 def _mean_embedding_backward(
     features: Sequence[Tensor],
     labels: Tensor | None,
@@ -532,8 +540,8 @@ _mean_embedding.register_autograd(_differentiate_mean_embedding, setup_context=_
 
 def _refuse_double_backward(ctx: Any, *grads: Tensor) -> None:
     raise RuntimeError(
-        "mean_embedding: its gradient cannot be differentiated again (it is once_differentiable); "
-        "differentiate dpmmd.reference.mean_embedding instead."
+        "dpmmd.functional: its gradients cannot be differentiated again (the operations are "
+        "once_differentiable); differentiate those of dpmmd.reference instead."
     )
 
 
@@ -644,15 +652,27 @@ def _(means: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
     return value.new_empty(())
 
 
+class _Once(torch.autograd.Function):
+    """A gradient that is known as a number, not as a function of the means."""
+
+    @staticmethod
+    def forward(ctx: Any, means: Tensor, gradient: Tensor) -> Tensor:
+        return gradient.clone()
+
+    backward = staticmethod(_refuse_double_backward)
+
+
 def _save_gradient(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[2])
+    ctx.save_for_backward(inputs[0], inputs[2])
 
 
 def _give_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    (gradient,) = ctx.saved_tensors
+    means, gradient = ctx.saved_tensors
+    if torch.is_grad_enabled():  # create_graph=True
+        return _Once.apply(means, gradient * grad), None, None
     # A plain 1, the usual case, costs no pass and no memory. While a graph is traced (the tensor
     # is of another class then) there is no value to look at.
-    if type(grad) is Tensor and not torch.is_grad_enabled() and float(grad) == 1.0:
+    if type(grad) is Tensor and float(grad) == 1.0:
         return gradient, None, None
     return gradient * grad, None, None
 

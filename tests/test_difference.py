@@ -116,6 +116,16 @@ def test_gradient_times_upstream() -> None:
     torch.testing.assert_close(once, -2 * (target - means.detach()))
 
 
+def test_double_backward_is_refused() -> None:
+    means, counts, target = problem((1, 3, 50), 1)
+    means.requires_grad_()
+    loss = functional.mmd_loss(means, counts, target, backend="cpu")
+    (grad,) = torch.autograd.grad(loss, means, create_graph=True)
+    torch.testing.assert_close(grad.detach(), -2 * (target - means.detach()))
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()
+
+
 def test_what_the_native_core_does_not_take_runs_in_torch() -> None:
     means, counts, target = problem((1, 3, 50), 1)
     target.requires_grad_()

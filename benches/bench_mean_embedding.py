@@ -73,11 +73,10 @@ def test_forward(measure: Measure, case: Case) -> None:
         min_bytes=case.feature_bytes + case.d_vector_bytes,
         error=error,
         left_out=left_out,
-        d_vector_bytes=case.d_vector_bytes,
     )
     assert means.shape == (len(case.moments), case.classes, case.dim)
     assert means.any(dim=2).sum() == len(case.moments) * min(case.n, case.classes)
-    assert error is None or error(means) < 1e-5
+    assert not measure.smoke or (error is not None and error(means) < 1e-5)
 
 
 def truth_of(doubles: list[Tensor], case: Case) -> Tensor:

@@ -81,7 +81,9 @@ def test_forward_and_backward(measure: Measure, case: Case) -> None:
         d_vector_bytes=case.d_vector_bytes,
     )
     assert all(g.any() for g in grads)
-    assert error is None or error(grads) < (1e-2 if case.dtype == torch.bfloat16 else 1e-5)
+    if measure.smoke:
+        assert error is not None
+        assert error(grads) < (1e-2 if case.dtype == torch.bfloat16 else 1e-5)
 
 
 def _variant(embed, features, case, target, loss=baselines.mmd_loss):

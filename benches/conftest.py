@@ -12,6 +12,7 @@ from benches import table
 from benches.harness import Measure, kind, machine
 
 _ROWS = pytest.StashKey[list[dict[str, Any]]]()
+_MACHINE = pytest.StashKey[dict[str, Any]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -24,6 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_ROWS] = []
+    config.stash[_MACHINE] = machine()  # before the load is our own
 
 
 @pytest.fixture
@@ -36,7 +38,7 @@ def pytest_terminal_summary(
 ) -> None:
     if not (rows := config.stash[_ROWS]):
         return
-    results = {"machine": machine(), "rows": rows}
+    results = {"machine": config.stash[_MACHINE], "rows": rows}
     terminalreporter.write_line("")
     terminalreporter.write_line(table.text(results))
     if folder := config.getoption("results", default=None):

@@ -242,7 +242,11 @@ def _status(key: str) -> int:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on: no name, no address, no path."""
+    """What the figures depend on: no name, no address, no path.
+
+    "load" is the mean number of processes that ran or waited in the last minute: before a run it is
+    what others do to the figures.
+    """
     model = platform.machine()
     if sys.platform == "linux":
         found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
@@ -254,6 +258,7 @@ def machine() -> dict[str, Any]:
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
         "python": platform.python_version(),
+        "load": round(os.getloadavg()[0], 2),
     }
 
 

@@ -138,7 +138,7 @@ def targets(results: Mapping[str, Any]) -> list[tuple[str, float, float, str, bo
         )
         ours = next((row for row in wanted if row["ours"]), None)
         against = next((row for row in wanted if row["variant"] == other), None)
-        if ours is None or against is None or "seconds" not in against:
+        if ours is None or against is None or against.get("seconds") is None:
             continue
         at_least = other in ("eager", "compile")
         ratios = [
@@ -161,9 +161,12 @@ def targets(results: Mapping[str, Any]) -> list[tuple[str, float, float, str, bo
 
 def _machine(results: Mapping[str, Any]) -> str:
     m = results["machine"]
+    load = f"load before {m['load']:g}"
+    if m["load"] > 0.25 * m["cores"]:
+        load += " (others were at work: these figures are disturbed)"
     return (
         f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads, {m['instructions']}; "
-        f"torch {m['torch']}, Python {m['python']}"
+        f"torch {m['torch']}, Python {m['python']}; {load}"
     )
 
 
@@ -228,7 +231,7 @@ def updated(document: str, folder: Path = RESULTS) -> str:
         raise ValueError(f"expected one line {BEGIN!r} and, behind it, one line {END!r}")
     before, rest = document.split(BEGIN)
     tables = [markdown(load(path)) for path in sorted(folder.glob("*.json"))]
-    return before + BEGIN + "\n" + "\n\n".join(tables) + "\n" + END + rest.split(END)[1]
+    return before + "\n".join([BEGIN, *tables, END]) + rest.split(END)[1]
 
 
 def main() -> None:

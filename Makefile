@@ -49,7 +49,7 @@ test-long: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 bench: install
-	$(BIN)/python -m pytest benches -q --benchmark-enable --benchmark-sort=name
+	$(BIN)/python -m pytest benches -q --benchmark-enable --benchmark-quiet --results benches/results
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,28 +1,47 @@
-"""Feature maps that look like an encoder's: half sparse, channels-last, sizes of real taps."""
+"""Collects the rows of a run, prints the one table and, with --results, writes them to a file."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
-import torch
-from torch import Tensor
+from pytest_benchmark.fixture import BenchmarkFixture
 
-# (channels, side) of every tap at 32 px.
-TAPS = {
-    "squeezenet1.1": [(64, 15), *[(128, 7)] * 2, *[(256, 3)] * 2, *[(384, 1)] * 2, *[(512, 1)] * 2],
-    "vgg19": [*[(64, 32)] * 2, *[(128, 16)] * 2, *[(256, 8)] * 4, *[(512, 4)] * 4, *[(512, 2)] * 4],
-}
+from benches import table
+from benches.harness import Measure, kind, machine
 
-
-def make_features(name: str, n: int) -> list[Tensor]:
-    rng = torch.Generator().manual_seed(0)
-    return [
-        torch.randn(n, c, side, side, generator=rng)
-        .relu_()
-        .contiguous(memory_format=torch.channels_last)
-        for c, side in TAPS[name]
-    ]
+_ROWS = pytest.StashKey[list[dict[str, Any]]]()
+_MACHINE = pytest.StashKey[dict[str, Any]]()
 
 
-@pytest.fixture(params=["squeezenet1.1", "vgg19"])
-def encoder_name(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--results",
+        metavar="FOLDER",
+        help="write the rows of this run to FOLDER/<machine kind>.json (dpmmd benchmarks)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_ROWS] = []
+    config.stash[_MACHINE] = machine()  # before the load is our own
+
+
+@pytest.fixture
+def measure(benchmark: BenchmarkFixture, request: pytest.FixtureRequest) -> Measure:
+    return Measure(benchmark, request.config.stash[_ROWS])
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    if not (rows := config.stash[_ROWS]):
+        return
+    results = {"machine": config.stash[_MACHINE], "rows": rows}
+    terminalreporter.write_line("")
+    terminalreporter.write_line(table.text(results))
+    if folder := config.getoption("results", default=None):
+        path = Path(folder) / f"{kind(results['machine'])}.json"
+        table.save(path, results)
+        terminalreporter.write_line(f"written: {path}")

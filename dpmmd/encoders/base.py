@@ -336,17 +336,19 @@ def _dtype(backbone: nn.Module) -> torch.dtype:
 def _usable_dtype(precision: str) -> torch.dtype:
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r}: expected one of {', '.join(PRECISIONS)}")
-    # What torch itself asks before it gives a bfloat16 convolution to oneDNN; without, it loops.
-    if (
-        precision == "bfloat16"
-        and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        and not torch.cuda.is_available()
-    ):
+    if precision == "bfloat16" and not _cpu_has_bfloat16() and not torch.cuda.is_available():
         raise ValueError(
             "precision='bfloat16': this CPU has no usable bfloat16 (AVX-512, or ARM with bf16) and "
             "there is no GPU; use precision='float32', with a release that was made so"
         )
     return PRECISIONS[precision]
+
+
+def _cpu_has_bfloat16() -> bool:
+    """What torch asks before it gives a bfloat16 convolution to oneDNN; otherwise it loops."""
+    return torch.backends.mkldnn.is_available() and bool(
+        torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 def _image_size(value: int | Sequence[int]) -> tuple[int, int]:

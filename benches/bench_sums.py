@@ -1,0 +1,65 @@
+"""Integer class sums of one private batch: quantised, certified and added exactly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benches.harness import Measure, floors, library_backends
+from benches.shapes import Case
+from dpmmd import backends
+from dpmmd.privacy.sums import GRID_BITS, PrivateSums
+
+CASES = [
+    Case(classes=10),
+    Case(classes=10, moments=(1, 2)),
+    Case(classes=100),
+    Case(pixels=128, n=4, classes=10),
+    Case(encoder="ResNet18", n=256, classes=10),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.shape)
+def test_class_sums(measure: Measure, case: Case) -> None:
+    if measure.smoke:
+        case = case.smaller()
+    maps = case.features()
+    features = [f.permute(0, 2, 3, 1).flatten(1) for f in maps]  # views
+    labels, valid = torch.arange(case.n) % case.classes, torch.ones(case.n, dtype=torch.bool)
+    limits = torch.full((case.n,), 1 << GRID_BITS)
+    sums = {
+        name: PrivateSums(case.classes, case.dim * len(case.moments)) for name in library_backends()
+    }
+
+    def variant(name: str):
+        def run() -> None:
+            with backends.use(name):
+                sums[name].add(
+                    features,
+                    labels,
+                    valid,
+                    limits,
+                    moments=case.moments,
+                    joint_weight=1.0,
+                    bound="sphere",
+                    clip=1.0,
+                    nonnegative=True,
+                )
+
+        return run
+
+    variants = {name: variant(name) for name in sums}
+    if not measure.smoke:
+        variants |= floors(maps)
+    ours = library_backends()[-1]
+    measure(
+        "release, integer class sums",
+        case.shape,
+        variants,
+        ours=ours,
+        # The features are read; the sums are read and written, 8 bytes an entry.
+        min_bytes=case.feature_bytes
+        + 16 * case.dim * len(case.moments) * min(case.n, case.classes),
+    )
+    totals, _ = sums[ours].take()
+    assert int(totals.ne(0).any(dim=1).sum()) == min(case.n, case.classes)

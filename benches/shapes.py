@@ -1,0 +1,110 @@
+"""Feature maps that look like an encoder's: half sparse, channels-last, sizes of real taps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import dpmmd
+from dpmmd.functional import mmd_loss
+
+# (channels, side at 32 px) of every tap; sides grow with the image's.
+_TAPS = {
+    "VGG19": [*[(64, 32)] * 2, *[(128, 16)] * 2, *[(256, 8)] * 4, *[(512, 4)] * 4, *[(512, 2)] * 4],
+    "ResNet18": [(64, 16), *[(64, 8)] * 2, *[(128, 4)] * 2, *[(256, 2)] * 2, *[(512, 1)] * 2],
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Features and labels of one batch.
+
+    Attributes:
+        encoder, pixels: whose taps.
+        n, classes, moments, dtype: as in `dpmmd.functional.mean_embedding`.
+        compiled: whether torch.compile is measured too (compiling takes seconds a shape).
+    """
+
+    n: int = 64
+    classes: int = 1
+    moments: tuple[int, ...] = (1,)
+    encoder: str = "VGG19"
+    pixels: int = 32
+    dtype: torch.dtype = torch.float32
+    compiled: bool = False
+
+    @property
+    def shape(self) -> str:
+        moments = "+".join(map(str, self.moments))
+        return f"{self.encoder} {self.pixels} px, n={self.n}, K={self.classes}, moments {moments}"
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def dim(self) -> int:
+        return sum(c * (s * self.pixels // 32) ** 2 for c, s in _TAPS[self.encoder])
+
+    @property
+    def feature_bytes(self) -> int:
+        return self.n * self.dim * self.dtype.itemsize
+
+    @property
+    def d_vector_bytes(self) -> int:
+        """One float32 vector of D for each moment and class."""
+        return 4 * self.dim * self.classes * len(self.moments)
+
+    def smaller(self) -> Case:
+        """The same kind of batch, fit for a test."""
+        return Case(2, min(self.classes, 3), self.moments, "ResNet18", 32, self.dtype)
+
+    def features(self) -> list[Tensor]:
+        rng = torch.Generator().manual_seed(0)
+        return [
+            torch.randn(self.n, c, s * self.pixels // 32, s * self.pixels // 32, generator=rng)
+            .relu_()
+            .to(self.dtype, memory_format=torch.channels_last)
+            for c, s in _TAPS[self.encoder]
+        ]
+
+    def labels(self) -> Tensor | None:
+        return None if self.classes == 1 else torch.arange(self.n) % self.classes
+
+    def target(self) -> Tensor:
+        """Of the size that class means of unit vectors have."""
+        rng = torch.Generator().manual_seed(1)
+        shape = len(self.moments), self.classes, self.dim
+        return torch.rand(shape, generator=rng) * (2 / self.dim**0.5)
+
+
+def gradients(
+    embed: Callable[..., tuple[Tensor, Tensor]],
+    features: list[Tensor],
+    case: Case,
+    target: Tensor,
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor] = mmd_loss,
+) -> tuple[Tensor, ...]:
+    """Of the squared MMD in the features."""
+    means, counts = embed(features, case.labels(), case.classes, moments=case.moments)
+    return torch.autograd.grad(loss(means, counts, target), features)
+
+
+def small_release(encoder: dpmmd.encoders.Encoder, classes: int) -> dpmmd.Release:
+    """Of a few random images, both moments by class: what a step costs does not depend on them."""
+    side = encoder.image_size[0]
+    images = np.random.default_rng(0).integers(0, 256, (20, 3, side, side), dtype=np.uint8)
+    return dpmmd.release(
+        (images, np.arange(20) % classes),
+        encoder,
+        epsilon=1.0,
+        delta=1e-5,
+        adjacency="replace-one",
+        num_classes=classes,
+        moments=(1, 2),
+        progress=False,
+    )

@@ -40,9 +40,9 @@ demo: install
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not long"
 
-test-native:
-	cmake -S . -B build/native -DDPMMD_MODULE=OFF -DDPMMD_DRIVER=ON
-	cmake --build build/native --parallel
+test-native: install
+	$(BIN)/cmake -S . -B build/native -DDPMMD_MODULE=OFF -DDPMMD_DRIVER=ON
+	$(BIN)/cmake --build build/native --parallel
 	build/native/dpmmd_driver
 
 test-long: install

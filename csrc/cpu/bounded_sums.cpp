@@ -394,7 +394,6 @@ private:
                 s += squares(thread, r)[group_of(j)];
             }
             const double norm = __builtin_sqrt(static_cast<double>(s) * (1 / grid[j].bits));
-            // PyTorch divides a number by a tensor so: it multiplies by the reciprocal.
             double rate = limit * guard / norm;
             if (e_.ball) {
                 const double most = limit * guard * (1 / grid[j].inverse) / (e_.clip * share);

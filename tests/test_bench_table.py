@@ -141,6 +141,20 @@ def test_update_needs_the_markers(results, tmp_path):
             table.updated(broken, tmp_path)
 
 
+def test_floors_move_what_they_say():
+    import torch
+
+    features = [torch.rand(2, 8, 4, 4), torch.rand(2, 3, 5, 5).bfloat16()]
+    wanted = harness.floors(features, backward=True)
+    size = 2 * 8 * 16 * 4 + 2 * 3 * 25 * 2
+    assert [floor.bytes for floor in wanted.values()] == [size, 2 * size, 3 * size]
+    for floor in wanted.values():
+        floor()
+    copy = wanted[COPY]
+    assert all(torch.equal(a, b) for a, b in zip(copy._out, copy._flat, strict=True))
+    assert not wanted[READ]._out
+
+
 def test_kind_is_a_file_name():
     assert harness.kind({"cpu": "AMD EPYC", "cores": 2}) == "amd-epyc-2-cores"
     assert harness.kind({"cpu": "Intel(R) Xeon(R) @ 2.10GHz", "cores": 8}) == (
@@ -156,5 +170,5 @@ def test_peak_memory_is_that_of_the_call():
     peak = harness.peak_bytes(lambda: torch.ones(size // 4) + kept)
     if peak is None:
         pytest.skip("no /proc/self/clear_refs on this system")
-    assert 2 * size <= peak <= 2 * size + (16 << 20)
+    assert abs(peak - 2 * size) <= 8 << 20  # pages, and what other threads do
     assert harness.peak_bytes(lambda: None) < 4 << 20

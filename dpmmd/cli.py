@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
+from dpmmd._memory import keep_freed_memory
+
 
 class _Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
@@ -605,6 +607,7 @@ def _print_accuracy(accuracy: dict[str, dict[str, float]]) -> None:
 def main() -> None:
     """Entry point: 0 done, 2 wrong use or refused input, 130 interrupted."""
     warnings.showwarning = lambda message, *_: _say(f"warning: {message}")
+    keep_freed_memory()
     try:
         app(standalone_mode=True)
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:

@@ -270,6 +270,7 @@ def machine() -> dict[str, Any]:
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
         "python": platform.python_version(),
+        "freed_memory": "kept" if os.environ.get("MALLOC_MMAP_MAX_") == "0" else "returned",
         "load": round(os.getloadavg()[0], 2),
     }
 
@@ -277,7 +278,8 @@ def machine() -> dict[str, Any]:
 def kind(machine: Mapping[str, Any]) -> str:
     """A short name for machines like this one, fit for a file name."""
     slug = re.sub(r"[^a-z0-9]+", "-", machine["cpu"].lower()).strip("-")
-    return f"{slug}-{machine['cores']}-cores"
+    kept = "-memory-kept" if machine["freed_memory"] == "kept" else ""
+    return f"{slug}-{machine['cores']}-cores{kept}"
 
 
 def relative_error(got: Sequence[Tensor], truth: Sequence[Tensor]) -> float:

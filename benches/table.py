@@ -1,7 +1,7 @@
 """Results as a table a person can read, and the README's as Markdown.
 
 python -m benches.table                       the table of every committed file
-python -m benches.table --update README.md    rewrite the part of README.md between the markers
+python -m benches.table --update FILE         rewrite what stands between FILE's markers
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 from benches.harness import COPY, FLOORS, READ, READ_READ_WRITE
 
 RESULTS = Path(__file__).parent / "results"
-BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"  # all measurements
+SHORT_BEGIN, SHORT_END = "<!-- speed: begin -->", "<!-- speed: end -->"  # those with a target
 
 _HEAD = (
     "operation",
@@ -166,7 +167,7 @@ def _machine(results: Mapping[str, Any]) -> str:
         load += " (others were at work: these figures are disturbed)"
     return (
         f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads, {m['instructions']}; "
-        f"torch {m['torch']}, Python {m['python']}; {load}"
+        f"torch {m['torch']}, Python {m['python']}; freed memory {m['freed_memory']}; {load}"
     )
 
 
@@ -217,6 +218,20 @@ def markdown(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def short(results: Mapping[str, Any]) -> str:
+    """The measurements that have a target, for people with little time."""
+    lines = [_machine(results) + ".", ""]
+    lines += [_row(("operation", "shape", "ms", "x eager", "x torch.compile")), _row(["---"] * 5)]
+    for case in _cases(results["rows"]):
+        cells = _cells(case[0], case)
+        wanted = {(o, _VGG + s if s else cells[1]) for _, o, s, _, _ in TARGETS}
+        if cells[2] != "bfloat16" and (cells[0], cells[1]) in wanted:
+            against = _time(case, "eager") or _time(case, "torch")
+            eager = _ratio(against, case[0]["seconds"])
+            lines.append(_row((*cells[:2], cells[4], eager, cells[6])))
+    return "\n".join(lines)
+
+
 def _row(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
@@ -225,13 +240,19 @@ def updated(document: str, folder: Path = RESULTS) -> str:
     """The document with what stands between the markers made anew from the committed results.
 
     Raises:
-        ValueError: the document has no markers.
+        ValueError: the document has no pair of markers, or one more than once.
     """
-    if document.count(BEGIN) != 1 or document.count(END) != 1:
-        raise ValueError(f"expected one line {BEGIN!r} and, behind it, one line {END!r}")
-    before, rest = document.split(BEGIN)
-    tables = [markdown(load(path)) for path in sorted(folder.glob("*.json"))]
-    return before + "\n".join([BEGIN, *tables, END]) + rest.split(END)[1]
+    kinds = ((BEGIN, END, markdown), (SHORT_BEGIN, SHORT_END, short))
+    found = [kind for kind in kinds if document.count(kind[0]) == document.count(kind[1]) == 1]
+    if len(found) != 1:
+        raise ValueError(
+            f"expected one line {BEGIN!r} and, behind it, one line {END!r}; or likewise "
+            f"{SHORT_BEGIN!r} and {SHORT_END!r}"
+        )
+    begin, end, table = found[0]
+    before, rest = document.split(begin)
+    tables = "\n\n".join(table(load(path)) for path in sorted(folder.glob("*.json")))
+    return before + "\n".join([begin, *([tables] if tables else []), end]) + rest.split(end)[1]
 
 
 def main() -> None:

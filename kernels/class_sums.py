@@ -66,13 +66,13 @@ def class_sums_kernel(
             sum2 += two[:, None] * (f * f)
     share = 1.0 / tl.maximum(end - start, 1).to(tl.float32)
     columns = tl.arange(0, BLOCK)
-    at = means + k.to(tl.int64) * dim + column
+    step = dim.to(tl.int64)
     if VECTOR > 1:
-        dim = tl.multiple_of(dim, VECTOR)
-        at = means + k.to(tl.int64) * dim + column
+        step = tl.multiple_of(step, VECTOR)
+    at = means + k.to(tl.int64) * step + column
     if MOMENTS & 1:
         tl.store(at + columns, tl.sum(sum1, axis=0) * share, mask=columns < rest)
-        at += num_classes.to(tl.int64) * dim
+        at += num_classes.to(tl.int64) * step
     if MOMENTS & 2:
         share = share * tl.cast(weight, tl.float32)
         tl.store(at + columns, tl.sum(sum2, axis=0) * share, mask=columns < rest)
@@ -140,7 +140,5 @@ def class_sums(
     means = torch.empty(
         len(moments), num_classes, taps.dim, dtype=torch.float32, device=taps.device
     )
-    class_sums_into(
-        taps, schedule, scale, moments=moments, joint_weight=joint_weight, means=means
-    )
+    class_sums_into(taps, schedule, scale, moments=moments, joint_weight=joint_weight, means=means)
     return means

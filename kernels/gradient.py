@@ -50,12 +50,10 @@ def gradient_kernel(
     """
     k, first, rows, count = tile_at(schedule, tl.program_id(1), n, num_classes, LABELLED)
     if rows > 0:
-        pointer, stride, rest, column, number, _ = find_block(
+        pointer, stride, rest, column, number, _block = find_block(
             addresses, records, TYPE, VECTOR, BLOCK
         )
-        g, h = load_class_rows(
-            upstream, k, num_classes, dim, column, rest, MOMENTS, VECTOR, BLOCK
-        )
+        g, h = load_class_rows(upstream, k, num_classes, dim, column, rest, MOMENTS, VECTOR, BLOCK)
         row = tl.arange(0, ROWS)
         live = row < rows
         images = image_at(schedule, first + row, live, LABELLED).to(tl.int64)
@@ -82,13 +80,13 @@ def gradient_kernel(
         tap = tl.load(record)
         begin = tl.load(record + 1)
         width = tl.load(record + 2)
-        start = tap_address(gradients, tap).to(tl.int64)
+        start = tap_address(gradients, tap).to(tl.pointer_type(OUT))
         if VECTOR > 1:
             begin = tl.multiple_of(begin, VECTOR)
             width = tl.multiple_of(width, VECTOR)
             start = tl.multiple_of(start, 16)
         columns = tl.arange(0, BLOCK)
-        out = start.to(tl.pointer_type(OUT)) + begin + images[:, None] * width + columns[None, :]
+        out = start + begin + images[:, None] * width + columns[None, :]
         tl.store(out, df.to(OUT), mask=live[:, None] & (columns < rest)[None, :])
 
 
@@ -118,7 +116,9 @@ def gradient_into(
         if gradient is not None and (
             gradient.shape != tap.shape or gradient.dtype not in (taps.dtype, *TYPES)
         ):
-            raise ValueError(f"gradients[{i}]: {brief(gradient)}, expected the shape of {brief(tap)}.")
+            raise ValueError(
+                f"gradients[{i}]: {brief(gradient)}, expected the shape of {brief(tap)}."
+            )
     num_classes, labelled = upstream.shape[1], int(schedule.numel() > 0)
     config = table.lookup("gradient", taps.device, taps.dtype, taps.dim)
     for piece in taps.launches(config.block, gradients):

@@ -124,10 +124,6 @@ def backward(
 def _checked_labels(labels: Tensor | None, taps: Taps) -> Tensor | None:
     if labels is None:
         return None
-    if (
-        labels.dtype != torch.int64
-        or labels.shape != (taps.n,)
-        or labels.device != taps.device
-    ):
+    if labels.dtype != torch.int64 or labels.shape != (taps.n,) or labels.device != taps.device:
         raise ValueError(f"labels: {brief(labels)}, expected int64 [{taps.n}] on {taps.device}.")
     return labels.contiguous()

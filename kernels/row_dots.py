@@ -10,14 +10,22 @@ import triton.language as tl
 from torch import Tensor
 
 from dpmmd.kernels import table
-from dpmmd.kernels.row_statistics import FINISH_WARPS, total
+from dpmmd.kernels.row_statistics import total
 from dpmmd.kernels.schedule import count_tiles, image_at, tile_at
 from dpmmd.kernels.taps import Taps, check_buffer, find_block, launch, load_tile
 
 
 @triton.jit
 def load_class_rows(
-    rows, k, num_classes, dim, column, rest, MOMENTS: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr
+    rows,
+    k,
+    num_classes,
+    dim,
+    column,
+    rest,
+    MOMENTS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """rows[m, k] [M, K, D] in a block, as [1, BLOCK] for moments 1 and 2 (any where absent)."""
     columns = tl.arange(0, BLOCK)
@@ -58,14 +66,12 @@ def partial_dots(
     Shapes: features [n, d_l] a tap; G float32 [M, K, D]; partials float32 [M, n, parts].
     Bytes: the features once, 4 M D a tile (from cache), 4 M n parts out. Deterministic.
     """
-    k, first, rows, _ = tile_at(schedule, tl.program_id(1), n, num_classes, LABELLED)
+    k, first, rows, _count = tile_at(schedule, tl.program_id(1), n, num_classes, LABELLED)
     if rows > 0:
-        pointer, stride, rest, column, _, block = find_block(
+        pointer, stride, rest, column, _tap, block = find_block(
             addresses, records, TYPE, VECTOR, BLOCK
         )
-        g, h = load_class_rows(
-            upstream, k, num_classes, dim, column, rest, MOMENTS, VECTOR, BLOCK
-        )
+        g, h = load_class_rows(upstream, k, num_classes, dim, column, rest, MOMENTS, VECTOR, BLOCK)
         row = tl.arange(0, ROWS)
         live = row < rows
         images = image_at(schedule, first + row, live, LABELLED)
@@ -120,12 +126,12 @@ def finish_dots(
         at = schedule + n + tl.load(labels + image)
         count = tl.load(at + 1) - tl.load(at)
     share = 1.0 / count.to(tl.float64)
-    weight = tl.cast(weight, tl.float32).to(tl.float64)
+    w = tl.cast(weight, tl.float32).to(tl.float64)
     row = image.to(tl.int64)
     at = row * blocks + block
     if MOMENTS == 3:
         one = total(partials, row, first, end, parts) * share
-        two = total(partials, row + n, first, end, parts) * weight * share
+        two = total(partials, row + n, first, end, parts) * w * share
         if JOINT:
             store_coefficient(one + two, at, scale, projection, coefficients)
         else:
@@ -161,9 +167,7 @@ def row_dots_into(
         return
     config = table.lookup("row_dots", taps.device, taps.dtype, taps.dim)
     parts, labelled = taps.blocks(config.block), int(labels is not None)
-    partials = torch.empty(
-        len(moments), taps.n, parts, dtype=torch.float32, device=taps.device
-    )
+    partials = torch.empty(len(moments), taps.n, parts, dtype=torch.float32, device=taps.device)
     for piece in taps.launches(config.block):
         launch(
             partial_dots,
@@ -206,7 +210,7 @@ def row_dots_into(
         MOMENTS=sum(moments),
         JOINT=int(joint_weight is not None),
         LABELLED=labelled,
-        num_warps=FINISH_WARPS,
+        num_warps=table.FINISH_WARPS,
     )
 
 

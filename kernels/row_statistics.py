@@ -122,20 +122,20 @@ def finish_statistics(
         block = program % blocks
         first = tl.load(ranges + block)
         end = tl.load(ranges + block + 1)
-        clip = tl.cast(clip, tl.float32).to(tl.float64)
-        weight = tl.cast(weight, tl.float32).to(tl.float64)
+        radius = tl.cast(clip, tl.float32).to(tl.float64)
+        w = tl.cast(weight, tl.float32).to(tl.float64)
         row = image.to(tl.int64)
         if MOMENTS == 3:
             one = total(partials, row, first, end, parts)
-            two = total(partials, row + n, first, end, parts) * (weight * weight)
+            two = total(partials, row + n, first, end, parts) * (w * w)
             if JOINT:
-                store_scale(one + two, row * blocks + block, scale, projection, clip, BALL)
+                store_scale(one + two, row * blocks + block, scale, projection, radius, BALL)
             else:
-                store_scale(one, row * blocks + block, scale, projection, clip, BALL)
-                store_scale(two, (row + n) * blocks + block, scale, projection, clip, BALL)
+                store_scale(one, row * blocks + block, scale, projection, radius, BALL)
+                store_scale(two, (row + n) * blocks + block, scale, projection, radius, BALL)
         else:
             square = total(partials, row, first, end, parts)
-            store_scale(square, row * blocks + block, scale, projection, clip, BALL)
+            store_scale(square, row * blocks + block, scale, projection, radius, BALL)
         if LABELLED:
             if block == 0:
                 place_image(labels, schedule, image, n, num_classes, 1)
@@ -181,9 +181,7 @@ def row_statistics_into(
         schedule.zero_()
         if taps.n == 0:
             return
-    partials = torch.empty(
-        len(moments), taps.n, parts, dtype=torch.float32, device=taps.device
-    )
+    partials = torch.empty(len(moments), taps.n, parts, dtype=torch.float32, device=taps.device)
     bits, labelled = sum(moments), int(labels is not None)
     for piece in taps.launches(config.block):
         launch(
@@ -227,13 +225,10 @@ def row_statistics_into(
         JOINT=int(joint),
         BALL=int(bound.startswith("ball")),
         LABELLED=labelled,
-        num_warps=FINISH_WARPS,
+        num_warps=table.FINISH_WARPS,
         debug=bool(labelled),
         sanitize_overflow=False,
     )
-
-
-FINISH_WARPS = 4
 
 
 def row_statistics(

@@ -36,6 +36,10 @@ ARCHITECTURES = (80, 90, 100)
 # Images a tile of one class; `schedule` and its kernels agree on it, so it is not in the table.
 TILE_ROWS = 16
 
+# Warps and register budget of the kernels that finish a reduction: little work, any number fits.
+FINISH_WARPS = 4
+FINISH_REGISTERS = 64
+
 # operation -> (greatest number of columns D, parameters) in ascending order, the last without end.
 _BF16: dict[str, tuple[tuple[float, Config], ...]] = {
     "row_statistics": ((float("inf"), Config(1024, 8, 4, 1, 128)),),

@@ -28,6 +28,9 @@ TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 # in as many comparisons. More taps take several launches.
 MOST_TAPS = 64
 
+# CUDA's limit on a grid's second dimension.
+MOST_PROGRAMS = 65_535
+
 # A block's record: which tap of the launch it is in, its first column there, the tap's columns and
 # its first column in D, the step from image to image, the tap's number among all taps, and the
 # block's number among all blocks, in the order of columns.
@@ -59,7 +62,7 @@ def find_block(addresses, records, TYPE: tl.constexpr, VECTOR: tl.constexpr, BLO
     stride = tl.load(record + 4)
     number = tl.load(record + 5)
     block = tl.load(record + 6)
-    start = tap_address(addresses, tap).to(tl.int64)
+    start = tap_address(addresses, tap).to(tl.pointer_type(TYPE))
     if VECTOR > 1:
         # Guaranteed by `Taps.launches`: lets rows be loaded 16 bytes at a time.
         begin = tl.multiple_of(begin, VECTOR)
@@ -70,8 +73,7 @@ def find_block(addresses, records, TYPE: tl.constexpr, VECTOR: tl.constexpr, BLO
     rest = tl.minimum(width - begin, BLOCK).to(tl.int32)
     if VECTOR > 1:
         rest = tl.multiple_of(rest, VECTOR)
-    pointer = start.to(tl.pointer_type(TYPE)) + begin
-    return pointer, stride, rest, column + begin, number, block
+    return start + begin, stride, rest, column + begin, number, block
 
 
 @triton.jit
@@ -238,6 +240,11 @@ def launch(
     kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any
 ) -> None:
     """kernel[grid](*args, **options) on the current stream of a device."""
+    if len(grid) > 1 and grid[1] > MOST_PROGRAMS:
+        raise ValueError(
+            f"backend='triton': {grid[1]} tiles of images or classes, expected at most "
+            f"{MOST_PROGRAMS}; use smaller batches, fewer classes or backend='torch'."
+        )
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if elsewhere else nullcontext():
         kernel[grid](*args, **options)

@@ -380,9 +380,7 @@ def add_sums(
     Shapes: features [n, d_l] a tap; sums int64 [K, M columns]; shared int64 [1, M shared_columns].
     Bytes: the features once, the sums of present classes in and out.
     """
-    pointer, stride, rest, column, tap, _block = find_block(
-        addresses, records, TYPE, VECTOR, BLOCK
-    )
+    pointer, stride, rest, column, tap, _block = find_block(addresses, records, TYPE, VECTOR, BLOCK)
     k = tl.program_id(1)
     start, end = class_range(schedule, k, n, num_classes, 1)
     step = columns.to(tl.int64)
@@ -445,7 +443,7 @@ def bounded_sums(
     shared: Tensor | None = None,
     shared_taps: int = 0,
 ) -> None:
-    """Adds the bounded integer vectors of a batch to int64 class sums, as `dpmmd._cpu.bounded_sums`.
+    """Adds the bounded integer vectors of a batch to int64 class sums: `PrivateSums.add` exactly.
 
     What the images hold never raises: rows that are not valid, whose label is not in 0..K-1, whose
     limit is not in 1..2^30 or which fail the certificate add nothing.

@@ -21,7 +21,8 @@ class Config:
         block: columns a program, a power of two.
         rows: images a tile, a power of two.
         num_warps, num_stages: Triton's.
-        registers: budget a thread; 65536 / (32 num_warps registers) programs fit a multiprocessor.
+        registers: budget a thread where rows are aligned (what is not need only not spill); 65536 /
+            (32 num_warps registers) programs fit a multiprocessor.
     """
 
     block: int
@@ -49,15 +50,14 @@ _BF16: dict[str, tuple[tuple[float, Config], ...]] = {
     ),
     "row_dots": ((float("inf"), Config(512, TILE_ROWS, 4, 1, 168)),),
     "gradient": ((float("inf"), Config(512, TILE_ROWS, 4, 1, 168)),),
-    "difference": ((float("inf"), Config(1024, 1, 4, 1, 64)),),
+    "difference": ((float("inf"), Config(1024, 1, 4, 1, 80)),),
     "bounded_sums": ((float("inf"), Config(256, 8, 4, 1, 168)),),
 }
 _FP32: dict[str, tuple[tuple[float, Config], ...]] = _BF16 | {
     "row_statistics": ((float("inf"), Config(512, 8, 4, 1, 128)),),
-    "class_sums": (
-        (65_536, Config(256, 8, 4, 1, 128)),
-        (float("inf"), Config(512, 8, 4, 1, 168)),
-    ),
+    "class_sums": ((float("inf"), Config(256, 8, 4, 1, 128)),),
+    "row_dots": ((float("inf"), Config(256, TILE_ROWS, 4, 1, 128)),),
+    "gradient": ((float("inf"), Config(256, TILE_ROWS, 4, 1, 128)),),
 }
 TABLE: dict[int, dict[torch.dtype, dict[str, tuple[tuple[float, Config], ...]]]] = {
     architecture: {torch.bfloat16: _BF16, torch.float32: _FP32} for architecture in ARCHITECTURES

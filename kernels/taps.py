@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -85,8 +84,7 @@ def load_tile(pointer, stride, images, live, rest, BLOCK: tl.constexpr):
     return tl.load(rows + columns[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
-@dataclass(frozen=True)
-class Launch:
+class Launch(NamedTuple):
     """One launch over some of the taps, all aligned or all not.
 
     Attributes:
@@ -94,16 +92,14 @@ class Launch:
         partners: of the tensors given to `Taps.launches`, as many.
         records: int64 [blocks, FIELDS] on the device.
         vector: elements in 16 bytes where every row starts on 16 bytes, else 1.
+        blocks: how many, the first dimension of a grid.
     """
 
     addresses: tuple[int, ...]
     partners: tuple[int, ...]
     records: Tensor
     vector: int
-
-    @property
-    def blocks(self) -> int:
-        return self.records.shape[0]
+    blocks: int
 
 
 class Taps:
@@ -144,12 +140,11 @@ class Taps:
             self.tensors.append(tap)
         self.n, self.dtype, self.device = first.shape[0], first.dtype, first.device
         self.type = TYPES[first.dtype]
-        self.widths = tuple(prod(tap.shape[1:]) for tap in self.tensors)
+        n = self.n
+        self.widths = tuple([t.numel() // n if n else prod(t.shape[1:]) for t in self.tensors])
         self.dim = sum(self.widths)
-        self.steps = tuple(
-            tap.stride(0) if self.n > 1 else width
-            for tap, width in zip(self.tensors, self.widths, strict=True)
-        )
+        self.steps = tuple([t.stride(0) for t in self.tensors]) if n > 1 else self.widths
+        self.addresses = tuple([t.data_ptr() for t in self.tensors])
 
     def launches(self, block: int, partners: Sequence[Tensor | None] | None = None) -> list[Launch]:
         """The taps that have columns (and partners, where given), in as few launches as can be.
@@ -158,34 +153,27 @@ class Taps:
             block: columns a program.
             partners: one tensor a tap, dense and laid out as the tap is, or None for no partner.
         """
-        whole = 16 // self.dtype.itemsize
-        groups: dict[int, list[int]] = {whole: [], 1: []}
-        column = 0
-        for i, (tap, width, step) in enumerate(
-            zip(self.tensors, self.widths, self.steps, strict=True)
-        ):
-            partner = tap if partners is None else partners[i]
-            if width and partner is not None:
-                counts = (width, step, column, self.dim)
-                aligned = all(count % whole == 0 for count in counts) and not (
-                    tap.data_ptr() % 16 or partner.data_ptr() % 16
-                )
-                groups[whole if aligned else 1].append(i)
-            column += width
-        launches = []
-        for vector, members in groups.items():
-            for start in range(0, len(members), MOST_TAPS):
-                chosen = tuple(members[start : start + MOST_TAPS])
-                partner_of = self.tensors if partners is None else partners
-                launches.append(
-                    Launch(
-                        tuple(self.tensors[i].data_ptr() for i in chosen),
-                        tuple(p.data_ptr() for i in chosen if (p := partner_of[i]) is not None),
-                        _records(self.widths, self.steps, chosen, block, self.device),
-                        vector,
-                    )
-                )
-        return launches
+        if partners is None:
+            theirs: tuple[int | None, ...] = self.addresses
+        else:
+            theirs = tuple([None if p is None else p.data_ptr() for p in partners])
+        off = tuple(
+            [
+                None if partner is None else (address | partner) & 15
+                for address, partner in zip(self.addresses, theirs, strict=True)
+            ]
+        )
+        key = (self.widths, self.steps, off, self.dtype.itemsize, block, self.device)
+        return [
+            Launch(
+                tuple([self.addresses[i] for i in chosen]),
+                tuple([theirs[i] for i in chosen]),  # type: ignore[misc]
+                records,
+                vector,
+                records.shape[0],
+            )
+            for chosen, records, vector in _groups(*key)
+        ]
 
     def blocks(self, block: int) -> int:
         """How many blocks all taps are cut into."""
@@ -197,6 +185,31 @@ class Taps:
 
 
 @lru_cache(maxsize=256)
+def _groups(
+    widths: tuple[int, ...],
+    steps: tuple[int, ...],
+    off: tuple[int | None, ...],
+    itemsize: int,
+    block: int,
+    device: torch.device,
+) -> list[tuple[tuple[int, ...], Tensor, int]]:
+    """Taps, their records and elements an access, a launch; off: bytes that addresses are off."""
+    whole = 16 // itemsize
+    dim, column = sum(widths), 0
+    groups: dict[int, list[int]] = {whole: [], 1: []}
+    for tap, (width, step, bytes_off) in enumerate(zip(widths, steps, off, strict=True)):
+        if width and bytes_off is not None:
+            counts = (bytes_off, width % whole, step % whole, column % whole, dim % whole)
+            groups[1 if any(counts) else whole].append(tap)
+        column += width
+    return [
+        (chosen, _records(widths, steps, chosen, block, device), vector)
+        for vector, members in groups.items()
+        for start in range(0, len(members), MOST_TAPS)
+        if (chosen := tuple(members[start : start + MOST_TAPS]))
+    ]
+
+
 def _records(
     widths: tuple[int, ...],
     steps: tuple[int, ...],

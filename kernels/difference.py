@@ -206,7 +206,7 @@ def difference_into(
         values.numel(),
         num_classes,
         UPDATE=moves,
-        num_warps=table.FINISH_WARPS,
+        num_warps=table.VALUE_WARPS,
     )
 
 

@@ -37,8 +37,9 @@ ARCHITECTURES = (80, 90, 100)
 # Images a tile of one class; `schedule` and its kernels agree on it, so it is not in the table.
 TILE_ROWS = 16
 
-# Warps and register budget of the kernels that finish a reduction: little work, any number fits.
-FINISH_WARPS = 4
+# Kernels that finish a reduction: a program an image, or one program for all (VALUE_WARPS).
+FINISH_WARPS = 2
+VALUE_WARPS = 8
 FINISH_REGISTERS = 64
 
 # operation -> (greatest number of columns D, parameters) in ascending order, the last without end.
@@ -66,12 +67,7 @@ TABLE: dict[int, dict[torch.dtype, dict[str, tuple[tuple[float, Config], ...]]]]
 
 def lookup(operation: str, device: torch.device, dtype: torch.dtype, columns: int) -> Config:
     """The parameters for a device: those of the greatest architecture that is not above its own."""
-    return entry(operation, _architecture(device), dtype, columns)
-
-
-def entry(operation: str, architecture: int, dtype: torch.dtype, columns: int) -> Config:
-    """As `lookup`, for an architecture in ARCHITECTURES."""
-    sizes = TABLE[architecture][dtype][operation]
+    sizes = TABLE[_architecture(device)][dtype][operation]
     return next(config for most, config in sizes if columns <= most)
 
 

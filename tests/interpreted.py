@@ -13,18 +13,34 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 ACTIVE = os.environ.get("TRITON_INTERPRET") == "1"
-MISSING = importlib.util.find_spec("triton") is None
+
+
+def _hindrance() -> str | None:
+    """Why the interpreter cannot run here, if so."""
+    if importlib.util.find_spec("triton") is None:
+        return "needs the package triton"
+    triton, numpy = (
+        tuple(int(part) for part in metadata.version(name).split(".")[:2])
+        for name in ("triton", "numpy")
+    )
+    if triton < (3, 7) and numpy >= (2, 4):
+        return "the interpreter of triton before 3.7 needs numpy before 2.4"
+    return None
+
+
+HINDRANCE = _hindrance()
 
 
 def whole(path: str, marked: str = "not long") -> Callable[[], None]:
     """A test that the tests of a file, those so marked, pass under the interpreter."""
 
-    @pytest.mark.skipif(MISSING, reason="needs the package triton")
+    @pytest.mark.skipif(HINDRANCE is not None, reason=HINDRANCE or "")
     def test() -> None:
         done = subprocess.run(
             [

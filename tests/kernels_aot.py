@@ -281,7 +281,7 @@ def compile_case(case: Case, architecture: int) -> Compiled:
 
     return Compiled(
         registers=number("REG"),
-        shared=number("SHARED"),
+        shared=compiled.metadata.shared,
         spilled=number("STACK") + number("LOCAL"),
         loads=_widths(ptx, "ld"),
         stores=_widths(ptx, "st"),

@@ -17,7 +17,11 @@ if not interpreted.ACTIVE:
     test_interpreted = interpreted.whole(__file__)
     test_interpreted_long = pytest.mark.long(interpreted.whole(__file__, "long"))
 else:
+    from dpmmd.kernels import bounded_sums as kernels
+    from dpmmd.kernels import table
     from dpmmd.kernels.bounded_sums import bounded_sums
+    from dpmmd.kernels.difference import bits_of
+    from dpmmd.kernels.taps import Taps, launch
 
     pytestmark = pytest.mark.usefixtures("small_blocks")
 
@@ -145,6 +149,66 @@ else:
         assert torch.equal(
             ours(planes, y, valid, limits, **OPTIONS), ours(fs, y, valid, limits, **OPTIONS)
         )
+
+    def within(rows: list[list[float]], limit: int, nonnegative: bool) -> list[int]:
+        """Step 4 alone, on integers that no earlier step would let through."""
+        taps = Taps([torch.tensor(rows)])
+        n, config = taps.n, table.lookup("bounded_sums", taps.device, taps.dtype, taps.dim)
+        (piece,) = taps.launches(config.block)
+        one = torch.ones(1, n, 1, dtype=torch.float64)
+        partials = torch.empty(2, n, piece.blocks, dtype=torch.int64)
+        launch(
+            kernels.partial_certificate, (piece.blocks, -(-n // config.rows)), taps.device,
+            piece.addresses, piece.records, one, one, partials, n, 1, piece.blocks, bits_of(1.0),
+            TYPE=taps.type, VECTOR=1, MOMENTS=1, NORMS=1, PER_TAP=0,
+            NONNEGATIVE=int(nonnegative), ROWS=config.rows, BLOCK=config.block,
+        )  # fmt: skip
+        result = torch.full((n,), -1, dtype=torch.int32)
+        launch(
+            kernels.finish_certificate, (n,), taps.device, partials,
+            torch.ones(n, dtype=torch.uint8), torch.full((n,), limit), result, n, piece.blocks,
+        )  # fmt: skip
+        return result.tolist()
+
+    def test_certificate() -> None:
+        nothing = [0.0] * 10
+        rows = [
+            [3.0, 4.0, *nothing],
+            [3.0, 4.0, *nothing[:9], 1.0],
+            [0.0, 0.0, *nothing],
+            [-3.0, 4.0, *nothing],
+            [2.0**32, 3.0, *nothing],
+            [-(2.0**32), 3.0, *nothing],
+            [2.0**62, 0.0, *nothing],
+        ]
+        assert within(rows, 5, False) == [1, 0, 0, 1, 0, 0, 0]
+        assert within(rows, 5, True) == [1, 0, 0, 0, 0, 0, 0]
+        assert within(rows, 6, False) == [1, 1, 0, 1, 0, 0, 0]
+        # Low parts that carry: 3 (2^16 - 1)^2 is above 2^33.
+        carry = [[65535.0] * 3, [65535.0] * 2 + [0.0]]
+        assert within(carry, math.isqrt(3 * 65535**2), False) == [0, 1]
+        assert within(carry, math.isqrt(3 * 65535**2) + 1, False) == [1, 1]
+        top = [[2.0**30, 0.0], [2.0**30, 1.0], [2.0**30 + 128, 0.0]]
+        assert within(top, 2**30, False) == [1, 0, 0]
+        assert within(top[:1], 2**30 + 1, False) == [0]  # the limit itself is out of range
+
+    def test_squares_are_rounded_up() -> None:
+        """Step 2 alone: every term of s, never below g^2 2^b."""
+        f = torch.rand(5, 11, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        f[1] = 0.5
+        taps = Taps([f])
+        config = table.lookup("bounded_sums", taps.device, taps.dtype, taps.dim)
+        (piece,) = taps.launches(config.block)
+        partials = torch.empty(1, 5, piece.blocks, dtype=torch.int64)
+        launch(
+            kernels.partial_squares, (piece.blocks, 2), taps.device, piece.addresses,
+            piece.records, torch.ones(1, 5, 1, dtype=torch.float64),
+            torch.tensor([4], dtype=torch.int32), partials, 5, 1, piece.blocks, bits_of(1.0),
+            TYPE=taps.type, VECTOR=1, MOMENTS=1, NORMS=1, PER_TAP=0, ROWS=config.rows,
+            BLOCK=config.block,
+        )  # fmt: skip
+        expected = (f.double() ** 2 * 2**4).ceil().long().sum(dim=1)
+        assert torch.equal(partials.sum(dim=(0, 2)), expected)
 
     def test_no_images() -> None:
         fs = [f[:0] for f in features(2)]

@@ -235,13 +235,13 @@ def difference(
     device, shape = means.device, tuple(means.shape)
     means, counts, target = means.contiguous(), counts.contiguous(), target.contiguous()
     inputs = {"means": means, "target": target, "counts": counts}
-    states = {
+    given = {
         "estimate": estimate,
         "first_moment": first_moment,
         "second_moment": second_moment,
         "steps": steps,
     }
-    states = {name: state for name, state in states.items() if state is not None}
+    states = {name: state for name, state in given.items() if state is not None}
     for name, buffer in (inputs | states).items():
         check_buffer(name, buffer, shape[1:2] if name in ("counts", "steps") else shape, device)
     _check_apart(states, inputs)

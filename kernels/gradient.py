@@ -114,7 +114,10 @@ def gradient_into(
     (dtype,) = types
     for i, (tap, gradient) in enumerate(zip(taps.tensors, gradients, strict=True)):
         if gradient is not None and (
-            gradient.shape != tap.shape or gradient.dtype not in (taps.dtype, *TYPES)
+            gradient.shape != tap.shape
+            or gradient.device != taps.device
+            or gradient.dtype not in TYPES
+            or (taps.n > 1 and gradient.numel() and gradient.stride(0) != taps.widths[i])
         ):
             raise ValueError(
                 f"gradients[{i}]: {brief(gradient)}, expected the shape of {brief(tap)}."

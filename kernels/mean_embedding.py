@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from dpmmd._cpu import PLANES, layout
+from dpmmd.kernels import schedule as schedules
 from dpmmd.kernels.class_sums import class_sums
 from dpmmd.kernels.gradient import gradient
 from dpmmd.kernels.row_dots import row_dots
 from dpmmd.kernels.row_statistics import row_statistics
-from dpmmd.kernels.taps import Taps, brief
+from dpmmd.kernels.taps import Taps, brief, check_buffer
 
 
 def forward(
@@ -85,6 +86,14 @@ def backward(
     taps = Taps(features)
     labels = _checked_labels(labels, taps)
     upstream = upstream.contiguous()
+    num_classes = upstream.shape[1] if upstream.ndim == 3 else 1
+    check_buffer("upstream", upstream, (len(moments), num_classes, taps.dim), taps.device)
+    norms = 2 if len(moments) == 2 and joint_weight is None else 1
+    blocks = len(taps.tensors) if scale.shape[-1:] != (1,) else 1
+    check_buffer("scale", scale, (norms, taps.n, blocks), taps.device)
+    check_buffer("projection", projection, scale.shape, taps.device)
+    length = schedules.size(taps.n, None if labels is None else num_classes)
+    check_buffer("schedule", schedule, (length,), taps.device, torch.int32)
     if any(layout(tap) == PLANES for tap in taps.tensors):
         ordered = upstream.clone()
         for source, piece, tap in zip(

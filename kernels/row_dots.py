@@ -161,7 +161,6 @@ def row_dots_into(
         upstream: float32 [M, K, D], columns as they lie in memory.
     """
     num_classes, blocks = upstream.shape[1], scale.shape[2]
-    check_buffer("upstream", upstream, (len(moments), num_classes, taps.dim), taps.device)
     check_buffer("coefficients", coefficients, scale.shape, taps.device)
     if taps.n == 0:
         return

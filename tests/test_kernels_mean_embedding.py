@@ -309,6 +309,29 @@ else:
                 held += range(first, first + rows)
         assert sorted(held) == list(range(n))
 
+    def test_refusals() -> None:
+        fs, y = features(3), torch.tensor([0, 1, 1])
+        options: dict[str, Any] = {"moments": (1,), "joint_weight": None}
+        with pytest.raises(ValueError, match=r"labels: torch\.int32 \[3\] on cpu, expected int64"):
+            mean_embedding.forward(fs, y.int(), 2, bound="sphere", clip=1.0, **options)
+        means, _, scale, projection, order = mean_embedding.forward(
+            fs, y, 2, bound="sphere", clip=1.0, **options
+        )
+        good = {"scale": scale, "projection": projection, "schedule": order, "upstream": means}
+        for name, bad in (
+            ("upstream", means[..., 1:]),
+            ("upstream", means.double()),
+            ("scale", scale[:, 1:]),
+            ("projection", projection.double()),
+            ("schedule", order[1:]),
+        ):
+            with pytest.raises(ValueError, match=f"{name}: torch"):
+                mean_embedding.backward(fs, y, **options, **{**good, name: bad})
+        with pytest.raises(ValueError, match=r"gradients\[1\]: torch\.float32 \[3, 6\]"):
+            gradients.gradient_into(
+                Taps(fs), order, scale, scale, means, gradients=[None, torch.empty(3, 6)], **options
+            )
+
     def test_same_bits_again() -> None:
         fs, y = features(40), labels(40, 3)
         taps = Taps(fs)

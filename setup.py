@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -50,4 +50,9 @@ class CMakeBuild(build_ext):
                 )
 
 
-setup(ext_modules=[Extension("dpmmd._native", [])], cmdclass={"build_ext": CMakeBuild})
+setup(
+    ext_modules=[Extension("dpmmd._native", [])],
+    cmdclass={"build_ext": CMakeBuild},
+    packages=[*find_packages(include=["dpmmd*"]), "dpmmd.kernels"],
+    package_dir={"dpmmd.kernels": "kernels"},
+)

@@ -1,0 +1,563 @@
+"""Exact class sums of bounded integer vectors: `dpmmd.privacy.sums.PrivateSums.add` on the device.
+
+Same steps, same float64 arithmetic, same bits (the docstring there says why they are safe):
+
+    step 1  largest |v| of a group of taps, its exponent e, inverse = 2^-e
+    step 2  s = sum of ceil((v inverse)^2 2^b), b = 62 - ceil(log2 D); rate = B guard / |g|
+    step 3  q = trunc(v inverse rate)
+    step 4  certificate: 0 < sum q^2 <= B^2 exactly, no q < 0 where declared
+    then    sums[y] += q
+
+Maxima and integer sums are exact in any order; all else is products and quotients of float64 (no
+sum that could be contracted), so nothing depends on the launch. What an image holds moves nothing
+but the sums.
+
+A group is all vectors (a vector: a moment of a tap), or each one where bounds are per tap. Arrays
+over groups are [N, n, B]: B blocks of taps, and N = 2 for the two moments of a tap, if per tap.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dpmmd._cpu import _check_apart
+from dpmmd.kernels import schedule as schedules
+from dpmmd.kernels import table
+from dpmmd.kernels.difference import bits_of, number
+from dpmmd.kernels.row_statistics import PARTS
+from dpmmd.kernels.schedule import class_range, clear_tiles, image_at, place_class, place_image
+from dpmmd.kernels.taps import Taps, brief, check_buffer, find_block, launch, load_tile, to_device
+
+GUARD = tl.constexpr(1.0 - 2.0**-20)
+ABOVE = tl.constexpr(1 << 31)  # no |q| of a vector within a limit reaches it
+FULL = tl.constexpr(1 << 30)  # of a sum's high part: 2^62, over every limit's square
+
+
+@triton.jit
+def power_of_two(exponent):
+    """Exactly 2^exponent as float64, by its bits (exponent within +-1022)."""
+    return ((exponent.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def entries(f, weight, MOMENT: tl.constexpr, JOINT: tl.constexpr):
+    """v of a moment in float64: f, f^2 or, in a joint vector, f^2 weight."""
+    v = f.to(tl.float64)
+    if MOMENT == 2:
+        v = v * v
+        if JOINT:
+            v = v * number(weight)
+    return v
+
+
+@triton.jit
+def unit(f, weight, inverse, MOMENT: tl.constexpr, JOINT: tl.constexpr):
+    """g = v inverse, 0 in rows without use (inverse 0), whatever they hold."""
+    v = entries(f, weight, MOMENT, JOINT)
+    return tl.where((inverse != 0)[:, None], v, 0.0) * inverse[:, None]
+
+
+@triton.jit(do_not_specialize=["addresses", "n", "parts", "num_classes"])
+def partial_largest(
+    addresses,
+    records,
+    partials,
+    schedule,
+    n,
+    parts,
+    num_classes,
+    TYPE: tl.constexpr,
+    VECTOR: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Step 1: partials[i, b] = bits of the largest |f| in block b, NaN above all.
+
+    Grid [blocks of the launch, tiles of images]. Clears the schedule's tiles in passing.
+    Shapes: features [n, d_l] a tap; partials int32 [n, parts]. Bytes: the features once.
+    """
+    tile = tl.program_id(1)
+    if tl.program_id(0) == 0:
+        clear_tiles(schedule, n, num_classes, tile, tl.num_programs(1), 128)
+    pointer, stride, rest, _, _, block = find_block(addresses, records, TYPE, VECTOR, BLOCK)
+    images = tile * ROWS + tl.arange(0, ROWS)
+    live = images < n
+    f = load_tile(pointer, stride, images, live, rest, BLOCK)
+    bits = f.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    tl.store(partials + images.to(tl.int64) * parts + block, tl.max(bits, axis=1), mask=live)
+
+
+@triton.jit
+def store_inverse(inverse, at, most):
+    """2^-e for the exponent e of the largest entry; 0 where that is 0, tiny, huge or NaN."""
+    usable = (most >= 2.0**-1000) & (most <= 2.0**1000)
+    bits = tl.where(usable, most, 1.0).to(tl.int64, bitcast=True)
+    exponent = (bits >> 52) - 1022
+    tl.store(inverse + at, tl.where(usable, power_of_two(-exponent), 0.0))
+
+
+@triton.jit(do_not_specialize=["n", "blocks", "parts", "num_classes", "weight"])
+def finish_largest(
+    partials,
+    ranges,
+    labels,
+    inverse,
+    counts,
+    schedule,
+    n,
+    blocks,
+    parts,
+    num_classes,
+    weight: tl.int64,
+    MOMENTS: tl.constexpr,
+    NORMS: tl.constexpr,
+):
+    """Step 1: inverse = 2^-e [N, n, B] float64; the schedule. Grid [n B + K]. Bytes: 4 n parts."""
+    program = tl.program_id(0)
+    if program < n * blocks:
+        image = program // blocks
+        block = program % blocks
+        first = tl.load(ranges + block)
+        end = tl.load(ranges + block + 1)
+        row = image.to(tl.int64)
+        most = tl.zeros([PARTS], tl.int32)
+        for start in range(first, end, PARTS):
+            part = start + tl.arange(0, PARTS)
+            most = tl.maximum(
+                most, tl.load(partials + row * parts + part, mask=part < end, other=0)
+            )
+        # Rounding is monotone, so the largest |f| gives the largest entry.
+        f = tl.max(most, axis=0).to(tl.float32, bitcast=True)
+        at = row * blocks + block
+        if MOMENTS == 3:
+            one = entries(f, weight, 1, 1)
+            two = entries(f, weight, 2, 1)
+            if NORMS == 2:
+                store_inverse(inverse, at, one)
+                store_inverse(inverse, at + n.to(tl.int64) * blocks, two)
+            else:
+                store_inverse(inverse, at, tl.where(two > one, two, one))
+        else:
+            store_inverse(inverse, at, entries(f, weight, MOMENTS, 0))
+        if block == 0:
+            place_image(labels, schedule, image, n, num_classes, 0)
+    else:
+        place_class(labels, counts, schedule, program - n * blocks, n, num_classes)
+
+
+@triton.jit
+def ceilings(g, power):
+    """Sum of ceil(g^2 power) over columns, int64 [ROWS]; exact, for every term is below 2^62."""
+    x = g * g * power
+    down = x.to(tl.int64)
+    up = down + (down.to(tl.float64) < x).to(tl.int64)
+    return tl.sum(up, axis=1)
+
+
+@triton.jit(do_not_specialize=["addresses", "n", "blocks", "parts", "weight"])
+def partial_squares(
+    addresses,
+    records,
+    inverse,
+    bits,
+    partials,
+    n,
+    blocks,
+    parts,
+    weight: tl.int64,
+    TYPE: tl.constexpr,
+    VECTOR: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    NORMS: tl.constexpr,
+    PER_TAP: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Step 2: partials[N, i, b] = sum over block b of ceil((v inverse)^2 2^bits).
+
+    Grid [blocks of the launch, tiles of images].
+    Shapes: features [n, d_l] a tap; inverse float64 [N, n, B]; bits int32 [B]; partials int64
+    [N, n, parts]. Bytes: the features once.
+    """
+    pointer, stride, rest, _, tap, block = find_block(addresses, records, TYPE, VECTOR, BLOCK)
+    images = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    live = images < n
+    f = load_tile(pointer, stride, images, live, rest, BLOCK)
+    power = power_of_two(tl.load(bits + tap * PER_TAP))
+    at = images * blocks + tap * PER_TAP
+    one = tl.load(inverse + at, mask=live, other=0.0)
+    to = partials + images * parts + block
+    if MOMENTS == 3:
+        square = ceilings(unit(f, weight, one, 1, 1), power)
+        if NORMS == 2:
+            tl.store(to, square, mask=live)
+            two = tl.load(inverse + at + n.to(tl.int64) * blocks, mask=live, other=0.0)
+            square = ceilings(unit(f, weight, two, 2, 1), power)
+            tl.store(to + n.to(tl.int64) * parts, square, mask=live)
+        else:
+            square += ceilings(unit(f, weight, one, 2, 1), power)
+            tl.store(to, square, mask=live)
+    else:
+        tl.store(to, ceilings(unit(f, weight, one, MOMENTS, 0), power), mask=live)
+
+
+@triton.jit
+def total(partials, row, first, end, parts):
+    """Sum of partials[row, first:end] in int64."""
+    sums = tl.zeros([PARTS], tl.int64)
+    for start in range(first, end, PARTS):
+        part = start + tl.arange(0, PARTS)
+        sums += tl.load(partials + row * parts + part, mask=part < end, other=0)
+    return tl.sum(sums, axis=0)
+
+
+@triton.jit(do_not_specialize=["n", "blocks", "parts", "share", "clip"])
+def finish_squares(
+    partials,
+    ranges,
+    bits,
+    limits,
+    inverse,
+    rate,
+    n,
+    blocks,
+    parts,
+    share: tl.int64,
+    clip: tl.int64,
+    BALL: tl.constexpr,
+):
+    """Step 2: rate = B guard / |g| [N, n, B] float64, for balls at most B guard 2^e / c.
+
+    B = limits[i] share, and c (`clip`) is a group's. Grid [n B, N]. Bytes: 8 N n parts.
+    """
+    norm = tl.program_id(1).to(tl.int64)
+    image = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    row = norm * n + image
+    at = row * blocks + block
+    square = total(partials, row, tl.load(ranges + block), tl.load(ranges + block + 1), parts)
+    length = tl.sqrt(square.to(tl.float64) * power_of_two(-tl.load(bits + block)))
+    goal = tl.load(limits + image).to(tl.float64) * number(share) * GUARD
+    back = tl.load(inverse + at)
+    usable = back != 0
+    result = goal / tl.where(usable, length, 1.0)
+    if BALL:
+        most = goal * (1.0 / tl.where(usable, back, 1.0)) / number(clip)
+        result = tl.where(most < result, most, result)
+    tl.store(rate + at, tl.where(usable, result, 0.0))
+
+
+@triton.jit
+def quantised(f, weight, inverse, rate, MOMENT: tl.constexpr, JOINT: tl.constexpr):
+    """Step 3: q [ROWS, BLOCK] int64."""
+    return (unit(f, weight, inverse, MOMENT, JOINT) * rate[:, None]).to(tl.int64)
+
+
+@triton.jit
+def squares(q, NONNEGATIVE: tl.constexpr):
+    """sum q^2 over columns in two parts, high 2^32 + low; high >= FULL where an entry disqualifies.
+
+    An entry of 2^31 or more has no square in 64 bits and is over any limit.
+    """
+    outside = (q >= ABOVE) | (q <= -ABOVE)
+    if NONNEGATIVE:
+        outside = outside | (q < 0)
+    square = tl.where(outside, 0, q * q)
+    high = tl.sum(tl.where(outside, FULL, square >> 32), axis=1)
+    return high, tl.sum(square & 0xFFFFFFFF, axis=1)
+
+
+@triton.jit(do_not_specialize=["addresses", "n", "blocks", "parts", "weight"])
+def partial_certificate(
+    addresses,
+    records,
+    inverse,
+    rate,
+    partials,
+    n,
+    blocks,
+    parts,
+    weight: tl.int64,
+    TYPE: tl.constexpr,
+    VECTOR: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    NORMS: tl.constexpr,
+    PER_TAP: tl.constexpr,
+    NONNEGATIVE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Step 4: partials[:, i, b] = sum q^2 over block b, high and low part.
+
+    Grid [blocks of the launch, tiles of images].
+    Shapes: features [n, d_l] a tap; inverse, rate float64 [N, n, B]; partials int64 [2, n, parts].
+    Bytes: the features once.
+    """
+    pointer, stride, rest, _, tap, block = find_block(addresses, records, TYPE, VECTOR, BLOCK)
+    images = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    live = images < n
+    f = load_tile(pointer, stride, images, live, rest, BLOCK)
+    at = images * blocks + tap * PER_TAP
+    back = tl.load(inverse + at, mask=live, other=0.0)
+    speed = tl.load(rate + at, mask=live, other=0.0)
+    if MOMENTS == 3:
+        high, low = squares(quantised(f, weight, back, speed, 1, 1), NONNEGATIVE)
+        if NORMS == 2:
+            at += n.to(tl.int64) * blocks
+            back = tl.load(inverse + at, mask=live, other=0.0)
+            speed = tl.load(rate + at, mask=live, other=0.0)
+        more_high, more_low = squares(quantised(f, weight, back, speed, 2, 1), NONNEGATIVE)
+        high += more_high
+        low += more_low
+    else:
+        high, low = squares(quantised(f, weight, back, speed, MOMENTS, 0), NONNEGATIVE)
+    to = partials + images * parts + block
+    tl.store(to, high, mask=live)
+    tl.store(to + n.to(tl.int64) * parts, low, mask=live)
+
+
+@triton.jit(do_not_specialize=["n", "parts"])
+def finish_certificate(partials, valid, limits, within, n, parts):
+    """Step 4: within[i] = 1 where image i may contribute, else 0. Grid [n]. Bytes: 16 n parts."""
+    image = tl.program_id(0)
+    row = image.to(tl.int64)
+    high = total(partials, row, 0, parts, parts)
+    low = total(partials, row + n, 0, parts, parts)
+    high += low >> 32
+    low = low & 0xFFFFFFFF
+    limit = tl.load(limits + image)
+    eligible = (tl.load(valid + image) != 0) & (limit > 0) & (limit <= (1 << 30))
+    limit = tl.where(eligible, limit, 0)
+    square = (tl.where(high < FULL, high, 0) << 32) | low
+    fits = eligible & (high < FULL) & (square <= limit * limit) & (square > 0)
+    tl.store(within + image, fits.to(tl.int32))
+
+
+@triton.jit(
+    do_not_specialize=[
+        "addresses", "n", "blocks", "num_classes", "weight", "shared_taps", "columns",
+        "shared_columns",
+    ]
+)  # fmt: skip
+def add_sums(
+    addresses,
+    records,
+    inverse,
+    rate,
+    within,
+    schedule,
+    sums,
+    shared,
+    n,
+    blocks,
+    num_classes,
+    weight: tl.int64,
+    shared_taps,
+    columns,
+    shared_columns,
+    TYPE: tl.constexpr,
+    VECTOR: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    NORMS: tl.constexpr,
+    PER_TAP: tl.constexpr,
+    SHARED: tl.constexpr,
+    SUMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """sums[k, m] += sum of q over the images of class k that are within; shared taps over all.
+
+    A program has one block of columns and one class, and goes over the class's images ROWS at a
+    time; a block of a shared tap has all images, in the program of class 0. Grid [blocks of the
+    launch, K].
+    Shapes: features [n, d_l] a tap; sums int64 [K, M columns]; shared int64 [1, M shared_columns].
+    Bytes: the features once, the sums of present classes in and out.
+    """
+    pointer, stride, rest, column, tap, _block = find_block(addresses, records, TYPE, VECTOR, BLOCK)
+    k = tl.program_id(1)
+    start, end = class_range(schedule, k, n, num_classes, 1)
+    step = columns.to(tl.int64)
+    shift = shared_columns.to(tl.int64)
+    if SUMS > 1:
+        step = tl.multiple_of(step, SUMS)
+        shift = tl.multiple_of(shift, SUMS)
+    to = sums + k.to(tl.int64) * step * (2 if MOMENTS == 3 else 1)
+    to += column - shift
+    if SHARED:
+        if tap < shared_taps:
+            _first, last = class_range(schedule, num_classes - 1, n, num_classes, 1)
+            end = tl.where(k == 0, last, start)
+            step = shift
+            to = shared + column
+    at_tap = tap * PER_TAP
+    sum1 = tl.zeros([ROWS, BLOCK], tl.int64)
+    sum2 = tl.zeros([ROWS, BLOCK], tl.int64)
+    for first in range(start, end, ROWS):
+        positions = first + tl.arange(0, ROWS)
+        live = positions < end
+        images = image_at(schedule, positions, live, 1).to(tl.int64)
+        used = tl.load(within + images, mask=live, other=0) != 0
+        at = images * blocks + at_tap
+        back = tl.load(inverse + at, mask=used, other=0.0)
+        speed = tl.load(rate + at, mask=used, other=0.0)
+        f = load_tile(pointer, stride, images, used, rest, BLOCK)
+        if MOMENTS == 3:
+            sum1 += quantised(f, weight, back, speed, 1, 1)
+            if NORMS == 2:
+                at += n.to(tl.int64) * blocks
+                back = tl.load(inverse + at, mask=used, other=0.0)
+                speed = tl.load(rate + at, mask=used, other=0.0)
+            sum2 += quantised(f, weight, back, speed, 2, 1)
+        else:
+            sum1 += quantised(f, weight, back, speed, MOMENTS, 0)
+    if end > start:
+        offsets = tl.arange(0, BLOCK)
+        inside = offsets < rest
+        q = tl.sum(sum1, axis=0)
+        tl.store(to + offsets, tl.load(to + offsets, mask=inside) + q, mask=inside)
+        if MOMENTS == 3:
+            to += step
+            q = tl.sum(sum2, axis=0)
+            tl.store(to + offsets, tl.load(to + offsets, mask=inside) + q, mask=inside)
+
+
+def bounded_sums(
+    features: Sequence[Tensor],
+    labels: Tensor,
+    valid: Tensor,
+    limits: Tensor,
+    *,
+    moments: Sequence[int],
+    joint_weight: float,
+    bound: str,
+    clip: float,
+    nonnegative: bool,
+    sums: Tensor,
+    shared: Tensor | None = None,
+    shared_taps: int = 0,
+) -> None:
+    """Adds the bounded integer vectors of a batch to int64 class sums: `PrivateSums.add` exactly.
+
+    What the images hold never raises: rows that are not valid, whose label is not in 0..K-1, whose
+    limit is not in 1..2^30 or which fail the certificate add nothing.
+
+    Seven launches over the features' four reads; all tensors on one device.
+
+    Args:
+        features: L tensors [n, ...], float32 or bfloat16.
+        labels: int64 [n].
+        valid: bool [n].
+        limits: int64 [n], greatest norm of each image's vector in grid units.
+        moments: (1,), (2,) or (1, 2); the last is the joint vector (f, joint_weight f^2).
+        joint_weight, bound, clip, nonnegative: as `dpmmd.privacy.sums.PrivateSums.add`.
+        sums: int64 [K, M D'], D' the columns of the taps that are not shared; added to.
+        shared: int64 [1, M (D - D')], added to whatever the label; None where ``shared_taps`` is 0.
+        shared_taps: how many leading taps are shared by all classes.
+    """
+    taps = Taps(features, planes=False)
+    n, device, widths = taps.n, taps.device, taps.widths
+    if not 0 <= shared_taps <= len(widths):
+        raise ValueError(f"shared_taps={shared_taps!r}: expected 0..{len(widths)}.")
+    of_shared = sum(widths[:shared_taps])
+    own = taps.dim - of_shared
+    check_buffer("labels", labels, (n,), device, torch.int64)
+    check_buffer("valid", valid, (n,), device, torch.bool)
+    check_buffer("limits", limits, (n,), device, torch.int64)
+    num_classes = sums.shape[0] if sums.ndim else 1
+    check_buffer("sums", sums, (num_classes, len(moments) * own), device, torch.int64)
+    outputs = {"sums": sums}
+    if (shared is None) != (shared_taps == 0):
+        raise ValueError(
+            f"shared: {brief(shared)} with shared_taps={shared_taps}; give both or neither."
+        )
+    if shared is not None:
+        check_buffer("shared", shared, (1, len(moments) * of_shared), device, torch.int64)
+        outputs["shared"] = shared
+    inputs = {f"features[{i}]": tap for i, tap in enumerate(taps.tensors)}
+    _check_apart(outputs, inputs | {"labels": labels, "valid": valid, "limits": limits})
+    if n == 0 or taps.dim == 0 or num_classes == 0:
+        return
+
+    per_tap, kind = bound.endswith("-per-tap"), sum(moments)
+    blocks = len(widths) if per_tap else 1
+    norms = 2 if per_tap and kind == 3 else 1
+    share = 1.0 / math.sqrt(len(moments) * len(widths)) if per_tap else 1.0
+    weight = bits_of(joint_weight)
+    config = table.lookup("bounded_sums", device, taps.dtype, taps.dim)
+    pieces, parts = taps.launches(config.block), taps.blocks(config.block)
+    ranges = taps.ranges(config.block, per_tap)
+    bits = _fraction_bits(widths, len(moments), per_tap, device)
+    tiles = triton.cdiv(n, config.rows)
+    inverse, rate = (
+        torch.empty(norms, n, blocks, dtype=torch.float64, device=device) for _ in range(2)
+    )
+    counts = torch.empty(num_classes, dtype=torch.float32, device=device)
+    schedule = torch.empty(schedules.size(n, num_classes), dtype=torch.int32, device=device)
+    within = torch.empty(n, dtype=torch.int32, device=device)
+    shape = {"ROWS": config.rows, "BLOCK": config.block, "TYPE": taps.type}
+    groups = {"MOMENTS": kind, "NORMS": norms, "PER_TAP": int(per_tap and blocks > 1)}
+    # Products are rounded before anything else happens to them, as PyTorch rounds them.
+    exact = {"enable_fp_fusion": False}
+    tuned = {"num_warps": config.num_warps, "num_stages": config.num_stages} | exact
+    finish = {"num_warps": table.FINISH_WARPS} | exact
+
+    largest = torch.empty(n, parts, dtype=torch.int32, device=device)
+    for piece in pieces:
+        launch(
+            partial_largest, (piece.blocks, tiles), device,
+            piece.addresses, piece.records, largest, schedule, n, parts, num_classes,
+            VECTOR=piece.vector, **shape, **tuned,
+        )  # fmt: skip
+    launch(
+        finish_largest, (n * blocks + num_classes,), device,
+        largest, ranges, labels, inverse, counts, schedule, n, blocks, parts, num_classes, weight,
+        MOMENTS=kind, NORMS=norms, **finish,
+    )  # fmt: skip
+    partials = torch.empty(2, n, parts, dtype=torch.int64, device=device)
+    for piece in pieces:
+        launch(
+            partial_squares, (piece.blocks, tiles), device,
+            piece.addresses, piece.records, inverse, bits, partials, n, blocks, parts, weight,
+            VECTOR=piece.vector, **shape, **groups, **tuned,
+        )  # fmt: skip
+    launch(
+        finish_squares, (n * blocks, norms), device,
+        partials, ranges, bits, limits, inverse, rate, n, blocks, parts,
+        bits_of(share), bits_of(clip * share), BALL=int(bound.startswith("ball")), **finish,
+    )  # fmt: skip
+    for piece in pieces:
+        launch(
+            partial_certificate, (piece.blocks, tiles), device,
+            piece.addresses, piece.records, inverse, rate, partials, n, blocks, parts, weight,
+            VECTOR=piece.vector, NONNEGATIVE=int(nonnegative), **shape, **groups, **tuned,
+        )  # fmt: skip
+    launch(
+        finish_certificate, (n,), device, partials, valid.view(torch.uint8), limits, within, n,
+        parts, **finish,
+    )  # fmt: skip
+    for piece in pieces:
+        launch(
+            add_sums, (piece.blocks, num_classes), device,
+            piece.addresses, piece.records, inverse, rate, within, schedule, sums,
+            sums if shared is None else shared, n, blocks, num_classes, weight, shared_taps, own,
+            of_shared, VECTOR=piece.vector, SHARED=int(shared_taps > 0),
+            SUMS=1 if own % piece.vector or of_shared % piece.vector else piece.vector,
+            **shape, **groups, **tuned,
+        )  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def _fraction_bits(
+    widths: tuple[int, ...], moments: int, per_tap: bool, device: torch.device
+) -> Tensor:
+    """int32 [B]: b of every block of taps, so that s <= 2^62."""
+    columns = widths if per_tap else (moments * sum(widths),)
+    bits = [62 - max(0, math.ceil(math.log2(max(c, 1)))) for c in columns]
+    return to_device(torch.tensor(bits, dtype=torch.int32), device)

@@ -1,0 +1,144 @@
+"""Class sums: class means of the bounded moments, given every image's scale."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dpmmd.kernels import table
+from dpmmd.kernels.schedule import class_range, image_at
+from dpmmd.kernels.taps import Taps, check_buffer, find_block, launch, load_tile
+
+
+@triton.jit(do_not_specialize=["addresses", "n", "dim", "blocks", "num_classes"])
+def class_sums_kernel(
+    addresses,
+    records,
+    scale,
+    schedule,
+    means,
+    n,
+    dim,
+    blocks,
+    num_classes,
+    weight,
+    TYPE: tl.constexpr,
+    VECTOR: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    NORMS: tl.constexpr,
+    PER_TAP: tl.constexpr,
+    LABELLED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """means[m, k] = sum over images i of class k of s_i v_m / n_k; v_1 = f, v_2 = weight f^2.
+
+    A program has one block of columns and one class, and goes over the class's images in their
+    order, ROWS at a time: running sums [ROWS, BLOCK] a moment, added up at the end. Rows without
+    use (s = 0) are not even loaded: they may hold NaN. Absent classes become zero. Grid [blocks of
+    the launch, K].
+    Shapes: features [n, d_l] a tap; scale float32 [N, n, B]; means float32 [M, K, D].
+    Bytes: the features once, 4 M K D out. Deterministic.
+    """
+    pointer, stride, rest, column, number, _ = find_block(addresses, records, TYPE, VECTOR, BLOCK)
+    k = tl.program_id(1)
+    start, end = class_range(schedule, k, n, num_classes, LABELLED)
+    scale += number * PER_TAP
+    sum1 = tl.zeros([ROWS, BLOCK], tl.float32)
+    sum2 = tl.zeros([ROWS, BLOCK], tl.float32)
+    for first in range(start, end, ROWS):
+        positions = first + tl.arange(0, ROWS)
+        live = positions < end
+        images = image_at(schedule, positions, live, LABELLED).to(tl.int64)
+        one = tl.load(scale + images * blocks, mask=live, other=0.0)
+        two = one
+        if NORMS == 2:
+            two = tl.load(scale + (images + n) * blocks, mask=live, other=0.0)
+        used = (one != 0) | (two != 0)
+        f = load_tile(pointer, stride, images, used, rest, BLOCK)
+        if MOMENTS & 1:
+            sum1 += one[:, None] * f
+        if MOMENTS & 2:
+            sum2 += two[:, None] * (f * f)
+    share = 1.0 / tl.maximum(end - start, 1).to(tl.float32)
+    columns = tl.arange(0, BLOCK)
+    step = dim.to(tl.int64)
+    if VECTOR > 1:
+        step = tl.multiple_of(step, VECTOR)
+    at = means + k.to(tl.int64) * step + column
+    if MOMENTS & 1:
+        tl.store(at + columns, tl.sum(sum1, axis=0) * share, mask=columns < rest)
+        at += num_classes.to(tl.int64) * step
+    if MOMENTS & 2:
+        share = share * tl.cast(weight, tl.float32)
+        tl.store(at + columns, tl.sum(sum2, axis=0) * share, mask=columns < rest)
+
+
+def class_sums_into(
+    taps: Taps,
+    schedule: Tensor,
+    scale: Tensor,
+    *,
+    moments: Sequence[int],
+    joint_weight: float | None,
+    means: Tensor,
+) -> None:
+    """One launch, into float32 means [M, K, D] (columns as they lie in memory).
+
+    Args:
+        schedule: from `row_statistics`; empty without labels.
+        scale: [N, n, B], likewise.
+    """
+    num_classes = means.shape[1]
+    check_buffer("means", means, (len(moments), num_classes, taps.dim), taps.device)
+    if taps.n == 0:
+        means.zero_()
+        return
+    config = table.lookup("class_sums", taps.device, taps.dtype, taps.dim)
+    for piece in taps.launches(config.block):
+        launch(
+            class_sums_kernel,
+            (piece.blocks, num_classes),
+            taps.device,
+            piece.addresses,
+            piece.records,
+            scale,
+            schedule,
+            means,
+            taps.n,
+            taps.dim,
+            scale.shape[2],
+            num_classes,
+            1.0 if joint_weight is None else joint_weight,
+            TYPE=taps.type,
+            VECTOR=piece.vector,
+            MOMENTS=sum(moments),
+            NORMS=scale.shape[0],
+            PER_TAP=int(scale.shape[2] > 1),
+            LABELLED=int(schedule.numel() > 0),
+            ROWS=config.rows,
+            BLOCK=config.block,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+
+
+def class_sums(
+    taps: Taps,
+    schedule: Tensor,
+    scale: Tensor,
+    num_classes: int,
+    *,
+    moments: Sequence[int],
+    joint_weight: float | None,
+) -> Tensor:
+    """Means [M, K, D] in a new tensor; arguments as in `class_sums_into`."""
+    means = torch.empty(
+        len(moments), num_classes, taps.dim, dtype=torch.float32, device=taps.device
+    )
+    class_sums_into(taps, schedule, scale, moments=moments, joint_weight=joint_weight, means=means)
+    return means

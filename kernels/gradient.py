@@ -1,0 +1,184 @@
+"""Gradient of the class means with respect to the features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dpmmd._cpu import empty_gradient
+from dpmmd.kernels import table
+from dpmmd.kernels.row_dots import load_class_rows
+from dpmmd.kernels.schedule import count_tiles, image_at, tile_at
+from dpmmd.kernels.taps import TYPES, Taps, brief, find_block, launch, load_tile, tap_address
+
+
+@triton.jit(do_not_specialize=["addresses", "gradients", "n", "dim", "blocks", "num_classes"])
+def gradient_kernel(
+    addresses,
+    gradients,
+    records,
+    upstream,
+    schedule,
+    scale,
+    coefficients,
+    n,
+    dim,
+    blocks,
+    num_classes,
+    weight,
+    TYPE: tl.constexpr,
+    OUT: tl.constexpr,
+    VECTOR: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    NORMS: tl.constexpr,
+    PER_TAP: tl.constexpr,
+    LABELLED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """df = s_1 G_1[y] / n_y - e_1 f + 2 w f (s_2 G_2[y] / n_y - w e_2 f^2), w = weight.
+
+    Rows without use (s = 0) are not loaded, for they may hold NaN; their gradient is zero. A
+    program has one block and one tile of images of the same class. Grid [blocks of the launch,
+    tiles].
+    Shapes: features and gradients [n, d_l] a tap; scale, coefficients float32 [N, n, B]; G float32
+    [M, K, D].
+    Bytes: the features once, the gradients once, 4 M D a tile (from cache). Deterministic.
+    """
+    k, first, rows, count = tile_at(schedule, tl.program_id(1), n, num_classes, LABELLED)
+    if rows > 0:
+        pointer, stride, rest, column, number, _block = find_block(
+            addresses, records, TYPE, VECTOR, BLOCK
+        )
+        g, h = load_class_rows(upstream, k, num_classes, dim, column, rest, MOMENTS, VECTOR, BLOCK)
+        row = tl.arange(0, ROWS)
+        live = row < rows
+        images = image_at(schedule, first + row, live, LABELLED).to(tl.int64)
+        at = images * blocks + number * PER_TAP
+        share = 1.0 / count.to(tl.float32)
+        one = tl.load(scale + at, mask=live, other=0.0)
+        e_one = tl.load(coefficients + at, mask=live, other=0.0)
+        two = one
+        e_two = e_one
+        if NORMS == 2:
+            at += n.to(tl.int64) * blocks
+            two = tl.load(scale + at, mask=live, other=0.0)
+            e_two = tl.load(coefficients + at, mask=live, other=0.0)
+        f = load_tile(pointer, stride, images, (one != 0) | (two != 0), rest, BLOCK)
+        df = tl.zeros([ROWS, BLOCK], tl.float32)
+        if MOMENTS & 1:
+            df = (one * share)[:, None] * g - e_one[:, None] * f
+        if MOMENTS & 2:
+            w = tl.cast(weight, tl.float32)
+            twice = 2 * w
+            along = (twice * two * share)[:, None] * h
+            df += f * (along - (twice * w * e_two)[:, None] * (f * f))
+        record = records + tl.program_id(0).to(tl.int64) * 8
+        tap = tl.load(record)
+        begin = tl.load(record + 1)
+        width = tl.load(record + 2)
+        start = tap_address(gradients, tap).to(tl.pointer_type(OUT))
+        if VECTOR > 1:
+            begin = tl.multiple_of(begin, VECTOR)
+            width = tl.multiple_of(width, VECTOR)
+            start = tl.multiple_of(start, 16)
+        columns = tl.arange(0, BLOCK)
+        out = start + begin + images[:, None] * width + columns[None, :]
+        tl.store(out, df.to(OUT), mask=live[:, None] & (columns < rest)[None, :])
+
+
+def gradient_into(
+    taps: Taps,
+    schedule: Tensor,
+    scale: Tensor,
+    coefficients: Tensor,
+    upstream: Tensor,
+    *,
+    moments: Sequence[int],
+    joint_weight: float | None,
+    gradients: Sequence[Tensor | None],
+) -> None:
+    """One launch, into one gradient a tap: dense, in the tap's order, float32 or its dtype.
+
+    Args:
+        schedule, scale, coefficients: from `row_statistics` and `row_dots`.
+        upstream: float32 [M, K, D], columns as they lie in memory.
+        gradients: None for a tap without one.
+    """
+    types = {g.dtype for g in gradients if g is not None}
+    if not types or taps.n == 0:
+        return
+    (dtype,) = types
+    for i, (tap, gradient) in enumerate(zip(taps.tensors, gradients, strict=True)):
+        if gradient is not None and (
+            gradient.shape != tap.shape
+            or gradient.device != taps.device
+            or gradient.dtype not in TYPES
+            or (taps.n > 1 and gradient.numel() and gradient.stride(0) != taps.widths[i])
+        ):
+            raise ValueError(
+                f"gradients[{i}]: {brief(gradient)}, expected the shape of {brief(tap)}."
+            )
+    num_classes, labelled = upstream.shape[1], int(schedule.numel() > 0)
+    config = table.lookup("gradient", taps.device, taps.dtype, taps.dim)
+    for piece in taps.launches(config.block, gradients):
+        launch(
+            gradient_kernel,
+            (piece.blocks, count_tiles(taps.n, num_classes if labelled else None)),
+            taps.device,
+            piece.addresses,
+            piece.partners,
+            piece.records,
+            upstream,
+            schedule,
+            scale,
+            coefficients,
+            taps.n,
+            taps.dim,
+            scale.shape[2],
+            num_classes,
+            1.0 if joint_weight is None else joint_weight,
+            TYPE=taps.type,
+            OUT=TYPES[dtype],
+            VECTOR=piece.vector,
+            MOMENTS=sum(moments),
+            NORMS=scale.shape[0],
+            PER_TAP=int(scale.shape[2] > 1),
+            LABELLED=labelled,
+            ROWS=config.rows,
+            BLOCK=config.block,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+
+
+def gradient(
+    taps: Taps,
+    schedule: Tensor,
+    scale: Tensor,
+    coefficients: Tensor,
+    upstream: Tensor,
+    *,
+    moments: Sequence[int],
+    joint_weight: float | None,
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """New gradients with the taps' shapes, dtype and memory formats; None where not needed."""
+    gradients = [
+        empty_gradient(tap) if wanted else None
+        for tap, wanted in zip(taps.tensors, needed, strict=True)
+    ]
+    gradient_into(
+        taps,
+        schedule,
+        scale,
+        coefficients,
+        upstream,
+        moments=moments,
+        joint_weight=joint_weight,
+        gradients=gradients,
+    )
+    return gradients

@@ -1,0 +1,90 @@
+"""Launch parameters by operation, architecture, dtype and size: no autotuning at run time.
+
+Chosen by arithmetic, not measured: a program holds 64 numbers or fewer a thread, so that several
+programs share a multiprocessor and keep some 40 KiB of loads in flight on it (latency times
+bandwidth), and class sums take narrower blocks where there are few columns, so that all
+multiprocessors have one. `tests/kernels_aot.py` holds every entry to its register budget.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Config:
+    """Launch parameters.
+
+    Attributes:
+        block: columns a program, a power of two.
+        rows: images a tile, a power of two.
+        num_warps, num_stages: Triton's.
+        registers: budget a thread where rows are aligned (what is not need only not spill); 65536 /
+            (32 num_warps registers) programs fit a multiprocessor.
+    """
+
+    block: int
+    rows: int
+    num_warps: int
+    num_stages: int
+    registers: int
+
+
+ARCHITECTURES = (80, 90, 100)
+
+# Images a tile of one class; `schedule` and its kernels agree on it, so it is not in the table.
+TILE_ROWS = 16
+
+# Kernels that finish a reduction: a program an image, or one program for all (VALUE_WARPS).
+FINISH_WARPS = 2
+VALUE_WARPS = 8
+FINISH_REGISTERS = 64
+
+# operation -> (greatest number of columns D, parameters) in ascending order, the last without end.
+_BF16: dict[str, tuple[tuple[float, Config], ...]] = {
+    "row_statistics": ((float("inf"), Config(1024, 8, 4, 1, 128)),),
+    "class_sums": (
+        (65_536, Config(256, 16, 4, 1, 128)),
+        (float("inf"), Config(512, 8, 4, 1, 168)),
+    ),
+    "row_dots": ((float("inf"), Config(512, TILE_ROWS, 4, 1, 168)),),
+    "gradient": ((float("inf"), Config(512, TILE_ROWS, 4, 1, 168)),),
+    "difference": ((float("inf"), Config(1024, 1, 4, 1, 80)),),
+    "bounded_sums": ((float("inf"), Config(256, 8, 4, 1, 168)),),
+}
+_FP32: dict[str, tuple[tuple[float, Config], ...]] = _BF16 | {
+    "row_statistics": ((float("inf"), Config(512, 8, 4, 1, 128)),),
+    "class_sums": ((float("inf"), Config(256, 8, 4, 1, 128)),),
+    "row_dots": ((float("inf"), Config(256, TILE_ROWS, 4, 1, 128)),),
+    "gradient": ((float("inf"), Config(256, TILE_ROWS, 4, 1, 128)),),
+}
+TABLE: dict[int, dict[torch.dtype, dict[str, tuple[tuple[float, Config], ...]]]] = {
+    architecture: {torch.bfloat16: _BF16, torch.float32: _FP32} for architecture in ARCHITECTURES
+}
+
+
+def lookup(operation: str, device: torch.device, dtype: torch.dtype, columns: int) -> Config:
+    """The parameters for a device: those of the greatest architecture that is not above its own."""
+    sizes = TABLE[_architecture(device)][dtype][operation]
+    return next(config for most, config in sizes if columns <= most)
+
+
+_architectures: dict[int, int] = {}
+
+
+def _architecture(device: torch.device) -> int:
+    if device.type != "cuda":  # Triton's interpreter
+        return ARCHITECTURES[0]
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index not in _architectures:
+        major, minor = torch.cuda.get_device_capability(index)
+        fitting = [a for a in ARCHITECTURES if a <= 10 * major + minor]
+        if not fitting:
+            raise ValueError(
+                f"backend='triton': {torch.cuda.get_device_name(index)} is sm_{major}{minor}, "
+                f"expected sm_{ARCHITECTURES[0]} or newer; use backend='torch'."
+            )
+        _architectures[index] = fitting[-1]
+    return _architectures[index]

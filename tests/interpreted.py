@@ -1,0 +1,76 @@
+"""Runs a test file under Triton's interpreter, in a process of its own.
+
+Whether a kernel is interpreted is settled when its module is imported, for the whole process: a
+file of such tests consists of `test_interpreted = interpreted.whole(__file__)` where it is not the
+interpreter that runs it, and of its tests where it is. By hand:
+``TRITON_INTERPRET=1 pytest tests/test_kernels_difference.py``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+ACTIVE = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _hindrance() -> str | None:
+    """Why the interpreter cannot run here, if so."""
+    if importlib.util.find_spec("triton") is None:
+        return "needs the package triton"
+    triton, numpy = (
+        tuple(int(part) for part in metadata.version(name).split(".")[:2])
+        for name in ("triton", "numpy")
+    )
+    if triton < (3, 7) and numpy >= (2, 4):
+        return "the interpreter of triton before 3.7 needs numpy before 2.4"
+    return None
+
+
+HINDRANCE = _hindrance()
+
+
+def whole(path: str, marked: str = "not long") -> Callable[[], None]:
+    """A test that the tests of a file, those so marked, pass under the interpreter."""
+
+    @pytest.mark.skipif(HINDRANCE is not None, reason=HINDRANCE or "")
+    def test() -> None:
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-q",
+                "-p",
+                "no:xdist",
+                "-p",
+                "no:cacheprovider",
+                path,
+            ],
+            env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+            cwd=Path(__file__).resolve().parent.parent,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    return test
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 8 columns and 4 images, so that small shapes have several of each."""
+    from dpmmd.kernels import table
+
+    def lookup(operation: str, *_: object) -> table.Config:
+        rows = table.TILE_ROWS if operation in ("row_dots", "gradient") else 4
+        return table.Config(8, rows, 4, 1, 255)
+
+    monkeypatch.setattr(table, "lookup", lookup)

@@ -154,6 +154,7 @@ def difference_into(
     second_moment: Tensor | None,
     decay: float,
     lr: float,
+    numbers: int | None,
     update: bool,
     value: Tensor,
     gradient: Tensor,
@@ -187,7 +188,7 @@ def difference_into(
         bits_of(decay),
         bits_of(math.log(decay) if decay > 0 else -math.inf),
         lr,
-        2.0 / means.numel(),
+        2.0 / (means.numel() if numbers is None else numbers),
         ESTIMATOR=ESTIMATORS[estimator],
         UPDATE=moves,
         VECTOR=4 if dim % 4 == 0 else 1,
@@ -222,6 +223,7 @@ def difference(
     second_moment: Tensor | None = None,
     decay: float = 0.0,
     lr: float = 0.0,
+    numbers: int | None = None,
     update: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Loss of a difference estimator and its gradient in ``means``, as `dpmmd._cpu.difference`.
@@ -258,6 +260,7 @@ def difference(
         second_moment=second_moment,
         decay=decay,
         lr=lr,
+        numbers=numbers,
         update=update,
         value=value,
         gradient=gradient,

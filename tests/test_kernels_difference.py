@@ -66,7 +66,9 @@ else:
         rough, exact = (state(estimator, shape, t) for t in (torch.float32, torch.float64))
         for step, counts in enumerate(COUNTS):
             means, target = (torch.randn(shape, generator=rng) for _ in range(2))
-            options = {"decay": decay, "lr": 1e-2, "update": step < 2}
+            options: dict[str, Any] = {"decay": decay, "lr": 1e-2, "update": step < 2}
+            if estimator == "adam":
+                options["numbers"] = 1000
             value, grad = difference(means, counts, target, estimator=estimator, **ours, **options)
             rough_value, rough_grad = truth(
                 estimator, means, counts, target, rough, torch.float32, **options

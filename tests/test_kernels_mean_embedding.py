@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dpmmd import reference
-from dpmmd.functional import BOUNDS, MOMENTS
+from dpmmd.bounds import BOUNDS, MOMENTS
 from tests import interpreted
 from tests.interpreted import small_blocks  # noqa: F401
 

@@ -4,11 +4,14 @@
 choice runs as chosen or raises.
 
 - ``"cpu"``: the native core (csrc/), for float32 and bfloat16 tensors on the CPU;
+- ``"triton"``: the kernels in dpmmd.kernels, for float32 and bfloat16 tensors on a CUDA device; on
+  request only, since they have not been measured on one;
 - ``"torch"``: plain PyTorch, for every floating dtype and device.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
@@ -19,8 +22,8 @@ import torch
 
 from dpmmd import _cpu
 
-BACKENDS = ("auto", "torch", "cpu")
-NOT_IN_THIS_BUILD = ("triton", "cuda")
+BACKENDS = ("auto", "torch", "cpu", "triton")
+NOT_IN_THIS_BUILD = ("cuda",)
 ENVIRONMENT_VARIABLE = "DPMMD_BACKEND"
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -29,7 +32,7 @@ _warned = False
 
 
 def resolve(backend: str = "auto", device: str = "cpu", dtype: torch.dtype = torch.float32) -> str:
-    """The implementation that will run: ``"torch"`` or ``"cpu"``.
+    """The implementation that will run: ``"torch"``, ``"cpu"`` or ``"triton"``.
 
     An argument other than ``"auto"`` wins, then `use`, then the variable DPMMD_BACKEND. Under
     torch.compile the choice is made once, when a graph is compiled.
@@ -54,6 +57,18 @@ def resolve(backend: str = "auto", device: str = "cpu", dtype: torch.dtype = tor
             raise ValueError(
                 f"{origin}='cpu': dpmmd._native did not load ({_cpu.missing}). Install dpmmd with "
                 "a C++ compiler at hand, or use 'auto'."
+            )
+    if backend == "triton":
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own, for tests
+        if (device != "cuda" and not interpreted) or dtype not in NATIVE_DTYPES:
+            raise ValueError(
+                f"{origin}='triton': cannot run {dtype} on {device}; it takes float32 and bfloat16 "
+                "on a CUDA device. Use 'auto', or move the tensors."
+            )
+        if importlib.util.find_spec("triton") is None:
+            raise ValueError(
+                f"{origin}='triton': the package triton is not installed; pip install "
+                "'dpmmd[triton]' (builds of PyTorch for CUDA bring it), or use 'auto'."
             )
     if backend != "auto":
         return backend

@@ -8,7 +8,7 @@ of the kernel <phi(x), phi(x')> is the squared distance of the two mean embeddin
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -63,9 +63,17 @@ def mean_embedding(
     """
     _check(features, labels, num_classes, moments, bound, clip, joint_weight)
     first = features[0]
-    if backends.resolve(backend, first.device.type, first.dtype) == "cpu":
-        means, counts, _, _ = torch.ops.dpmmd.mean_embedding(
-            list(features), labels, num_classes, list(moments), bound, float(clip), joint_weight
+    core = backends.resolve(backend, first.device.type, first.dtype)
+    if core != "torch":
+        means, counts, _, _, _ = torch.ops.dpmmd.mean_embedding(
+            list(features),
+            labels,
+            num_classes,
+            list(moments),
+            bound,
+            float(clip),
+            joint_weight,
+            core,
         )
         return means, counts
     labels = _checked_values(labels, first, num_classes)
@@ -96,8 +104,9 @@ def mmd_loss(means: Tensor, counts: Tensor, target: Tensor, *, backend: str = "a
     Raises:
         ValueError: shapes differ.
     """
-    if _runs_native(backend, means, counts, target):
-        value, gradient = torch.ops.dpmmd.squared_mmd(means.detach(), counts, target)
+    core = _core(backend, means, counts, target)
+    if core != "torch":
+        value, gradient = torch.ops.dpmmd.squared_mmd(means.detach(), counts, target, core)
         return torch.ops.dpmmd.with_gradient(means, value, gradient)
     return mean_difference(means, counts, target).square().sum()
 
@@ -131,9 +140,10 @@ def ema_loss(
     Raises:
         ValueError: shapes differ.
     """
-    if _runs_native(backend, means, counts, target, estimate, steps):
+    core = _core(backend, means, counts, target, estimate, steps)
+    if core != "torch":
         value, gradient = torch.ops.dpmmd.ema_step(
-            means.detach(), counts, target, estimate, steps, decay, update
+            means.detach(), counts, target, estimate, steps, decay, update, core
         )
         return torch.ops.dpmmd.with_gradient(means, value, gradient)
     d = mean_difference(means, counts, target)
@@ -181,7 +191,8 @@ def adam_loss(
     Raises:
         ValueError: shapes differ.
     """
-    if _runs_native(backend, means, counts, target, estimate, first_moment, second_moment, steps):
+    core = _core(backend, means, counts, target, estimate, first_moment, second_moment, steps)
+    if core != "torch":
         value, gradient = torch.ops.dpmmd.adam_step(
             means.detach(),
             counts,
@@ -193,6 +204,7 @@ def adam_loss(
             lr,
             numbers,
             update,
+            core,
         )
         return torch.ops.dpmmd.with_gradient(means, value, gradient)
     d = mean_difference(means, counts, target)
@@ -226,17 +238,14 @@ def _check_target(means: Tensor, counts: Tensor, target: Tensor) -> None:
         )
 
 
-def _runs_native(
-    backend: str, means: Tensor, counts: Tensor, target: Tensor, *states: Tensor
-) -> bool:
-    """Whether the native core takes these: all float32 on the CPU, the gradient in means alone."""
+def _core(backend: str, means: Tensor, counts: Tensor, target: Tensor, *states: Tensor) -> str:
+    """What runs these: a core if all are float32 on one device, the gradient in means alone."""
     _check_target(means, counts, target)
     others = (counts, target, *states)
-    odd = [t for t in (means, *others) if t.dtype != torch.float32 or t.device.type != "cpu"]
-    odd += [t for t in others if t.requires_grad]
+    odd = [t for t in (means, *others) if t.dtype != torch.float32 or t.device != means.device]
     like = odd[0] if odd else means
     chosen = backends.resolve(backend, like.device.type, like.dtype)
-    return chosen == "cpu" and not odd
+    return "torch" if odd or any(t.requires_grad for t in others) else chosen
 
 
 def _check(
@@ -416,10 +425,11 @@ def _usable_rows(f: Tensor, scale: Tensor, column: int, blank: bool) -> Tensor:
     return torch.where(usable > 0, f, 0)
 
 
-# The native core's operations, known to torch.compile as opaque.
+# The operations of the cores, known to torch.compile as opaque: `core` is "cpu", the native one, or
+# "triton", whose modules are imported when they are first asked for.
 
 
-@torch.library.custom_op("dpmmd::mean_embedding", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("dpmmd::mean_embedding", mutates_args=(), device_types=("cpu", "cuda"))
 def _mean_embedding(
     features: Sequence[Tensor],
     labels: Tensor | None,
@@ -428,16 +438,16 @@ def _mean_embedding(
     bound: str,
     clip: float,
     joint_weight: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _cpu.forward(
-        features,
-        labels,
-        num_classes,
-        moments=moments,
-        bound=bound,
-        clip=clip,
-        joint_weight=joint_weight,
-    )
+    core: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Means, counts, scale, projection and, of the Triton core, the labels' schedule."""
+    options = {"moments": moments, "bound": bound, "clip": clip, "joint_weight": joint_weight}
+    if core == "triton":
+        from dpmmd.kernels import mean_embedding as kernels
+
+        return kernels.forward(features, labels, num_classes, **options)
+    nothing = features[0].new_empty(0, dtype=torch.int32)
+    return (*_cpu.forward(features, labels, num_classes, **options), nothing)  # type: ignore[arg-type]
 
 
 @_mean_embedding.register_fake
@@ -449,7 +459,13 @@ def _(
     bound: str,
     clip: float,
     joint_weight: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    core: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    length = 0
+    if core == "triton":
+        from dpmmd.kernels.schedule import size as length_of
+
+        length = length_of(features[0].shape[0], None if labels is None else num_classes)
     dim = sum(math.prod(f.shape[1:]) for f in features)
     size = _cpu.statistics_shape(features, moments, bound, joint_weight)
     new = features[0].new_empty
@@ -458,17 +474,18 @@ def _(
         new((num_classes,), dtype=torch.float32),
         new(size, dtype=torch.float32),
         new(size, dtype=torch.float32),
+        new((length,), dtype=torch.int32),
     )
 
 
 @torch.library.custom_op(
     "dpmmd::mean_embedding_backward",
     mutates_args=(),
-    device_types="cpu",
+    device_types=("cpu", "cuda"),
     # Written out: older versions of PyTorch cannot infer a list that is returned.
     schema="(Tensor[] features, Tensor? labels, SymInt num_classes, SymInt[] moments, str bound, "
-    "float? joint_weight, Tensor scale, Tensor projection, Tensor upstream, bool[] needed) "
-    "-> Tensor[]",
+    "float? joint_weight, Tensor scale, Tensor projection, Tensor schedule, Tensor upstream, "
+    "bool[] needed, str core) -> Tensor[]",
 )
 def _mean_embedding_backward(
     features: Sequence[Tensor],
@@ -479,9 +496,25 @@ def _mean_embedding_backward(
     joint_weight: float | None,
     scale: Tensor,
     projection: Tensor,
+    schedule: Tensor,
     upstream: Tensor,
     needed: Sequence[bool],
+    core: str,
 ) -> list[Tensor]:
+    if core == "triton":
+        from dpmmd.kernels import mean_embedding as kernels
+
+        return kernels.backward(
+            features,
+            labels,
+            moments=moments,
+            joint_weight=joint_weight,
+            scale=scale,
+            projection=projection,
+            schedule=schedule,
+            upstream=upstream,
+            needed=needed,
+        )
     return _cpu.backward(
         features,
         labels,
@@ -506,8 +539,10 @@ def _(
     joint_weight: float | None,
     scale: Tensor,
     projection: Tensor,
+    schedule: Tensor,
     upstream: Tensor,
     needed: Sequence[bool],
+    core: str,
 ) -> list[Tensor]:
     return [
         _cpu.empty_gradient(f) if wanted else f.new_empty(0)
@@ -517,22 +552,33 @@ def _(
 
 def _save_mean_embedding(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     features, labels, *ctx.options = inputs
-    _, counts, scale, projection = output
-    ctx.mark_non_differentiable(counts, scale, projection)
-    ctx.save_for_backward(labels, scale, projection, *features)
+    _, counts, *statistics = output  # scale, projection, schedule
+    ctx.mark_non_differentiable(counts, *statistics)
+    ctx.save_for_backward(labels, *statistics, *features)
 
 
 def _differentiate_mean_embedding(
     ctx: Any, grad: Tensor, *_: Tensor
 ) -> tuple[list[Tensor | None] | None, ...]:
-    labels, scale, projection, *features = ctx.saved_tensors
-    num_classes, moments, bound, _clip, joint_weight = ctx.options
+    labels, scale, projection, schedule, *features = ctx.saved_tensors
+    num_classes, moments, bound, _clip, joint_weight, core = ctx.options
     needed = list(ctx.needs_input_grad[0])
     grads = torch.ops.dpmmd.mean_embedding_backward(
-        features, labels, num_classes, moments, bound, joint_weight, scale, projection, grad, needed
+        features,
+        labels,
+        num_classes,
+        moments,
+        bound,
+        joint_weight,
+        scale,
+        projection,
+        schedule,
+        grad,
+        needed,
+        core,
     )
     wanted = [g if need else None for g, need in zip(grads, needed, strict=True)]
-    return wanted, None, None, None, None, None, None
+    return wanted, None, None, None, None, None, None, None
 
 
 _mean_embedding.register_autograd(_differentiate_mean_embedding, setup_context=_save_mean_embedding)
@@ -548,17 +594,27 @@ def _refuse_double_backward(ctx: Any, *grads: Tensor) -> None:
 _mean_embedding_backward.register_autograd(_refuse_double_backward)
 
 
-@torch.library.custom_op("dpmmd::squared_mmd", mutates_args=(), device_types="cpu")
-def _squared_mmd(means: Tensor, counts: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    return _cpu.difference(means, counts, target)
+def _difference(core: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    if core == "triton":
+        from dpmmd.kernels.difference import difference
+
+        return difference
+    return _cpu.difference
+
+
+@torch.library.custom_op("dpmmd::squared_mmd", mutates_args=(), device_types=("cpu", "cuda"))
+def _squared_mmd(means: Tensor, counts: Tensor, target: Tensor, core: str) -> tuple[Tensor, Tensor]:
+    return _difference(core)(means, counts, target)
 
 
 @_squared_mmd.register_fake
-def _(means: Tensor, counts: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def _(means: Tensor, counts: Tensor, target: Tensor, core: str) -> tuple[Tensor, Tensor]:
     return means.new_empty(()), means.new_empty(means.shape)
 
 
-@torch.library.custom_op("dpmmd::ema_step", mutates_args=("estimate", "steps"), device_types="cpu")
+@torch.library.custom_op(
+    "dpmmd::ema_step", mutates_args=("estimate", "steps"), device_types=("cpu", "cuda")
+)
 def _ema_step(
     means: Tensor,
     counts: Tensor,
@@ -567,8 +623,9 @@ def _ema_step(
     steps: Tensor,
     decay: float,
     update: bool,
+    core: str,
 ) -> tuple[Tensor, Tensor]:
-    return _cpu.difference(
+    return _difference(core)(
         means,
         counts,
         target,
@@ -589,6 +646,7 @@ def _(
     steps: Tensor,
     decay: float,
     update: bool,
+    core: str,
 ) -> tuple[Tensor, Tensor]:
     return means.new_empty(()), means.new_empty(means.shape)
 
@@ -596,7 +654,7 @@ def _(
 @torch.library.custom_op(
     "dpmmd::adam_step",
     mutates_args=("estimate", "first_moment", "second_moment", "steps"),
-    device_types="cpu",
+    device_types=("cpu", "cuda"),
 )
 def _adam_step(
     means: Tensor,
@@ -609,8 +667,9 @@ def _adam_step(
     lr: float,
     numbers: int | None,
     update: bool,
+    core: str,
 ) -> tuple[Tensor, Tensor]:
-    return _cpu.difference(
+    return _difference(core)(
         means,
         counts,
         target,
@@ -637,11 +696,12 @@ def _(
     lr: float,
     numbers: int | None,
     update: bool,
+    core: str,
 ) -> tuple[Tensor, Tensor]:
     return means.new_empty(()), means.new_empty(means.shape)
 
 
-@torch.library.custom_op("dpmmd::with_gradient", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("dpmmd::with_gradient", mutates_args=(), device_types=("cpu", "cuda"))
 def _with_gradient(means: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
     """``value``, as a function of ``means`` whose gradient is known."""
     return value.clone()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import warnings
 
 import pytest
@@ -47,6 +48,21 @@ def test_auto_takes_what_fits_and_an_explicit_choice_raises(
         pytest.raises(ValueError, match=f"backend='cpu': cannot run {dtype} on {device}"),
     ):
         backends.resolve("auto", device, dtype)
+
+
+def test_triton_is_taken_on_request_only() -> None:
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.float64)):
+        with pytest.raises(ValueError, match=f"backend='triton': cannot run {dtype} on {device}"):
+            backends.resolve("triton", device, dtype)
+    assert backends.resolve("auto", "cuda") == "torch"
+    if importlib.util.find_spec("triton"):
+        assert backends.resolve("triton", "cuda") == "triton"
+
+
+def test_triton_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'dpmmd\[triton\]'"):
+        backends.resolve("triton", "cuda")
 
 
 def test_a_build_without_the_core_falls_back_and_says_so_once(

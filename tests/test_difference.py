@@ -139,14 +139,14 @@ def test_what_the_native_core_does_not_take_runs_in_torch() -> None:
 def test_opcheck(estimator: str) -> None:
     means, counts, target = problem((2, 3, 20), 1)
     if estimator == "batch":
-        torch.library.opcheck(torch.ops.dpmmd.squared_mmd.default, (means, counts, target))
+        torch.library.opcheck(torch.ops.dpmmd.squared_mmd.default, (means, counts, target, "cpu"))
         arguments = (means.clone().requires_grad_(), torch.tensor(2.0), torch.rand(means.shape))
         torch.library.opcheck(torch.ops.dpmmd.with_gradient.default, arguments)
         return
     _, state = loss_of(estimator, (2, 3, 20), torch.float32, "cpu")
     op = getattr(torch.ops.dpmmd, f"{estimator}_step").default
     numbers = (None,) if estimator == "adam" else ()
-    torch.library.opcheck(op, (means, counts, target, *state.values(), 0.9, *numbers, True))
+    torch.library.opcheck(op, (means, counts, target, *state.values(), 0.9, *numbers, True, "cpu"))
 
 
 def test_compiles_in_one_graph() -> None:

@@ -341,16 +341,16 @@ def test_opcheck() -> None:
     y = labels(4, 3)
     for bound in ("sphere", "ball-per-tap"):
         torch.library.opcheck(
-            torch.ops.dpmmd.mean_embedding.default, (fs, y, 3, [1, 2], bound, 1.0, None)
+            torch.ops.dpmmd.mean_embedding.default, (fs, y, 3, [1, 2], bound, 1.0, None, "cpu")
         )
-    means, _, scale, projection = torch.ops.dpmmd.mean_embedding(
-        fs, y, 3, [1, 2], "sphere", 1.0, None
+    means, _, scale, projection, schedule = torch.ops.dpmmd.mean_embedding(
+        fs, y, 3, [1, 2], "sphere", 1.0, None, "cpu"
     )
     torch.library.opcheck(
         torch.ops.dpmmd.mean_embedding_backward.default,
         (
             [f.detach() for f in fs], y, 3, [1, 2], "sphere", None, scale.detach(),
-            projection.detach(), means.detach(), [True, False],
+            projection.detach(), schedule, means.detach(), [True, False], "cpu",
         ),
     )  # fmt: skip
 

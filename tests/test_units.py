@@ -199,6 +199,18 @@ def test_groups_that_are_refused(tmp_path: Path) -> None:
         open_source("digits", group_by="patient")
 
 
+def test_a_source_of_ones_own_must_have_a_group_for_every_image() -> None:
+    """Images without one would contribute as if they were alone."""
+    from dpmmd.data import ArraySource
+
+    source = ArraySource(*images(9), groups=np.arange(9) % 3, group_by="g")
+    assert source.groups is not None
+    for wrong in (source.groups[:5], source.groups.int(), source.groups[:, None]):
+        source.groups = wrong
+        with pytest.raises(ValueError, match="expected int64, one for each of its images"):
+            exact(source)
+
+
 # ----------------------------------------------------------------------------- shared taps
 
 

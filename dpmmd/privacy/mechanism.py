@@ -400,6 +400,11 @@ def _group_sizes(images: ImageSource) -> Tensor | None:
     """int64 [N]: how many images the group of each has; None where every image is a unit."""
     if images.groups is None:
         return None
+    if images.groups.dtype != torch.int64 or images.groups.shape != (images.num_images,):
+        raise ValueError(
+            f"source {images.name!r}: groups are {images.groups.dtype} "
+            f"{list(images.groups.shape)}, expected int64, one for each of its images."
+        )
     return torch.bincount(images.groups)[images.groups]
 
 

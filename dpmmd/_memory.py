@@ -1,4 +1,4 @@
-"""Freed memory stays with the process: a training step then faults in no pages."""
+"""Freed memory stays with the process while a stage runs: its steps then fault in no pages."""
 
 from __future__ import annotations
 
@@ -21,3 +21,9 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+def return_freed_memory() -> None:
+    """Gives what is free back to the system, between stages that ask for other blocks."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)

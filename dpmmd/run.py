@@ -16,6 +16,7 @@ from time import perf_counter
 from typing import Any
 
 from dpmmd import encoders, recipe, train
+from dpmmd._memory import return_freed_memory
 from dpmmd.data import open_source
 from dpmmd.encoders import Encoder
 from dpmmd.evaluate import check_classifiers, evaluate
@@ -400,6 +401,7 @@ class _Measured:
         return self._peak
 
     def write(self) -> None:
+        return_freed_memory()  # a stage is done: the next asks for other blocks
         data = {"seconds": self.seconds, "peak_rss_bytes": self.peak()}
         write_atomically(self.path, (json.dumps(data) + "\n").encode(), overwrite=True)
 

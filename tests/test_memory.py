@@ -11,7 +11,7 @@ import pytest
 SCRIPT = """
 import re
 import torch
-from dpmmd._memory import keep_freed_memory
+from dpmmd._memory import keep_freed_memory, return_freed_memory
 
 def resident():
     return int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1]) >> 10
@@ -22,6 +22,8 @@ block = torch.ones(50 << 20)
 assert resident() - before > 190
 del block
 print(resident() - before)
+return_freed_memory()
+assert resident() - before < 20
 """
 
 

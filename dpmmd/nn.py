@@ -139,6 +139,10 @@ class MMDLoss(nn.Module):
             joint_weight=self.joint_weight,
             backend=self.backend,
         )
+        return self._value(means, counts)
+
+    def _value(self, means: Tensor, counts: Tensor) -> Tensor:
+        """The loss of a batch's mean embedding [M, K, D] and class counts [K]."""
         if self.estimator == "unbiased":
             return self.by_class(means, counts) + self._missing_pairs(means, counts)
         if self.shared is None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from dpmmd.distributed import reduce_means, require_group
 from dpmmd.encoders import Encoder
 from dpmmd.functional import adam_loss, ema_loss, mean_embedding, mmd_loss
 from dpmmd.privacy import PrivacyError, Release
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 ESTIMATORS = ("batch", "unbiased", "ema", "adam")
 
@@ -46,11 +50,15 @@ class MMDLoss(nn.Module):
         decay: of the ``"ema"`` estimate, in [0, 1).
         lr: rate of the ``"adam"`` estimate; the paper's settings use 1e-4 to 1e-3.
         backend: see `dpmmd.backends`.
+        process_group: match the images of all its processes together, as one batch, e.g.
+            ``torch.distributed.group.WORLD`` under torchrun; see `dpmmd.distributed` for the scale
+            of the gradient. None: this process's alone.
 
     Raises:
         PrivacyError: the release was made with another encoder.
         ValueError: unknown estimator or one that does not fit the release's bound, decay or lr
             out of range.
+        RuntimeError: a process group without torch.distributed being initialised.
     """
 
     def __init__(
@@ -62,6 +70,7 @@ class MMDLoss(nn.Module):
         decay: float = 0.9,
         lr: float = 1e-3,
         backend: str = "auto",
+        process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         if estimator not in ESTIMATORS:
@@ -83,7 +92,9 @@ class MMDLoss(nn.Module):
                 "estimator='unbiased' with a release of shared_taps: an image's own term is not "
                 "constant there; use 'batch'."
             )
-        self.encoder = encoder
+        if process_group is not None:
+            require_group()
+        self.encoder, self.process_group = encoder, process_group
         self.estimator, self.decay, self.lr, self.backend = estimator, decay, lr, backend
         m = release.metadata
         self.moments, self.bound, self.clip = m.moments, m.bound, m.clip
@@ -143,6 +154,8 @@ class MMDLoss(nn.Module):
 
     def _value(self, means: Tensor, counts: Tensor) -> Tensor:
         """The loss of a batch's mean embedding [M, K, D] and class counts [K]."""
+        if self.process_group is not None:
+            means, counts = reduce_means(means, counts, self.process_group)
         if self.estimator == "unbiased":
             return self.by_class(means, counts) + self._missing_pairs(means, counts)
         if self.shared is None:

@@ -1,0 +1,162 @@
+"""Training over the processes of a torch.distributed group: every batch counts as one.
+
+Each process generates its part of a batch; `reduce_means` makes the class means of the whole batch
+of them, so that the loss, its estimator's state and its gradient are those of one process that has
+all images. Gradients are scaled for wrappers that average them over the processes, as
+DistributedDataParallel, FSDP and Lightning do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+def reduce_means(means: Tensor, counts: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Class means and counts of all processes' images together.
+
+    Sums M K D + K numbers over the group forward, and nothing backward: the gradient in this
+    process's means is that in the whole's, times its share of the images, times the number of
+    processes (see above).
+
+    Args:
+        means: [M, K, D] of this process's images, differentiable, from
+            `dpmmd.functional.mean_embedding`.
+        counts: [K], how many of them each class has.
+        group: whose processes take part.
+
+    Returns:
+        The same shapes.
+
+    Raises:
+        RuntimeError: torch.distributed has no initialised process group.
+    """
+    require_group()
+    return _ReduceMeans.apply(means, counts, group)
+
+
+def require_group() -> None:
+    """Raises a RuntimeError unless torch.distributed is initialised."""
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(
+            "process_group: torch.distributed is not initialised in this process; start it with "
+            "torchrun and call torch.distributed.init_process_group() first, or leave the "
+            "argument out."
+        )
+
+
+class _ReduceMeans(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, means: Tensor, counts: Tensor, group: dist.ProcessGroup
+    ) -> tuple[Tensor, Tensor]:
+        sums, whole = means * counts[None, :, None], counts.clone()
+        dist.all_reduce(whole, group=group)
+        dist.all_reduce(sums, group=group)
+        present = whole.clamp(min=1)
+        ctx.save_for_backward(counts / present * dist.get_world_size(group))
+        ctx.mark_non_differentiable(whole)
+        return sums.div_(present[None, :, None]), whole
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+        (share,) = ctx.saved_tensors
+        return grad * share[None, :, None], None, None
+
+
+class _AllReduce(torch.autograd.Function):
+    """Sum over the processes; so is its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        total = x.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _AllReduce.apply(grad, ctx.group), None
+
+
+class _SyncedBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm over the images of all processes, on devices that torch's SyncBatchNorm refuses.
+
+    The whole batch's mean and (biased) variance in two passes, as nn.BatchNorm2d has them; in
+    evaluation mode it is nn.BatchNorm2d.
+    """
+
+    group: dist.ProcessGroup
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        n = torch.tensor(float(x.numel() // x.shape[1]), dtype=x.dtype, device=x.device)
+        dist.all_reduce(n, group=self.group)
+        mean = _AllReduce.apply(x.sum(dim=(0, 2, 3)), self.group) / n
+        centred = x - mean[:, None, None]
+        variance = _AllReduce.apply(centred.square().sum(dim=(0, 2, 3)), self.group) / n
+        self._remember(mean.detach(), variance.detach() * (n / (n - 1).clamp(min=1)))
+        scale = torch.rsqrt(variance + self.eps)
+        if self.weight is not None:
+            scale = scale * self.weight
+        out = centred * scale[:, None, None]
+        return out if self.bias is None else out + self.bias[:, None, None]
+
+    @torch.no_grad()
+    def _remember(self, mean: Tensor, variance: Tensor) -> None:
+        if self.running_mean is None or self.running_var is None:
+            return
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        rate = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean, rate)
+        self.running_var.lerp_(variance, rate)
+
+
+def synchronise_batch_norm(module: nn.Module, group: dist.ProcessGroup) -> nn.Module:
+    """Makes every batch norm of a module take its statistics over all processes.
+
+    On CUDA this is torch.nn.SyncBatchNorm, elsewhere (where that does not run) the same in plain
+    operations, for nn.BatchNorm2d. Parameters, buffers and their names stay.
+
+    Raises:
+        RuntimeError: torch.distributed has no initialised process group.
+        ValueError: not on CUDA, and with a batch norm that is not two-dimensional.
+    """
+    require_group()
+    device = next((p.device.type for p in module.parameters()), "cpu")
+    if device == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module, group)
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            if type(layer) is not nn.BatchNorm2d:
+                raise ValueError(
+                    f"module: its layer {name!r} is a {type(layer).__name__}; on {device} only "
+                    "nn.BatchNorm2d can be synchronised. Use that, or CUDA devices."
+                )
+            layer.__class__ = _SyncedBatchNorm2d
+            layer.group = group  # type: ignore[assignment]
+    return module
+
+
+def require_same(what: str, value: Any, group: dist.ProcessGroup) -> None:
+    """Raises a ValueError in every process if they do not all have the same value.
+
+    Args:
+        what: its name in the message.
+        value: anything that can be compared, shown and pickled.
+    """
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    odd = [rank for rank, other in enumerate(values) if other != values[0]]
+    if odd:
+        raise ValueError(
+            f"{what}: rank {odd[0]} has {values[odd[0]]!r}, rank 0 has {values[0]!r}; start every "
+            "process with the same arguments, files and version of dpmmd."
+        )

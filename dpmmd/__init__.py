@@ -8,7 +8,17 @@
 Importing it touches no accelerator, compiles nothing and downloads nothing.
 """
 
-from dpmmd import backends, data, encoders, functional, nn, privacy, train
+from dpmmd import (
+    backends,
+    data,
+    distributed,
+    encoders,
+    functional,
+    generators,
+    nn,
+    privacy,
+    train,
+)
 from dpmmd.privacy import PrivacyError, Release, release
 
 __version__ = "0.1.0"
@@ -18,8 +28,10 @@ __all__ = [
     "Release",
     "backends",
     "data",
+    "distributed",
     "encoders",
     "functional",
+    "generators",
     "nn",
     "privacy",
     "release",

@@ -54,6 +54,9 @@ class Adjacency(str, Enum):
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and messages.")]
+Device = Annotated[
+    str, typer.Option(help="auto (a GPU if PyTorch sees one), cpu, cuda, cuda:1, ...")
+]
 Force = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
 
 
@@ -135,6 +138,7 @@ def release(
             "interruption; only you can read it, and it is deleted at the end."
         ),
     ] = None,
+    device: Device = "auto",
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -147,14 +151,16 @@ def release(
     from dpmmd.files import refuse_existing
     from dpmmd.privacy import Ledger
     from dpmmd.privacy.report import facts
+    from dpmmd.run import choose_device
 
     refuse_existing(out)
+    where = choose_device(device)
     if (budget_epsilon is None) != (budget_delta is None):
         raise ValueError("--budget-epsilon and --budget-delta: give both of them, or neither.")
     budget = None
     if budget_epsilon is not None and budget_delta is not None:
         budget = (budget_epsilon, budget_delta)
-    loaded = dpmmd.encoders.load(encoder, image_size=encoder_size, weights=weights)
+    loaded = dpmmd.encoders.load(encoder, image_size=encoder_size, weights=weights).to(where)
     released = dpmmd.release(
         source,
         loaded,
@@ -168,7 +174,7 @@ def release(
         shared_taps=shared_taps,
         selection=None
         if selection is None
-        else dpmmd.encoders.load(selection, image_size=encoder_size),
+        else dpmmd.encoders.load(selection, image_size=encoder_size).to(where),
         batch_size=batch_size,
         out=out,
         ledger=ledger,
@@ -205,6 +211,7 @@ def train(
     lr: Annotated[float | None, typer.Option(help="Adam's learning rate.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of weights and latent points.")] = None,
     weights: Annotated[str | None, typer.Option(help="The encoder's weight file.")] = None,
+    device: Device = "auto",
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -212,16 +219,18 @@ def train(
     import dpmmd
     from dpmmd import recipe as recipes
     from dpmmd import train as training
+    from dpmmd.run import choose_device
 
+    where = choose_device(device)
     settings, _ = recipes.read(recipe)
     released = dpmmd.Release.load(release)
     given = {"steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed}
     chosen = recipes.revised(settings.train, given)
     encoder = dpmmd.encoders.from_spec(
         released.metadata.encoder, weights=weights or settings.encoder.weights
-    )
+    ).to(where)
     recorded = released.metadata.selection_encoder
-    selection = None if recorded is None else dpmmd.encoders.from_spec(recorded)
+    selection = None if recorded is None else dpmmd.encoders.from_spec(recorded).to(where)
     checkpoint = out / "checkpoints" / training.CHECKPOINT
     if checkpoint.exists() and not quiet:
         _say(f"resumes at step {training.load_checkpoint(checkpoint)['step']} of {chosen.steps}")
@@ -253,6 +262,7 @@ def sample(
     out: Annotated[Path, typer.Option("--out", "-o", help="Synthetic set to write, *.npz.")],
     num_images: Annotated[int, typer.Option(help="How many; costs no privacy.")] = 60_000,
     seed: Annotated[int, typer.Option(help="Seed of the latent points.")] = 0,
+    device: Device = "auto",
     overwrite: Force = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -269,7 +279,9 @@ def sample(
     picture = out.with_suffix(".png")
     for path in (out, picture):
         refuse_existing(path, overwrite=overwrite)
+    where = runs.choose_device(device)
     trained = training.load_generator(checkpoint)
+    trained.generator.to(where)
     runs.write_samples(
         trained,
         out,
@@ -353,6 +365,7 @@ def run(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Run folder. Default: runs/RECIPE.")
     ] = None,
+    device: Device = "auto",
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -364,7 +377,11 @@ def run(
 
     folder = out or Path("runs") / Path(recipe).stem
     report = runs.run(
-        recipe, folder, say=(lambda line: None) if quiet else _say, progress=not quiet
+        recipe,
+        folder,
+        say=(lambda line: None) if quiet else _say,
+        device=device,
+        progress=not quiet,
     )
     if as_json:
         _print_json({"out": str(folder), **report})

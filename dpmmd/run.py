@@ -15,6 +15,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import torch
+
 from dpmmd import encoders, recipe, train
 from dpmmd._memory import return_freed_memory
 from dpmmd.data import open_source
@@ -35,7 +37,12 @@ class RunError(ValueError):
 
 
 def run(
-    recipe_name: str | Path, out: str | Path, *, say: Say, progress: bool = True
+    recipe_name: str | Path,
+    out: str | Path,
+    *,
+    say: Say,
+    device: str = "auto",
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Runs a recipe: release, train, sample, evaluate. Stages that are finished are re-used.
 
@@ -45,6 +52,7 @@ def run(
         recipe_name: the path of a TOML file, or the name of one of `dpmmd.recipe.names()`.
         out: the run's folder; created, or continued if it holds a run of the same recipe.
         say: called with one line of text at each stage.
+        device: see `choose_device`.
         progress: show progress bars on standard error.
 
     Returns:
@@ -53,6 +61,7 @@ def run(
     Raises:
         RecipeError, RunError: before any image is read.
     """
+    where = choose_device(device)
     settings, text = recipe.read(recipe_name)
     out = Path(out)
     kept = out / "recipe.toml"
@@ -65,8 +74,8 @@ def run(
     elif out.exists() and any(out.iterdir()):
         raise RunError(f"{out}: exists and is not a run folder; choose another with --out.")
     _check_before_release(settings)
-    encoder = load_encoder(settings.encoder)
-    selection = None if settings.selection is None else load_encoder(settings.selection)
+    encoder = load_encoder(settings.encoder).to(where)
+    selection = None if settings.selection is None else load_encoder(settings.selection).to(where)
 
     new = not kept.exists()
     if new:
@@ -92,6 +101,28 @@ def _check_before_release(settings: recipe.Recipe) -> None:
     if settings.data.num_classes is None:
         raise RunError("evaluate: needs labels; set data.num_classes or leave out [evaluate].")
     check_classifiers(settings.evaluate.classifiers)
+
+
+def choose_device(name: str) -> torch.device:
+    """``"auto"``: a GPU if PyTorch sees one, else the CPU; any other name as it is.
+
+    Raises:
+        RunError: no such device in this machine, or PyTorch was built without it.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device, reason = None, ""
+    try:
+        device, reason = torch.device(name), "integer sums and float64 run on CPUs and CUDA"
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        device, reason = None, (str(error).splitlines() or [""])[0]
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise RunError(
+            f"device={name!r}: cannot be used here ({reason}); expected 'auto', 'cpu', 'cuda' or "
+            "'cuda:1'. Use 'cpu', or install a PyTorch with CUDA and its driver."
+        )
+    return device
 
 
 def load_encoder(settings: recipe.EncoderSection) -> Encoder:

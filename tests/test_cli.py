@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import dpmmd
@@ -668,6 +669,46 @@ def test_every_option_is_explained(call: Call, command: str) -> None:
     group = cli.typer.main.get_command(cli.app)
     for parameter in group.commands[command].params:  # type: ignore[attr-defined]
         assert getattr(parameter, "help", None), parameter.name
+
+
+@pytest.mark.parametrize("device", ["gpu", "meta", "mps", ""])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["run", "fashion-demo", "--out", "r"],
+        ["train", "no.safetensors", "--out", "r"],
+        ["sample", "no", "--out", "s.npz"],
+        [
+            "release",
+            "no.npz",
+            "--out",
+            "r.st",
+            "--epsilon",
+            "1",
+            "--delta",
+            "1e-5",
+            "--adjacency",
+            "replace-one",
+        ],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_device_that_cannot_be_used_is_refused_first(
+    call: Call, command: list[object], device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = call(*command, "--device", device)
+    assert result.code == 2
+    assert f"device={device!r}" in result.err
+    assert "'auto', 'cpu'" in result.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_named_device_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert runs.choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert runs.choose_device("cpu").type == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert runs.choose_device("auto").type == "cuda"
 
 
 def test_wrong_use_is_told_in_a_few_lines(call: Call) -> None:

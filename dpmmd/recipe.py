@@ -58,7 +58,7 @@ class EncoderSection(_Section):
     taps: list[str] | None = None
     pool: int | None = Field(default=None, ge=1)
     weights: str | None = None
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
 
 
 class ReleaseSection(_Section):

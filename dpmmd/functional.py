@@ -82,7 +82,9 @@ def mean_embedding(
         for f in features
     ]
     accumulate = torch.float64 if taps[0].dtype == torch.float64 else torch.float32
-    counts = torch.bincount(labels, minlength=num_classes).to(accumulate)
+    # Not torch.bincount, which on CUDA waits for the device. Sums of ones are exact in any order.
+    ones = torch.ones_like(labels, dtype=accumulate)
+    counts = ones.new_zeros(num_classes).scatter_add_(0, labels, ones)
     means = _MeanEmbedding.apply(
         labels, counts, tuple(moments), bound, float(clip), joint_weight, *taps
     )

@@ -119,7 +119,8 @@ class TrainSection(_Section):
     """How a generator is trained on a release.
 
     ``lr`` decays to zero over the steps by ``schedule``; ``ema_decay`` averages the weights that
-    images are sampled from (0: the last weights).
+    images are sampled from (0: the last weights). ``graph`` records the whole step once as a CUDA
+    graph and replays it; ``compile`` runs generator and encoder through torch.compile.
     """
 
     steps: int = Field(default=2000, ge=1)
@@ -132,6 +133,8 @@ class TrainSection(_Section):
     estimator_decay: float = Field(default=0.9, ge=0, lt=1)
     estimator_lr: float = Field(default=1e-3, gt=0, lt=1)
     ema_decay: float = Field(default=0.99, ge=0, lt=1)
+    graph: bool = False
+    compile: bool = False
     seed: int = 0
     checkpoint_every: int = Field(default=500, ge=1)
     log_every: int = Field(default=20, ge=1)

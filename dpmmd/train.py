@@ -8,7 +8,7 @@ import math
 import signal
 import threading
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -32,7 +32,10 @@ from dpmmd.recipe import GeneratorSection, TrainSection
 
 CHECKPOINT = "last.pt"
 _FORMAT = 1
-_WITHOUT_EFFECT = {"checkpoint_every", "log_every", "grid_every"}  # on the result
+# On the result, but for rounding.
+_WITHOUT_EFFECT = {"checkpoint_every", "log_every", "grid_every", "graph", "compile"}
+_GRAPHED_ON = ("cuda",)
+_WARM_UP_STEPS = 3
 
 
 class CheckpointError(ValueError):
@@ -94,6 +97,7 @@ def train(
 
     Raises:
         CheckpointError: the checkpoint in ``out`` cannot be used.
+        ValueError: ``settings.graph`` elsewhere than on a CUDA device.
         TypeError: ``generator`` has no attribute ``z_dim``.
         PrivacyError: release and encoder do not belong together.
         KeyboardInterrupt: after a checkpoint has been written.
@@ -103,6 +107,11 @@ def train(
         release.metadata.image_shape
     )
     device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
+    if settings.graph and device.type not in _GRAPHED_ON:
+        raise ValueError(
+            f"settings.graph=True with the encoder on {device}: only CUDA devices have graphs; "
+            "move the encoder there, or leave graph out."
+        )
     num_classes = release.num_classes if release.metadata.labelled else None
     rng = torch.Generator().manual_seed(settings.seed)
     if generator is None:
@@ -124,9 +133,7 @@ def train(
         decay=settings.estimator_decay,
         lr=settings.estimator_lr,
     ).train()
-    optimizer = torch.optim.Adam(
-        generator.parameters(), lr=settings.lr, betas=settings.betas, foreach=True
-    )
+    optimizer = _adam(generator, settings, device)
     selection = None
     if selection_encoder is not None:
         selection = _Selection(release, selection_encoder, device)
@@ -135,7 +142,8 @@ def train(
     if folder is not None and (folder / CHECKPOINT).exists():
         run.restore(load_checkpoint(folder / CHECKPOINT))
     if run.step < settings.steps:
-        _loop(run, device, num_classes, folder, progress)
+        with _compiled([generator, encoder.backbone] if settings.compile else []):
+            _loop(run, device, num_classes, folder, progress)
     return run.result()
 
 
@@ -169,6 +177,33 @@ def rate(settings: TrainSection, step: int) -> float:
     return settings.lr * factor
 
 
+def _adam(
+    generator: nn.Module, settings: TrainSection, device: torch.device
+) -> torch.optim.Optimizer:
+    """Adam; for a graph, whose replays read the rate from the device, with a tensor as rate."""
+    parameters = generator.parameters()
+    if not settings.graph:
+        return torch.optim.Adam(parameters, lr=settings.lr, betas=settings.betas, foreach=True)
+    return torch.optim.Adam(
+        parameters,
+        lr=torch.tensor(settings.lr, device=device),
+        betas=settings.betas,
+        capturable=device.type == "cuda",
+    )
+
+
+@contextlib.contextmanager
+def _compiled(modules: list[nn.Module]) -> Iterator[None]:
+    """Within the block the modules run compiled by torch.compile."""
+    for module in modules:
+        module.compile(dynamic=False)
+    try:
+        yield
+    finally:
+        for module in modules:
+            module._compiled_call_impl = None
+
+
 def balanced_labels(n: int, num_classes: int, offset: int = 0) -> Tensor:
     """int64 [n]: the classes in turn, starting with ``offset``."""
     return (torch.arange(n) + offset) % num_classes
@@ -191,9 +226,10 @@ def _loop(
         unit="step",
         disable=not progress,
     )
+    run.prepare(device, num_classes)
     with bar, logs, _seeded_state(run), _deferred_interrupt() as interrupted:
         while run.step < settings.steps and not interrupted:
-            value = run.advance(device, num_classes)
+            value = run.advance()
             bar.update()
             if run.step % settings.log_every == 0:
                 number = value.item()
@@ -284,32 +320,111 @@ class _Run:
             self.step if self.best is None else self.best["step"],
         )
 
-    def advance(self, device: torch.device, num_classes: int | None) -> Tensor:
+    def prepare(self, device: torch.device, num_classes: int | None) -> None:
+        """Before the first call of `advance`: places for a step's inputs, and its graph."""
+        n = self.settings.batch_size
+        self.z = torch.zeros(n, int(self.generator.z_dim), device=device)  # type: ignore[arg-type]
+        self.y = None
+        if num_classes is not None:
+            self.y = balanced_labels(n, num_classes).to(device)
+        self.num_classes = num_classes
+        self.decay = torch.zeros((), device=device)  # of the weights' average, in a graph
+        self.value = torch.zeros((), device=device)
+        self.work = self._work
+        if self.settings.graph:
+            self.work = self._captured()
+
+    def advance(self) -> Tensor:
         """One step; returns the loss, on its device."""
         settings, n = self.settings, self.settings.batch_size
         for group in self.optimizer.param_groups:
-            group["lr"] = rate(settings, self.step)
-        z = torch.randn(n, int(self.generator.z_dim), generator=self.rng).to(device)  # type: ignore[arg-type]
-        y = None
-        if num_classes is not None:
-            y = balanced_labels(n, num_classes, offset=self.step * n).to(device)
-        self.optimizer.zero_grad(set_to_none=True)
-        value = self.loss(self.generator(z, y), y)
-        value.backward()
-        self.optimizer.step()
-        self.averaged.update_parameters(self.generator)
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate(settings, self.step))
+            else:
+                group["lr"] = rate(settings, self.step)
+        self._fill(self.z, torch.randn(self.z.shape, generator=self.rng))
+        if self.y is not None and self.num_classes is not None:
+            self._fill(self.y, balanced_labels(n, self.num_classes, offset=self.step * n))
+        first = int(self.averaged.n_averaged) == 0
+        self.decay.fill_(0.0 if first else self._decay())
+        self.work()
+        if self.settings.graph:
+            self.averaged.n_averaged += 1
         self.step += 1
         self.global_rng = torch.get_rng_state()
-        return value.detach()
+        return self.value
+
+    @staticmethod
+    def _fill(place: Tensor, values: Tensor) -> None:
+        """Copies from the host without waiting: pinned memory is not reused before it is read."""
+        if place.is_cuda:
+            values = values.pin_memory()
+        place.copy_(values, non_blocking=True)
+
+    def _work(self) -> None:
+        """What the device does in a step: the same kernels each time, and no reads by the host."""
+        self.optimizer.zero_grad(set_to_none=True)
+        value = self.loss(self.generator(self.z, self.y), self.y)
+        value.backward()
+        self.optimizer.step()
+        if self.settings.graph:
+            self._average_on_device()
+        else:
+            self.averaged.update_parameters(self.generator)
+        self.value.copy_(value.detach())
+
+    def _captured(self) -> Callable[[], None]:
+        """`_work` as one graph, whose warm-up leaves no trace."""
+        held = [
+            *self.generator.parameters(),
+            *self.generator.buffers(),
+            *self.averaged.module.parameters(),
+            *self.averaged.module.buffers(),
+            *(t for k, t in self.loss.state_dict().items() if not k.startswith("encoder.")),
+        ]
+        before = [t.detach().clone() for t in held]
+        moments = {
+            p: {k: v.clone() for k, v in self.optimizer.state[p].items()}
+            for p in self.optimizer.state
+        }
+        _warm_up(self._work, self.z.device)
+        with torch.no_grad():
+            for tensor, value in zip(held, before, strict=True):
+                tensor.copy_(value)
+            for p, state in self.optimizer.state.items():
+                for key, tensor in state.items():
+                    tensor.copy_(moments[p][key] if p in moments else torch.zeros_like(tensor))
+        self.optimizer.zero_grad(set_to_none=True)
+        return _record(self._work)
+
+    def _decay(self) -> float:
+        """Of the moving average, whose memory is short at first: (1 + t) / (10 + t)."""
+        return min(self.settings.ema_decay, (1 + self.step) / (10 + self.step))
 
     @torch.no_grad()
     def _average(self, averaged: Any, current: Any, _: Any) -> None:
-        """Exponential moving average whose memory is short at first: decay (1 + t) / (10 + t)."""
-        decay = min(self.settings.ema_decay, (1 + self.step) / (10 + self.step))
+        """Exponential moving average."""
         if averaged[0].is_floating_point():
-            torch._foreach_lerp_(averaged, current, 1 - decay)
+            torch._foreach_lerp_(averaged, current, 1 - self._decay())
         else:  # batch norm's counters
             for a, c in zip(averaged, current, strict=True):
+                a.copy_(c)
+
+    @torch.no_grad()
+    def _average_on_device(self) -> None:
+        """The same with the decay that is on the device."""
+        theirs, ours = (
+            [*module.parameters(), *module.buffers()]
+            for module in (self.averaged.module, self.generator)
+        )
+        numbers = [(a, c) for a, c in zip(theirs, ours, strict=True) if a.is_floating_point()]
+        averaged, current = ([pair[i] for pair in numbers] for i in (0, 1))
+        distance = torch._foreach_sub(averaged, current)
+        torch._foreach_mul_(distance, self.decay)
+        torch._foreach_add_(distance, current)
+        torch._foreach_copy_(averaged, distance)
+        for a, c in zip(theirs, ours, strict=True):
+            if not a.is_floating_point():
                 a.copy_(c)
 
     def save(self, folder: Path) -> None:
@@ -366,12 +481,43 @@ class _Run:
             )
         _load(self.generator, state["generator"])
         _load(self.averaged, state["averaged"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self._restore_optimizer(state["optimizer"])
         self.loss.load_state_dict(state["loss"], strict=False)
         self.best = state["best"] if self.selection is not None else None
         self.rng.set_state(state["rng"])
         self.global_rng = state["global_rng"]
         self.step, self.seconds = int(state["step"]), float(state["seconds"])
+
+    def _restore_optimizer(self, state: Mapping[str, Any]) -> None:
+        """Moments and steps from the checkpoint; how Adam runs stays as it is here."""
+        own = [dict(group) for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(dict(state))
+        for group, kept in zip(self.optimizer.param_groups, own, strict=True):
+            group.update({key: kept[key] for key in ("lr", "capturable", "foreach")})
+            for p in group["params"]:
+                if p in self.optimizer.state:
+                    held = self.optimizer.state[p]
+                    held["step"] = held["step"].to(p.device if group["capturable"] else "cpu")
+
+
+def _warm_up(work: Callable[[], None], device: torch.device) -> None:
+    """Runs a step some times on a side stream: libraries choose kernels and allocate then."""
+    random = torch.cuda.get_rng_state(device)
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(_WARM_UP_STEPS):
+            work()
+    torch.cuda.current_stream(device).wait_stream(side)
+    torch.cuda.set_rng_state(random, device)
+
+
+def _record(work: Callable[[], None]) -> Callable[[], None]:
+    """Captures a step in a CUDA graph, without running it; returns what runs it."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

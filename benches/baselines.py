@@ -65,8 +65,9 @@ class AuthorsEncoder:
     """torchvision's whole VGG19, classifier included, read out after each of its 16 ReLUs."""
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        model = import_torchvision().models.vgg19(weights=None)
-        self.model = model.eval().requires_grad_(False).to(device)
+        with torch.device(device):
+            model = import_torchvision().models.vgg19(weights=None)
+        self.model = model.eval().requires_grad_(False)
         self.mean = torch.tensor([0.485, 0.456, 0.406], device=device).view(1, 3, 1, 1)
         self.std = torch.tensor([0.229, 0.224, 0.225], device=device).view(1, 3, 1, 1)
         self._features: list[Tensor] = []

@@ -19,7 +19,9 @@ CHECK_PROCESSES = 6
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python3 -m benches.gpu", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python3 -m benches.gpu", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="smallest sizes: for a dry run")
     parser.add_argument("--budget", type=float, default=420.0, metavar="SECONDS")
@@ -27,7 +29,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--sections", default=",".join(SECTIONS), metavar="A,B", help=f"of {', '.join(SECTIONS)}"
     )
     parser.add_argument(
-        "--results", type=Path, metavar="FOLDER", help="where to write <card>.json; default: nowhere"
+        "--results",
+        type=Path,
+        metavar="FOLDER",
+        help="where to write <card>.json; default: nowhere",
     )
     parser.add_argument(
         "--sweep", action="store_true", help="search launch parameters instead, print a table"
@@ -59,9 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = devices.Cuda()
     else:
         print(
-            f"--device cuda: no CUDA device (torch {torch.__version__}). Run it with a Python whose "
-            "PyTorch is built for CUDA, on a machine with a GPU; `python3 -m benches.gpu --device "
-            "cpu --tiny` is a dry run that measures nothing.",
+            f"--device cuda: no CUDA device (torch {torch.__version__}). Run it on a machine "
+            "with a GPU, with a Python whose PyTorch is built for CUDA; `python3 -m benches.gpu "
+            "--device cpu --tiny` is a dry run that measures nothing.",
             file=sys.stderr,
         )
         return 2
@@ -131,6 +136,7 @@ def run(device: Any, options: argparse.Namespace, stood_in: Sequence[str] = ()) 
         "sanitizer": {},
         "errors": measure.errors,
         "skipped": budget.skipped,
+        "seconds": budget.took,
     }
     broken: set[tuple[str, str]] = set()
     same = ["--device", options.device, *(["--tiny"] if options.tiny else [])]
@@ -159,18 +165,22 @@ def run(device: Any, options: argparse.Namespace, stood_in: Sequence[str] = ()) 
             budget.skip("all of it", "no Triton")
 
     sections = {
-        "checks": Section("checks", 120, check),
-        "sanitizer": Section("sanitizer", 60, sanitize),
-        "copy": Section("copy", 15, lambda: operations.copy(measure, scale)),
-        "kernels": Section("kernels", 80, kernels),
-        "loss": Section("loss", 90, lambda: operations.loss(measure, scale, present, broken)),
-        "steps": Section("steps", 120, lambda: steps.steps(measure, scale, present, broken)),
-        "release": Section("release", 50, lambda: released.released(measure, scale, present, broken)),
-        "cores": Section("cores", 60, lambda: operations.cores(measure, scale, present, broken)),
+        "checks": Section("checks", 100, check),
+        "sanitizer": Section("sanitizer", 45, sanitize),
+        "copy": Section("copy", 10, lambda: operations.copy(measure, scale)),
+        "kernels": Section("kernels", 60, kernels),
+        "loss": Section("loss", 80, lambda: operations.loss(measure, scale, present, broken)),
+        "steps": Section("steps", 100, lambda: steps.steps(measure, scale, present, broken)),
+        "release": Section(
+            "release", 40, lambda: released.released(measure, scale, present, broken)
+        ),
+        "cores": Section("cores", 50, lambda: operations.cores(measure, scale, present, broken)),
     }
     written: list[Path] = []
 
     def write() -> None:
+        name, seconds = list(budget.took.items())[-1]
+        print(f"{name}: {seconds:.0f} s, {budget.spent:.0f} in all", file=sys.stderr, flush=True)
         if options.results is not None:
             written[:] = [report.save(options.results, results)]
 

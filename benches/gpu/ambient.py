@@ -2,15 +2,16 @@
 
 A machine lent for a measurement may have a PyTorch and no package index. Two things are wanting
 there: the place of `dpmmd.kernels`, which an installation maps to kernels/, and packages that a
-training step never uses, but that `import dpmmd` imports. For the latter stand-ins serve: a pydantic
-that checks nothing, and a cryptography that cannot make noise, so that no release can be private.
-Both are for benchmarks alone, and only where the real package is missing.
+training step never uses, but that `import dpmmd` imports. For the latter stand-ins serve: a
+pydantic that checks nothing, and a cryptography that cannot make noise, so that no release can be
+private. Both are for benchmarks alone, and only where the real package is missing.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
 import types
 from pathlib import Path
@@ -29,7 +30,7 @@ class BaseModel:
         super().__init_subclass__(**options)
         own = {
             name: cls.__dict__.get(name, _REQUIRED)
-            for name in cls.__dict__.get("__annotations__", {})
+            for name in inspect.get_annotations(cls)
             if name not in ("model_config", "model_fields") and not name.startswith("_")
         }
         cls.model_fields = cls.model_fields | own

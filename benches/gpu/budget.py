@@ -37,11 +37,13 @@ class Budget:
     Attributes:
         total: seconds in all.
         skipped: what was left out, and why.
+        took: seconds of each section that ran.
     """
 
     total: float
     clock: Callable[[], float] = perf_counter
     skipped: list[str] = field(default_factory=list)
+    took: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._start = self.clock()
@@ -78,12 +80,14 @@ class Budget:
             if self.left <= 0:
                 self.skip("all of it")
                 continue
+            start = self.clock()
             try:
                 section.run()
             except Exception as error:
                 from benches.gpu.device import brief
 
                 self.skip("the rest of it", brief(error))
+            self.took[section.name] = round(self.clock() - start, 1)
             after()
         self._section, self._end = "", last
 

@@ -77,7 +77,7 @@ class Outcome:
             self.broken.add((check.backend, check.operation))
 
 
-# Shapes of taps -------------------------------------------------------------------------------
+# Shapes of taps ----------------------------------------------------------------------------------
 
 Shape = tuple[int, ...]
 ODD: dict[str, tuple[int, tuple[Shape, ...]]] = {  # name -> n, shapes
@@ -94,7 +94,9 @@ EVEN: tuple[int, tuple[Shape, ...]] = (37, ((8, 6, 6), (16, 3, 3), (64, 1, 1)))
 TINY: tuple[int, tuple[Shape, ...]] = (5, ((8, 2, 2), (8,)))
 
 
-def drawn(n: int, shapes: Sequence[Shape], dtype: torch.dtype, kind: str, seed: int) -> list[Tensor]:
+def drawn(
+    n: int, shapes: Sequence[Shape], dtype: torch.dtype, kind: str, seed: int
+) -> list[Tensor]:
     """Features on the CPU, half zeros, as `kind` wants them to lie in memory."""
     rng = torch.Generator().manual_seed(seed)
     taps = []
@@ -209,7 +211,7 @@ def _same_bits(got: Sequence[Tensor], again: Sequence[Tensor]) -> None:
         _require(torch.equal(a, b), "two runs differ, or are NaN")
 
 
-# The difference estimators --------------------------------------------------------------------------
+# The difference estimators -----------------------------------------------------------------------
 
 
 def difference(
@@ -229,10 +231,12 @@ def difference(
         def to(x: Tensor) -> Tensor:
             return x.to(where, dtype, copy=True)
 
-        states = {name: to(x) for name, x in initial.items()}
+        states: dict[str, Any] = {name: to(x) for name, x in initial.items()}
         if estimator != "batch":
             states["steps"] = to(torch.tensor([1.0, 0.0, 4.0]))
-            rates = {"decay": 0.9} if estimator == "ema" else {"lr": 1e-2, "numbers": 7}
+            rates: dict[str, Any] = (
+                {"decay": 0.9} if estimator == "ema" else {"lr": 1e-2, "numbers": 7}
+            )
             rates |= {"update": update}
         found = []
         for batch in batches:
@@ -242,7 +246,7 @@ def difference(
                     value = functional.mmd_loss(means, to(counts), to(target), backend=core)
                 else:
                     loss = functional.ema_loss if estimator == "ema" else functional.adam_loss
-                    value = loss(means, to(counts), to(target), backend=core, **states, **rates)  # type: ignore[operator]
+                    value = loss(means, to(counts), to(target), backend=core, **states, **rates)
                 (grad,) = torch.autograd.grad(value, means)
             found += [value.detach().cpu().view(1), grad.cpu()]
         return [*found, *(s.cpu() for s in states.values())]
@@ -253,11 +257,12 @@ def difference(
     truth = run(cpu, torch.float64, "torch")
     rough = run(cpu, torch.float32, "torch")
     for i, (mine, plain, true) in enumerate(zip(got, rough, truth, strict=True)):
-        error, allowed = distance([mine], [true]), 3 * distance([plain], [true]) + 8 * EPSILON
+        error, rough_error = distance([mine], [true]), distance([plain], [true])
+        allowed = min(3 * rough_error, 1e-4) + 8 * EPSILON
         _require(error <= allowed, f"tensor {i}: error {error:.2e}, allowed {allowed:.2e}")
 
 
-# Integer class sums -------------------------------------------------------------------------------
+# Integer class sums ------------------------------------------------------------------------------
 
 
 def bounded_sums_of(backend: str) -> Callable[..., None]:
@@ -269,7 +274,7 @@ def bounded_sums_of(backend: str) -> Callable[..., None]:
     if backend == "cuda":
         from dpmmd import _cuda  # type: ignore[attr-defined]
 
-        return _cuda.bounded_sums  # type: ignore[no-any-return]
+        return _cuda.bounded_sums
     return _definition_of_sums
 
 
@@ -324,7 +329,7 @@ def sums(
     _require(width == 0 or not torch.equal(truth, start), "the check itself adds nothing")
 
 
-# CUDA graphs, and more elements than 32 bits count ----------------------------------------------------
+# CUDA graphs, and more elements than 32 bits count -----------------------------------------------
 
 
 def graph(device: Any, backend: str, dtype: torch.dtype, seed: int) -> None:
@@ -372,7 +377,7 @@ def huge(device: torch.device, backend: str, width: int, n: int = 34) -> None:
     _require(not bool(grad[:-1].any()), "gradients of images of the other class")
 
 
-# All of them --------------------------------------------------------------------------------------
+# All of them -------------------------------------------------------------------------------------
 
 
 def all_checks(device: Any, present: Sequence[str], tiny: bool = False) -> list[Check]:
@@ -392,10 +397,12 @@ def all_checks(device: Any, present: Sequence[str], tiny: bool = False) -> list[
         for bound in BOUNDS
     ] + [{"moments": (1, 2), "bound": b, "joint_weight": 0.3} for b in ("sphere", "ball")]
     if tiny:
-        kinds = [kinds[0], kinds[-5], kinds[-1]]
+        kinds = [kinds[0], kinds[-1]]
     dtypes = (torch.float32, torch.bfloat16)
 
-    def add(backend: str, operation: str, name: str, short: bool, function: Any, *args: Any) -> None:
+    def add(
+        backend: str, operation: str, name: str, short: bool, function: Any, *args: Any
+    ) -> None:
         found.append(Check(backend, operation, name, lambda: function(*args), short))
 
     for backend in present:
@@ -406,13 +413,13 @@ def all_checks(device: Any, present: Sequence[str], tiny: bool = False) -> list[
         both = {"moments": (1, 2), "bound": "ball", "joint_weight": None}
         per_tap = {"moments": (1, 2), "bound": "sphere-per-tap", "joint_weight": None}
         for name, size in ODD.items():
-            if not tiny or name in ("rows without use", "views"):
+            if not tiny or name == "rows without use":
                 shapes += [(name, size, 1, both)] + ([] if tiny else [(name, size, 6, per_tap)])
         for dtype, (name, size, k, kind) in product(dtypes, shapes):
             for operation in ("forward", "backward"):
                 text = f"{name}, {_name(dtype)}, K={k}, {_text(kind)}"
-                short = kind["moments"] == (1, 2) and k > 1 or name in ("odd sizes", "views")
-                args = (where, backend, dtype, name, size, k, kind, next(seed))
+                short = (kind["moments"] == (1, 2) and k > 1) or name in ("odd sizes", "views")
+                args: tuple[Any, ...] = (where, backend, dtype, name, size, k, kind, next(seed))
                 add(backend, operation, text, short, embedding, *args, operation == "backward")
         for estimator, update in product(("batch", "ema", "adam"), (True, False)):
             if estimator != "batch" or update:
@@ -476,7 +483,7 @@ def here(checks: Sequence[Check], left: Callable[[], float]) -> Outcome:
     return outcome
 
 
-# Over processes ------------------------------------------------------------------------------------
+# Over processes ----------------------------------------------------------------------------------
 
 
 def share(checks: Sequence[Check], part: int, parts: int, start: int, out: IO[str]) -> int:

@@ -1,4 +1,4 @@
-"""All that touches CUDA: events, graphs, memory statistics, what the card is. A CPU for dry runs."""
+"""All that touches CUDA: events, graphs, memory statistics, the card. A CPU for dry runs."""
 
 from __future__ import annotations
 

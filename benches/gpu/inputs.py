@@ -48,15 +48,15 @@ class Scale:
 FULL = Scale()
 TINY = Scale(
     taps="Tiny",
-    encoder="vgg11",
-    encoder_taps=("relu5_1",),
+    encoder="resnet18",
+    encoder_taps=("layer4.1",),
     n=3,
     pixels=(32,),
     step=((32, 2),),
     width=4,
     classes=2,
     train_steps=(1, 2),
-    release=(32, 2, 2),
+    release=(32, 2, 1),
     rounds=(1, 1),
     seconds=0.0,
     compile=False,
@@ -74,8 +74,12 @@ def features(like: Case, device: torch.device, seed: int) -> list[Tensor]:
     rng = torch.Generator(device).manual_seed(seed)
     maps = []
     for shape in like.tap_shapes:
-        x = torch.empty(like.n, *shape, dtype=like.dtype, device=device)
-        x = x.to(memory_format=torch.channels_last)
+        x = torch.empty(
+            (like.n, *shape),
+            dtype=like.dtype,
+            device=device,
+            memory_format=torch.channels_last,
+        )
         maps.append(x.normal_(generator=rng).relu_())
     return maps
 
@@ -90,8 +94,6 @@ def target(like: Case, device: torch.device) -> Tensor:
     rng = torch.Generator(device).manual_seed(1)
     shape = len(like.moments), like.classes, like.dim
     return torch.rand(shape, generator=rng, device=device).mul_(2 / like.dim**0.5)
-
-
 
 
 def library(device: torch.device) -> tuple[list[str], dict[str, str]]:

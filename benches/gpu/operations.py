@@ -81,8 +81,8 @@ def _pieces(measure: Measure, like: Case, broken: set[tuple[str, str]]) -> None:
         calls["row statistics"].append(
             functools.partial(
                 row_statistics_into,
-                taps, labels, scale=torch.empty_like(scale), projection=torch.empty_like(projection),
-                counts=counts, schedule=schedule, **kind, **bound,
+                taps, labels, scale=torch.empty_like(scale),
+                projection=torch.empty_like(projection), counts=counts, schedule=schedule, **kind, **bound,
             )
         )  # fmt: skip
         calls["class sums"].append(
@@ -121,7 +121,9 @@ BYTES = {
 }
 
 
-def loss(measure: Measure, scale: Scale, present: Sequence[str], broken: set[tuple[str, str]]) -> None:
+def loss(
+    measure: Measure, scale: Scale, present: Sequence[str], broken: set[tuple[str, str]]
+) -> None:
     """The loss whole, against the authors' formulas and torch.compile of them."""
     sound = [
         b for b in present if not {(b, o) for o in ("forward", "backward", "difference")} & broken
@@ -147,7 +149,9 @@ def _loss(measure: Measure, like: Case, sound: Sequence[str], compiled: bool) ->
         for seed in range(count)
     ]
 
-    def calls(embed: Callable[..., tuple[Tensor, Tensor]], value: Callable[..., Tensor]) -> list[Call]:
+    def calls(
+        embed: Callable[..., tuple[Tensor, Tensor]], value: Callable[..., Tensor]
+    ) -> list[Call]:
         def call(features: list[Tensor]) -> tuple[Tensor, ...]:
             means, counts = embed(features, labels, like.classes, moments=like.moments)
             return torch.autograd.grad(value(means, counts, target), features)
@@ -191,7 +195,9 @@ def _authors_loss(
     return baselines.mmd_loss(means, counts, target)
 
 
-def cores(measure: Measure, scale: Scale, present: Sequence[str], broken: set[tuple[str, str]]) -> None:
+def cores(
+    measure: Measure, scale: Scale, present: Sequence[str], broken: set[tuple[str, str]]
+) -> None:
     """The same operations by every core of the library that is there."""
     for pixels in scale.pixels[:3:2] if len(scale.pixels) > 2 else scale.pixels:
         like = inputs.case(scale, pixels, torch.bfloat16, *_cases(scale)[1])
@@ -254,7 +260,7 @@ def _estimate(
     for backend in present:
         if (backend, "difference") in broken:
             continue
-        states = {
+        states: dict[str, Any] = {
             name: torch.zeros_like(target) for name in ("estimate", "first_moment", "second_moment")
         }
         steps = torch.zeros(like.classes, device=device)
@@ -272,9 +278,7 @@ def _sums(
 ) -> None:
     device = measure.device
     count = sets_of(like.feature_bytes, device.cache_bytes)
-    sets = [
-        reference.flatten(inputs.features(like, device.device, seed)) for seed in range(count)
-    ]
+    sets = [reference.flatten(inputs.features(like, device.device, seed)) for seed in range(count)]
     y = (torch.arange(like.n) % like.classes).to(device.device)
     valid = torch.ones(like.n, dtype=torch.bool, device=device.device)
     limits = torch.full((like.n,), 1 << 30, device=device.device)
@@ -288,7 +292,7 @@ def _sums(
         "clip": 1.0,
         "nonnegative": True,
     }
-    private = PrivateSums(*into.shape, device=device.device)
+    private = PrivateSums(into.shape[0], into.shape[1], device=device.device)
 
     def definition(features: list[Tensor]) -> None:
         with backends.use("torch"):

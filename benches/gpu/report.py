@@ -55,7 +55,9 @@ def save(folder: Path, results: Results) -> Path:
         for key, value in results.items()
         if key not in ("machine", "rows")
     )
-    text = f'{{\n "machine": {json.dumps(results["machine"])},\n "rows": [\n  {rows}\n ]{rest}\n}}\n'
+    text = (
+        f'{{\n "machine": {json.dumps(results["machine"])},\n "rows": [\n  {rows}\n ]{rest}\n}}\n'
+    )
     folder.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8")
@@ -173,6 +175,19 @@ def targets(results: Results) -> list[tuple[str, float | None, str, bool | None]
     return found
 
 
+def launch_costs(results: Results) -> list[str]:
+    """What launching the loss's kernels one by one costs over replaying them as a graph."""
+    loss, rows = "mmd_loss, forward + backward", results["rows"]
+    said = []
+    for core in _CORES:
+        launched = _find(rows, loss, _ONE, "bfloat16", core)
+        replayed = _find(rows, f"{loss}, replayed", _ONE, "bfloat16", core)
+        if launched and replayed and replayed.get("how") == "graph":
+            one, two = _time(launched["seconds"]), _time(replayed["seconds"])
+            said.append(f"launches, {core}: the loss takes {one} launched, {two} replayed ({_ONE})")
+    return said
+
+
 # Tables ------------------------------------------------------------------------------------------
 
 
@@ -246,13 +261,17 @@ def text(results: Results) -> str:
         lines.append(("", "", "", *cells[3:]) if cells[:3] == before else cells)
         before = cells[:3]
     parts = [machine_line(results), _aligned(lines)]
+    if costs := launch_costs(results):
+        parts.append("\n".join(costs))
     parts.append(_aligned([("target", "bound", "measured", ""), *_verdicts(results, False)]))
     checks = results.get("checks", {})
     said = [f"checks: {checks.get('passed', 0)} passed, {len(checks.get('failed', {}))} failed"]
     if checks.get("missed"):
         said[0] += f", {checks['missed']} not reached"
     said += [f"  FAILED  {name}: {why}" for name, why in checks.get("failed", {}).items()]
-    said += [f"compute-sanitizer {name}: {what}" for name, what in results.get("sanitizer", {}).items()]
+    said += [
+        f"compute-sanitizer {name}: {what}" for name, what in results.get("sanitizer", {}).items()
+    ]
     said += [f"error: {what}" for what in results.get("errors", [])]
     said += [f"left out: {what}" for what in results.get("skipped", [])]
     return "\n\n".join([*parts, "\n".join(said)])
@@ -269,6 +288,8 @@ def markdown(results: Results, short: bool = False) -> str:
     lines = [machine_line(results) + ".", ""]
     lines += [_line(("target", "bound", "measured", "")), _line(["---"] * 4)]
     lines += [_line(cells) for cells in _verdicts(results, True)]
+    if costs := launch_costs(results):
+        lines += ["", *(f"- {line}." for line in costs)]
     checks = results.get("checks", {})
     failed = len(checks.get("failed", {}))
     lines += ["", f"Checks before it: {checks.get('passed', 0)} passed, {failed} failed."]

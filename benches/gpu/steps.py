@@ -46,6 +46,7 @@ class Step:
     ) -> None:
         self.generator, self.loss, self.batch, self.classes = generator, loss, batch, classes
         self.device = next(generator.parameters()).device
+        capturable = capturable and self.device.type == "cuda"
         self.optimizer = torch.optim.Adam(generator.parameters(), lr=1e-3, capturable=capturable)
 
     def __call__(self) -> None:
@@ -207,7 +208,14 @@ def _steps(
 
             add(name, authors)
     measure(
-        STEP, shape, precision, variants, graph=False, theirs=tuple(AUTHORS), peaks=peaks, items=batch
+        STEP,
+        shape,
+        precision,
+        variants,
+        graph=False,
+        theirs=tuple(AUTHORS),
+        peaks=peaks,
+        items=batch,
     )
     if captured:
         measure(CAPTURED, shape, precision, captured, graph=True, items=batch)
@@ -216,7 +224,7 @@ def _steps(
 
 
 def exact(call: Call, precision: str) -> Call:
-    """"float32" is float32: TF32 off."""
+    """ "float32" is float32: TF32 off."""
     if precision != "float32":
         return call
 
@@ -237,7 +245,7 @@ def _trained(
     batch: int,
     backend: str,
 ) -> None:
-    """A step of `dpmmd.train.train` as it is called, by the difference of a long and a short run."""
+    """A step of `dpmmd.train.train`, by the difference of a long and a short run."""
     few, many = scale.train_steps
     kinds: dict[str, dict[str, Any]] = {backend: {}}
     if "graph" in TrainSection.model_fields and not measure.device.dry:

@@ -1,8 +1,8 @@
 """Searches launch parameters near those of kernels/table.py and prints the table with the best.
 
-From an entry of the table to its best neighbour (half or twice the block, the rows or the warps, one
-stage more or less), as long as one is faster by more than `GAIN`, and its result is that of the
-entry. What is printed is to be pasted into kernels/table.py, and held to its register budgets by
+From an entry of the table to a neighbour (half or twice the block, the rows or the warps, one stage
+more or less), as long as one is faster by more than `GAIN`, and its result is that of the entry.
+What is printed is to be pasted into kernels/table.py, and held to its register budgets by
 `python -m tests.kernels_aot`.
 """
 
@@ -63,7 +63,9 @@ def neighbours(operation: str, config: Any) -> list[Any]:
     return [replace(config, **change) for change in changes]
 
 
-def operations(device: Any, like: Case) -> dict[str, tuple[list[Call], Callable[[], Sequence[Tensor]]]]:
+def operations(
+    device: Any, like: Case
+) -> dict[str, tuple[list[Call], Callable[[], Sequence[Tensor]]]]:
     """Operation of the table -> calls on each set of inputs, and their last results."""
     from dpmmd.kernels.bounded_sums import bounded_sums
     from dpmmd.kernels.class_sums import class_sums_into
@@ -82,9 +84,7 @@ def operations(device: Any, like: Case) -> dict[str, tuple[list[Call], Callable[
     calls: dict[str, list[Call]] = {}
     results: dict[str, Callable[[], Sequence[Tensor]]] = {}
     means = torch.empty_like(upstream)
-    sums = torch.zeros(
-        like.classes, len(like.moments) * like.dim, dtype=torch.int64, device=where
-    )
+    sums = torch.zeros(like.classes, len(like.moments) * like.dim, dtype=torch.int64, device=where)
     counts = torch.ones(like.classes, device=where)
     for seed in range(sets_of(like.feature_bytes, device.cache_bytes)):
         maps = inputs.features(like, where, seed)
@@ -253,4 +253,5 @@ def paste(found: Mapping[tuple[str, torch.dtype], Mapping[int, Any]], table: Any
 def _config(name: str, config: Any, table: Any) -> str:
     tiled = name in ("row_dots", "gradient") and config.rows == table.TILE_ROWS
     rows = "TILE_ROWS" if tiled else config.rows
-    return f"Config({config.block}, {rows}, {config.num_warps}, {config.num_stages}, {config.registers})"
+    values = (config.block, rows, config.num_warps, config.num_stages, config.registers)
+    return f"Config({', '.join(map(str, values))})"

@@ -73,8 +73,8 @@ class Played(device.Host):
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """Runs the program on a played device with plain torch as the library's only backend."""
-    monkeypatch.setattr(inputs, "library", lambda _: (["torch"], {"triton": "not here"}))
+    """Runs the program on a played device, with the CPU's core in the place of CUDA's."""
+    monkeypatch.setattr(inputs, "library", lambda _: (["torch", "cpu"], {"triton": "not here"}))
 
     def go(*sections: str, on: Any = None) -> tuple[int, dict[str, Any]]:
         arguments = ["--tiny", "--sections", ",".join(sections or program.SECTIONS)]
@@ -130,9 +130,10 @@ def test_a_run_on_a_played_device(run: Any, capsys: pytest.CaptureFixture[str]) 
     assert played.captures > 3
     assert set(results) >= {"machine", "rows", "checks", "sanitizer", "skipped", "seconds"}
     captured = rows_of(results, steps.CAPTURED)
-    assert captured["torch"]["how"] == captured[steps.FLOOR]["how"] == "graph"
-    assert rows_of(results, f"{operations.LOSS}, replayed")["torch"]["how"] == "graph"
-    assert rows_of(results, steps.STEP)["torch"]["peak_bytes"] == 2000
+    assert captured["cpu"]["how"] == captured[steps.FLOOR]["how"] == "graph"
+    assert "torch" not in captured
+    assert rows_of(results, f"{operations.LOSS}, replayed")["cpu"]["how"] == "graph"
+    assert rows_of(results, steps.STEP)["cpu"]["peak_bytes"] == 2000
     assert "not here" in str(results["skipped"])
     assert "kernels: all of it: no Triton" in results["skipped"]
     assert list(results["seconds"]) == list(sections)

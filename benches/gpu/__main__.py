@@ -187,7 +187,7 @@ def run(device: Any, options: argparse.Namespace, stood_in: Sequence[str] = ()) 
     budget.run([sections[name] for name in SECTIONS if name in options.sections], write)
     print(report.text(results))
     print(f"\n{budget.spent:.0f} s" + "".join(f", written: {path}" for path in written))
-    return int(bool(results["checks"].get("failed")) or bool(measure.errors))
+    return int(any((results["checks"].get("failed"), measure.errors, budget.failed)))
 
 
 if __name__ == "__main__":

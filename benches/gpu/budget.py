@@ -37,12 +37,14 @@ class Budget:
     Attributes:
         total: seconds in all.
         skipped: what was left out, and why.
+        failed: which sections raised, and what.
         took: seconds of each section that ran.
     """
 
     total: float
     clock: Callable[[], float] = perf_counter
     skipped: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
     took: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -87,6 +89,7 @@ class Budget:
                 from benches.gpu.device import brief
 
                 self.skip("the rest of it", brief(error))
+                self.failed.append(f"{section.name}: {brief(error)}")
             self.took[section.name] = round(self.clock() - start, 1)
             after()
         self._section, self._end = "", last

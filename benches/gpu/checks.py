@@ -1,7 +1,7 @@
 """Every operation of every backend against its definition, before anything is timed.
 
 Values and gradients against `dpmmd.reference` in float64 on the CPU: an error is at most twice
-(gradients three times) that of the same definition in float32. Integer sums against
+(gradients three times) that of the same definition in float32, and `SLACK`. Integer sums against
 `dpmmd.privacy.sums` in plain torch on the CPU, bit for bit. Inputs are drawn anew for every check,
 half zeros; memory that was not written to is NaN; every call is made twice and must give the same
 bits.
@@ -12,6 +12,7 @@ where it must not takes its process along and no other.
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import subprocess
@@ -30,7 +31,7 @@ from benches.gpu.device import NoGraph, brief, poisoned
 from dpmmd import backends, functional, reference
 from dpmmd.bounds import BOUNDS
 
-EPSILON = 2.0**-23
+SLACK = 4 * 2.0**-23  # division on a GPU is not correctly rounded: 2 ulp, once or twice
 TRUNCATED = 2.0**-7  # Triton's interpreter cuts bfloat16 off instead of rounding
 
 
@@ -183,7 +184,7 @@ def embedding(
         )
     _require(torch.equal(counts.double(), true_counts), f"counts {counts.tolist()}")
     _same_bits(got, again)
-    allowed = (3 if gradient else 2) * distance(rough, truth) + EPSILON
+    allowed = (3 if gradient else 2) * distance(rough, truth) + SLACK
     if gradient and dtype == torch.bfloat16 and device.type == "cpu":
         allowed = max(allowed, TRUNCATED)
     error = distance(got, truth)
@@ -258,7 +259,7 @@ def difference(
     rough = run(cpu, torch.float32, "torch")
     for i, (mine, plain, true) in enumerate(zip(got, rough, truth, strict=True)):
         error, rough_error = distance([mine], [true]), distance([plain], [true])
-        allowed = min(3 * rough_error, 1e-4) + 8 * EPSILON
+        allowed = min(3 * rough_error, 1e-4) + 2 * SLACK
         _require(error <= allowed, f"tensor {i}: error {error:.2e}, allowed {allowed:.2e}")
 
 
@@ -271,10 +272,9 @@ def bounded_sums_of(backend: str) -> Callable[..., None]:
         from dpmmd.kernels.bounded_sums import bounded_sums
 
         return bounded_sums
-    if backend == "cuda":
-        from dpmmd import _cuda  # type: ignore[attr-defined]
-
-        return _cuda.bounded_sums
+    if backend in ("cuda", "cpu"):
+        module = importlib.import_module(f"dpmmd._{backend}")
+        return module.bounded_sums  # type: ignore[no-any-return]
     return _definition_of_sums
 
 

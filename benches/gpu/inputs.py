@@ -40,8 +40,8 @@ class Scale:
     classes: int = 10
     train_steps: tuple[int, int] = (40, 160)
     release: tuple[int, int, int] = (32, 512, 20)
-    rounds: tuple[int, int] = (5, 50)
-    seconds: float = 1.0
+    rounds: tuple[int, int] = (10, 50)
+    seconds: float = 0.5
     compile: bool = True
 
 

@@ -63,8 +63,8 @@ class Measure:
         self,
         device: Any,
         budget: Budget,
-        rounds: tuple[int, int] = (5, 50),
-        seconds: float = 1.0,
+        rounds: tuple[int, int] = (10, 50),
+        seconds: float = 0.5,
     ) -> None:
         self.device, self.budget, self.rounds, self.seconds = device, budget, rounds, seconds
         self.rows: list[dict[str, Any]] = []

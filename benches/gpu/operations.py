@@ -59,7 +59,7 @@ def pieces(measure: Measure, scale: Scale, broken: set[tuple[str, str]]) -> None
 def _pieces(measure: Measure, like: Case, broken: set[tuple[str, str]]) -> None:
     from dpmmd.kernels.class_sums import class_sums_into
     from dpmmd.kernels.gradient import gradient_into
-    from dpmmd.kernels.row_dots import row_dots_into
+    from dpmmd.kernels.row_dots import row_dots, row_dots_into
     from dpmmd.kernels.row_statistics import row_statistics, row_statistics_into
     from dpmmd.kernels.taps import Taps
 
@@ -76,13 +76,14 @@ def _pieces(measure: Measure, like: Case, broken: set[tuple[str, str]]) -> None:
         scale, projection, counts, schedule = row_statistics(
             taps, labels, like.classes, **kind, **bound
         )
-        coefficients = torch.zeros_like(scale)
+        coefficients = row_dots(taps, labels, schedule, scale, projection, upstream, **kind)
         gradients = [torch.empty_like(f) for f in maps]
         calls["row statistics"].append(
             functools.partial(
                 row_statistics_into,
                 taps, labels, scale=torch.empty_like(scale),
-                projection=torch.empty_like(projection), counts=counts, schedule=schedule, **kind, **bound,
+                projection=torch.empty_like(projection), counts=counts, schedule=schedule,
+                **kind, **bound,
             )
         )  # fmt: skip
         calls["class sums"].append(
@@ -121,6 +122,15 @@ BYTES = {
 }
 
 
+def capturable(present: Sequence[str], broken: set[tuple[str, str]]) -> list[str]:
+    """Backends that a CUDA graph can hold: plain torch counts classes on the host.
+
+    What could not be captured in a check is not tried again: a capture that fails may leave the
+    allocator in a state that everything after it would suffer from.
+    """
+    return [b for b in present if b != "torch" and (b, "graph") not in broken]
+
+
 def loss(
     measure: Measure, scale: Scale, present: Sequence[str], broken: set[tuple[str, str]]
 ) -> None:
@@ -134,13 +144,15 @@ def loss(
             compiled = scale.compile and pixels == scale.pixels[0]
             if measure.budget.fits(f"loss, {like.shape}"):
                 try:
-                    _loss(measure, like, sound, compiled)
+                    _loss(measure, like, sound, capturable(present, broken), compiled)
                 except torch.OutOfMemoryError:
                     measure.budget.skip(f"loss, {like.shape}", "out of memory")
             measure.device.free()
 
 
-def _loss(measure: Measure, like: Case, sound: Sequence[str], compiled: bool) -> None:
+def _loss(
+    measure: Measure, like: Case, sound: Sequence[str], replayable: Sequence[str], compiled: bool
+) -> None:
     device = measure.device
     count = sets_of(like.feature_bytes, device.cache_bytes)
     labels, target = inputs.labels(like, device.device), inputs.target(like, device.device)
@@ -179,7 +191,7 @@ def _loss(measure: Measure, like: Case, sound: Sequence[str], compiled: bool) ->
     }
     measure(LOSS, like.shape, like.dtype_name, variants, graph=False, **arguments)
     # Replayed, the same launches cost nothing but what the device does.
-    again = {name: run for name, run in variants.items() if name in sound}
+    again = {name: variants[name] for name in sound if name in replayable}
     if again and not device.dry:
         measure(f"{LOSS}, replayed", like.shape, like.dtype_name, again, graph=True, **arguments)
 

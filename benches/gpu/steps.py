@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import dpmmd
 from benches.baselines import AuthorsStep
+from benches.gpu import operations
 from benches.gpu.device import brief, tf32
 from benches.gpu.inputs import Scale
 from benches.gpu.measure import Call, Measure, Row
@@ -114,7 +115,8 @@ def steps(
             if not measure.budget.fits(what):
                 continue
             try:
-                _steps(measure, scale, pixels, batch, precision, sound, small)
+                replayable = operations.capturable(sound, broken)
+                _steps(measure, scale, pixels, batch, precision, sound, replayable, small)
             except torch.OutOfMemoryError:
                 measure.budget.skip(what, "out of memory")
             except Exception as error:
@@ -130,6 +132,7 @@ def _steps(
     batch: int,
     precision: str,
     sound: Sequence[str],
+    replayable: Sequence[str],
     small: bool,
 ) -> None:
     device = measure.device
@@ -187,7 +190,8 @@ def _steps(
     for name, loss in losses.items():
         try:
             add(name, ours(loss, False), shared)
-            if small and not device.dry and "images at a time" not in name:
+            kinds = (FLOOR, *replayable, *(b + INJECTED for b in replayable))
+            if small and not device.dry and name in kinds:
                 add(name, ours(loss, True), shared, captured)
         except Exception as error:
             measure.keep(Row(STEP, shape, precision, name, note=brief(error)))

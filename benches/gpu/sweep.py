@@ -123,14 +123,15 @@ def operations(
         for name, call in a_call.items():
             calls.setdefault(name, []).append(call)
     if like.dtype == torch.float32:
-        state = {
+        state: dict[str, Any] = {
             name: torch.zeros_like(upstream)
             for name in ("estimate", "first_moment", "second_moment")
         }
+        state["steps"] = torch.zeros_like(counts)
         calls["difference"] = [
             functools.partial(
                 difference, upstream, counts, upstream * 0.9, estimator="adam", lr=1e-3,
-                steps=torch.zeros_like(counts), **state,
+                **state,
             )
         ]  # fmt: skip
         results["difference"] = lambda: list(state.values())

@@ -276,11 +276,26 @@ def test_graphs_and_many_elements() -> None:
     assert checks.one(check) == "cannot be captured: a CPU has no CUDA graphs"
 
 
+def test_the_loss_module_is_compared_with_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    checks.module(cpu, "cpu", "float32", False, {})
+    right = functional.mean_embedding
+
+    def wrong(features: list[Tensor], *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        if options["backend"] == "cpu":  # the last tap has no gradient
+            features = [*features[:-1], features[-1].detach()]
+        return right(features, *args, **options)
+
+    monkeypatch.setattr("dpmmd.nn.mean_embedding", wrong)
+    with pytest.raises(checks.Wrong, match="gradient of the images"):
+        checks.module(cpu, "cpu", "float32", False, {})
+
+
 def test_every_kind_of_check_is_in_the_full_list() -> None:
     full = checks.all_checks(Played(), ["torch", "triton"])
     found = {(c.backend, c.operation) for c in full}
     assert {o for b, o in found if b == "triton"} == {
-        "forward", "backward", "difference", "sums", "graph"
+        "forward", "backward", "difference", "sums", "graph", *checks.loss_options()
     }  # fmt: skip
     for words in (*checks.ODD, "2^31", "joint", "ball-per-tap", "float32", "K=1,", "K=6"):
         assert any(words in c.name for c in full if c.backend == "triton"), words

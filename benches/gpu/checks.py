@@ -13,13 +13,14 @@ where it must not takes its process along and no other.
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import math
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from time import sleep
 from typing import IO, Any
@@ -27,7 +28,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from benches.gpu.device import NoGraph, brief, poisoned
+from benches.gpu.device import NoGraph, brief, poisoned, tf32
 from dpmmd import backends, functional, reference
 from dpmmd.bounds import BOUNDS
 
@@ -45,7 +46,7 @@ class Check:
 
     Attributes:
         backend, operation: what it is a check of: "forward", "backward", "difference", "sums",
-            "graph".
+            "graph", "step", "step, injected", "step, in parts".
         name: the rest of what it is.
         run: raises `Wrong`, or whatever the operation raises.
         short: whether the sanitizer runs it too.
@@ -274,7 +275,7 @@ def bounded_sums_of(backend: str) -> Callable[..., None]:
         return bounded_sums
     if backend in ("cuda", "cpu"):
         module = importlib.import_module(f"dpmmd._{backend}")
-        return module.bounded_sums  # type: ignore[no-any-return]
+        return module.bounded_sums
     return _definition_of_sums
 
 
@@ -377,6 +378,43 @@ def huge(device: torch.device, backend: str, width: int, n: int = 34) -> None:
     _require(not bool(grad[:-1].any()), "gradients of images of the other class")
 
 
+# The loss module ---------------------------------------------------------------------------------
+
+
+def module(
+    device: torch.device, backend: str, precision: str, tiny: bool, options: dict[str, Any]
+) -> None:
+    """Loss and gradient of the images through an encoder, against plain torch on the device.
+
+    Both encoders compute in the same precision, but need not round in the same places.
+    """
+    from benches.gpu import inputs, steps
+    from dpmmd.nn import MMDLoss
+
+    scale = inputs.TINY if tiny else replace(inputs.TINY, encoder="vgg11", encoder_taps=None, n=9)
+    encoder = steps.encoder_of(scale, 32, precision, device)
+    release = steps.release_of(encoder, 3)
+    images = torch.rand(scale.n, 3, 32, 32)
+    y = (torch.arange(scale.n) % 2).to(device)
+    found = []
+    for core, more in ((backend, options), ("torch", {})):
+        x = images.to(device, copy=True).requires_grad_()
+        loss = MMDLoss(release, encoder, estimator="adam", lr=1e-2, backend=core, **more).train()
+        with tf32(False):
+            values = []
+            for _ in range(2):  # the first estimate is zero where its gradient is
+                x.grad = None
+                value = loss(x, y)
+                value.backward()
+                values.append(value.detach())
+        assert x.grad is not None
+        found.append((torch.stack(values).cpu(), x.grad.cpu()))
+    allowed = 1e-4 if precision == "float32" else 5e-2
+    for name, mine, plain in zip(("loss", "gradient of the images"), *found, strict=True):
+        error = distance([mine], [plain])
+        _require(error <= allowed, f"{name}: {error:.2e} from plain torch's, allowed {allowed:g}")
+
+
 # All of them -------------------------------------------------------------------------------------
 
 
@@ -447,6 +485,24 @@ def all_checks(device: Any, present: Sequence[str], tiny: bool = False) -> list[
                 add(backend, "graph", name, False, graph, device, backend, dtype, next(seed))
             width = 64 if tiny else 1 << 26
             add(backend, "backward", "2^31 elements", False, huge, where, backend, width)
+        for operation, options in loss_options().items() if backend != "torch" else ():
+            for precision in ("float32",) if tiny else ("float32", "bfloat16"):
+                text = f"loss and gradient of the images, {precision}"
+                args = (where, backend, precision, tiny, options)
+                add(backend, operation, text, False, module, *args)
+    return found
+
+
+def loss_options() -> dict[str, dict[str, Any]]:
+    """Operation -> arguments of MMDLoss: the plain loss, and what this version has beside it."""
+    from dpmmd.nn import MMDLoss
+
+    known = inspect.signature(MMDLoss.__init__).parameters
+    found: dict[str, dict[str, Any]] = {"step": {}}
+    if "inject" in known:
+        found["step, injected"] = {"inject": True}
+    if "micro_batch" in known:
+        found["step, in parts"] = {"micro_batch": 2}
     return found
 
 

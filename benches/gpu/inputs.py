@@ -22,6 +22,7 @@ class Scale:
         encoder_taps: which of its taps a step uses; None: all.
         n, pixels: images of a batch, sides of images.
         step: (side, images) of each training step that is timed.
+        precisions: of the encoder, in steps and releases; the first is the one that counts.
         width: base channels of the generator.
         classes: K where there are labels.
         train_steps: (few, many) steps of `dpmmd.train.train`; their difference is timed.
@@ -36,6 +37,7 @@ class Scale:
     n: int = 128
     pixels: tuple[int, ...] = (32, 64, 128, 256)
     step: tuple[tuple[int, int], ...] = ((32, 128), (128, 64))
+    precisions: tuple[str, ...] = ("bfloat16", "float32")
     width: int = 64
     classes: int = 10
     train_steps: tuple[int, int] = (40, 160)
@@ -53,6 +55,7 @@ TINY = Scale(
     n=3,
     pixels=(32,),
     step=((32, 2),),
+    precisions=("float32",),  # not every CPU computes in bfloat16
     width=4,
     classes=2,
     train_steps=(1, 2),

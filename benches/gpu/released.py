@@ -43,7 +43,7 @@ def released(
     measure: Measure, scale: Scale, present: Sequence[str], broken: set[tuple[str, str]]
 ) -> None:
     sound = [b for b in present if (b, "sums") not in broken]
-    for precision in ("bfloat16", "float32"):
+    for precision in scale.precisions:
         if measure.budget.fits(f"{RELEASE}, {precision}"):
             _released(measure, scale, precision, sound)
         measure.device.free()

@@ -7,7 +7,6 @@ loss.
 
 from __future__ import annotations
 
-import inspect
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 import dpmmd
 from benches.baselines import AuthorsStep
 from benches.gpu import operations
+from benches.gpu.checks import loss_options
 from benches.gpu.device import brief, tf32
 from benches.gpu.inputs import Scale
 from benches.gpu.measure import Call, Measure, Row
@@ -31,7 +31,7 @@ STEP, CAPTURED, TRAIN = "training step", "training step, captured", "dpmmd train
 FLOOR = "sum of the last tap"
 AUTHORS = {"eager, TF32 off": False, "eager, TF32 on": True}
 INJECTED = ", injected"
-NEEDS = {"forward", "backward", "difference"}
+NEEDS = {"forward", "backward", "difference", "step"}
 
 
 class Step:
@@ -99,24 +99,19 @@ def generator_of(scale: Scale, pixels: int, device: torch.device) -> nn.Module:
     )
 
 
-def takes(function: Any, name: str) -> bool:
-    """Whether a part of the library has an argument that not every version of it has."""
-    return name in inspect.signature(function).parameters
-
-
 def steps(
     measure: Measure, scale: Scale, present: Sequence[str], broken: set[tuple[str, str]]
 ) -> None:
     sound = [b for b in present if not {(b, o) for o in NEEDS} & broken]
     for pixels, batch in scale.step:
         small = pixels == scale.step[0][0]
-        for precision in ("bfloat16", "float32") if small else ("bfloat16",):
+        for precision in scale.precisions[: None if small else 1]:
             what = f"{STEP}, {pixels} px, {precision}"
             if not measure.budget.fits(what):
                 continue
             try:
                 replayable = operations.capturable(sound, broken)
-                _steps(measure, scale, pixels, batch, precision, sound, replayable, small)
+                _steps(measure, scale, pixels, batch, precision, sound, replayable, broken, small)
             except torch.OutOfMemoryError:
                 measure.budget.skip(what, "out of memory")
             except Exception as error:
@@ -133,6 +128,7 @@ def _steps(
     precision: str,
     sound: Sequence[str],
     replayable: Sequence[str],
+    broken: set[tuple[str, str]],
     small: bool,
 ) -> None:
     device = measure.device
@@ -176,16 +172,17 @@ def _steps(
     for backend in sound:
         options: dict[str, dict[str, Any]] = {backend: {}}
         if backend != "torch":
-            if takes(MMDLoss.__init__, "inject"):
+            more = {o for o in loss_options() if (backend, o) not in broken}
+            if "step, injected" in more:
                 options[backend + INJECTED] = {"inject": True}
-            if takes(MMDLoss.__init__, "micro_batch"):
+            if "step, in parts" in more:
                 part = max(1, batch // 4)
                 options[f"{backend}, {part} images at a time"] = {"micro_batch": part}
         for name, chosen in options.items():
             losses[name] = lambda backend=backend, chosen=chosen: MMDLoss(  # type: ignore[misc]
                 release, encoder, estimator="adam", backend=backend, **chosen
             ).train()
-    if not takes(MMDLoss.__init__, "inject"):
+    if "step, injected" not in loss_options():
         measure.budget.skip("gradient injection", "this version of dpmmd has none")
     for name, loss in losses.items():
         try:
@@ -196,7 +193,7 @@ def _steps(
         except Exception as error:
             measure.keep(Row(STEP, shape, precision, name, note=brief(error)))
             measure.errors.append(f"{STEP}, {name}: {brief(error)}")
-    if precision == "bfloat16" and scale.encoder == "vgg19":
+    if precision == scale.precisions[0] and scale.encoder == "vgg19":
         for name, allowed in AUTHORS.items():
 
             def authors(allowed: bool = allowed) -> Call:
@@ -223,7 +220,7 @@ def _steps(
     )
     if captured:
         measure(CAPTURED, shape, precision, captured, graph=True, items=batch)
-    if small and precision == "bfloat16" and sound:
+    if small and precision == scale.precisions[0] and sound:
         _trained(measure, scale, shape, precision, release, encoder, batch, sound[-1])
 
 

@@ -5,6 +5,7 @@ Only what stands in `benches.gpu.device.Cuda` is not run here.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -42,6 +43,7 @@ from dpmmd import functional
 from tests import interpreted
 
 ROOT = Path(__file__).resolve().parent.parent
+LIBRARY = inputs.library
 
 
 class Played(device.Host):
@@ -74,7 +76,8 @@ class Played(device.Host):
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Runs the program on a played device, with the CPU's core in the place of CUDA's."""
-    monkeypatch.setattr(inputs, "library", lambda _: (["torch", "cpu"], {"triton": "not here"}))
+    missing = {"triton": "ValueError: not here"}
+    monkeypatch.setattr(inputs, "library", lambda _: (["torch", "cpu"], missing))
 
     def go(*sections: str, on: Any = None) -> tuple[int, dict[str, Any]]:
         arguments = ["--tiny", "--sections", ",".join(sections or program.SECTIONS)]
@@ -345,6 +348,25 @@ def test_a_worker_says_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
 # What may be missing, or break -------------------------------------------------------------------
 
 
+def test_a_backend_that_is_there_and_breaks_is_an_error(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, backend: str, **__: Any) -> None:
+        if backend == "triton":
+            raise KeyError("no such register")
+        if backend == "cuda":
+            raise ValueError("backend='cuda': not in this build")
+
+    monkeypatch.setattr(functional, "mean_embedding", broken)
+    found, missing = LIBRARY(torch.device("cpu"))
+    assert found == ["torch"]
+    monkeypatch.setattr(inputs, "library", lambda _: ([], missing))
+    code, results = run("copy")
+    assert code == 1
+    assert results["errors"] == ["backend triton: KeyError: 'no such register'"]
+    assert len(results["skipped"]) == 2
+
+
 def test_out_of_memory_loses_a_row_and_nothing_else(
     run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -538,6 +560,84 @@ def test_at_most() -> None:
     with budget.at_most(0.2):
         pass
     time.sleep(0.3)  # nothing rings behind it
+
+
+# CUDA, played call by call -----------------------------------------------------------------------
+
+
+def test_what_the_device_asks_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    def says(word: str, result: Any = None) -> Any:
+        return lambda *_, **__: said.append(word) or result
+
+    @contextlib.contextmanager
+    def within(word: str) -> Any:
+        said.append(f"{word} begins")
+        yield
+        said.append(f"{word} ends")
+
+    found = SimpleNamespace(
+        name="NVIDIA Played 80GB", major=9, minor=0, multi_processor_count=132,
+        total_memory=80 * 10**9, L2_cache_size=50 * 10**6,
+    )  # fmt: skip
+    stream = SimpleNamespace(wait_stream=says("waits"))
+    event = SimpleNamespace(
+        record=says("record"), synchronize=says("wait"), elapsed_time=lambda _: 2.5
+    )
+    played = {
+        "current_device": lambda: 0,
+        "get_device_properties": lambda _: found,
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "stream": lambda _: within("side"),
+        "CUDAGraph": lambda: SimpleNamespace(replay=says("replay")),
+        "graph": lambda _: within("capture"),
+        "Event": lambda enable_timing: event,
+        "synchronize": says("synchronize"),
+        "memory_allocated": lambda _: 5,
+        "max_memory_allocated": lambda _: 9,
+        "reset_peak_memory_stats": says("reset"),
+        "empty_cache": says("empty"),
+    }
+    for name, value in played.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setenv("PATH", "")
+    cuda = device.Cuda()
+    assert cuda.seconds(says("run")) == 0.0025
+    assert said == ["record", "run", "record", "wait"]
+    said.clear()
+    replay = cuda.capture(says("run", 7))
+    assert said == [
+        "waits", "side begins", "run", "run", "side ends", "waits", "capture begins", "run",
+        "capture ends",
+    ]  # fmt: skip
+    said.clear()
+    assert replay() == 7
+    assert said == ["replay"]
+
+    def waits_for_the_device() -> None:
+        if said[-1] == "capture begins":
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(device.NoGraph, match="not permitted"):
+        cuda.capture(waits_for_the_device)
+
+    def takes_all() -> None:
+        if said[-1] == "capture begins":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        cuda.capture(takes_all)
+    said.clear()
+    assert (cuda.allocated(), cuda.peak(says("run"))) == (5, 9)
+    assert said == ["synchronize", "reset", "run", "synchronize"]
+    cuda.free()
+    assert said[-1] == "empty"
+    described = cuda.describe()
+    assert set(Played().describe()) <= set(described)
+    assert (described["gpu"], described["l2_mb"], described["driver"]) == (found.name, 50, "")
+    assert "H200" not in report.machine_line({"machine": described, "rows": []})
 
 
 # Launch parameters -------------------------------------------------------------------------------

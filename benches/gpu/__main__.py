@@ -127,6 +127,8 @@ def run(device: Any, options: argparse.Namespace, stood_in: Sequence[str] = ()) 
     present, missing = inputs.library(device.device)
     for name, why in missing.items():
         budget.skip(name, f"backend {name}: {why}")
+        if not why.startswith("ValueError"):  # it is there, and breaks
+            measure.errors.append(f"backend {name}: {why}")
     if stood_in:
         budget.skip("", f"not installed, stood in for: {', '.join(stood_in)}")
     results: dict[str, Any] = {

@@ -14,6 +14,7 @@ import site
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -125,7 +126,24 @@ def test_a_dry_run_of_everything(tmp_path: Path) -> None:
     assert str(ROOT) not in json.dumps(results)
 
 
-def test_a_run_on_a_played_device(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_on_a_played_device(
+    run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def authors(generator: Any, target: Tensor, batch: int, classes: int) -> Any:
+        seen.append((target.shape[1], batch, classes))
+        return lambda: seen.append(torch.backends.cudnn.allow_tf32)
+
+    def no_compiler(*_: Any, **__: Any) -> Any:
+        def fails(*_: Any) -> None:
+            raise RuntimeError("no compiler")
+
+        return fails
+
+    seen: list[Any] = []
+    before = torch.backends.cudnn.allow_tf32
+    monkeypatch.setattr(steps, "AuthorsStep", authors)
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    monkeypatch.setattr(inputs, "TINY", replace(inputs.TINY, compile=True, authors=True))
     played = Played()
     sections = ("checks", "copy", "kernels", "loss", "steps")
     code, results = run(*sections, on=played)
@@ -135,6 +153,10 @@ def test_a_run_on_a_played_device(run: Any, capsys: pytest.CaptureFixture[str]) 
     captured = rows_of(results, steps.CAPTURED)
     assert captured["cpu"]["how"] == captured[steps.FLOOR]["how"] == "graph"
     assert "torch" not in captured
+    assert set(steps.AUTHORS) <= set(rows_of(results, steps.STEP))
+    assert {(2, 2, 2), True, False} == set(seen)
+    assert torch.backends.cudnn.allow_tf32 == before
+    assert rows_of(results, operations.LOSS)["compile"]["note"] == "RuntimeError: no compiler"
     assert rows_of(results, f"{operations.LOSS}, replayed")["cpu"]["how"] == "graph"
     assert rows_of(results, steps.STEP)["cpu"]["peak_bytes"] == 2000
     assert "not here" in str(results["skipped"])

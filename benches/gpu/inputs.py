@@ -28,7 +28,7 @@ class Scale:
         train_steps: (few, many) steps of `dpmmd.train.train`; their difference is timed.
         release: (side, images of a batch, batches).
         rounds, seconds: see `measure.Measure`.
-        compile: whether torch.compile is measured.
+        compile, authors: whether torch.compile, and the authors' procedure, are measured.
     """
 
     taps: str = "VGG19"
@@ -45,6 +45,7 @@ class Scale:
     rounds: tuple[int, int] = (10, 50)
     seconds: float = 0.5
     compile: bool = True
+    authors: bool = True
 
 
 FULL = Scale()
@@ -63,6 +64,7 @@ TINY = Scale(
     rounds=(1, 1),
     seconds=0.0,
     compile=False,
+    authors=False,
 )
 
 

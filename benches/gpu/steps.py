@@ -193,7 +193,7 @@ def _steps(
         except Exception as error:
             measure.keep(Row(STEP, shape, precision, name, note=brief(error)))
             measure.errors.append(f"{STEP}, {name}: {brief(error)}")
-    if precision == scale.precisions[0] and scale.encoder == "vgg19":
+    if precision == scale.precisions[0] and scale.authors:
         for name, allowed in AUTHORS.items():
 
             def authors(allowed: bool = allowed) -> Call:
@@ -225,7 +225,7 @@ def _steps(
 
 
 def exact(call: Call, precision: str) -> Call:
-    """ "float32" is float32: TF32 off."""
+    """The step as its precision says: where that is float32, without TF32."""
     if precision != "float32":
         return call
 

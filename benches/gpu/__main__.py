@@ -171,7 +171,7 @@ def run(device: Any, options: argparse.Namespace, stood_in: Sequence[str] = ()) 
         "sanitizer": Section("sanitizer", 45, sanitize),
         "copy": Section("copy", 10, lambda: operations.copy(measure, scale)),
         "kernels": Section("kernels", 60, kernels),
-        "loss": Section("loss", 80, lambda: operations.loss(measure, scale, present, broken)),
+        "loss": Section("loss", 110, lambda: operations.loss(measure, scale, present, broken)),
         "steps": Section("steps", 100, lambda: steps.steps(measure, scale, present, broken)),
         "release": Section(
             "release", 40, lambda: released.released(measure, scale, present, broken)

@@ -367,6 +367,30 @@ def test_a_worker_says_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
     assert (outcome.passed, list(outcome.failed), outcome.missed) == (3, ["b, o: 3"], 1)
 
 
+def test_what_a_worker_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    probed: list[Any] = []
+
+    def library(_: Any, names: Any) -> Any:
+        probed.append(names)
+        return [n for n in ("torch", "cpu") if n != "torch" or n in names], {}
+
+    monkeypatch.setattr(inputs, "library", library)
+    for part in ("sanitize", "0/8/1"):
+        assert program.worker(device.Host(), program.arguments(["--tiny", "--part", part])) == 0
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert len(lines) >= 2
+        assert all(line.get("why") is None for line in lines)
+    assert probed == [("triton", "cuda"), inputs.BACKENDS]  # torch's kernels are not sanitized
+
+    def wrong(*_: Any) -> None:
+        raise checks.Wrong("no")
+
+    monkeypatch.setattr(checks, "embedding", wrong)
+    assert program.worker(device.Host(), program.arguments(["--tiny", "--part", "sanitize"])) == 1
+
+
 # What may be missing, or break -------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -101,10 +102,15 @@ def target(like: Case, device: torch.device) -> Tensor:
     return torch.rand(shape, generator=rng, device=device).mul_(2 / like.dim**0.5)
 
 
-def library(device: torch.device) -> tuple[list[str], dict[str, str]]:
+BACKENDS = ("torch", "triton", "cuda")
+
+
+def library(
+    device: torch.device, names: Sequence[str] = BACKENDS
+) -> tuple[list[str], dict[str, str]]:
     """The library's backends that run on the device, the plain one first; why others do not."""
     found, missing = [], {}
-    for name in ("torch", "triton", "cuda"):
+    for name in names:
         try:
             functional.mean_embedding([torch.ones(2, 8, device=device)], backend=name)
             found.append(name)

@@ -211,18 +211,28 @@ def train(
     lr: Annotated[float | None, typer.Option(help="Adam's learning rate.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of weights and latent points.")] = None,
     weights: Annotated[str | None, typer.Option(help="The encoder's weight file.")] = None,
+    elastic: Annotated[
+        bool,
+        typer.Option("--elastic", help="Resume what another number of processes has begun."),
+    ] = False,
     device: Device = "auto",
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Train a generator on a release. Costs no privacy. Ctrl-C keeps a checkpoint."""
+    """Train a generator on a release. Costs no privacy. Ctrl-C keeps a checkpoint.
+
+    Over several processes: `torchrun --nproc-per-node 2 -m dpmmd train RELEASE --out run/`.
+    """
     import dpmmd
     from dpmmd import recipe as recipes
     from dpmmd import train as training
+    from dpmmd.distributed import join
     from dpmmd.run import choose_device
 
     where = choose_device(device)
     settings, _ = recipes.read(recipe)
+    group = join()
+    first = group is None or group.rank() == 0
     released = dpmmd.Release.load(release)
     given = {"steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed}
     chosen = recipes.revised(settings.train, given)
@@ -232,7 +242,7 @@ def train(
     recorded = released.metadata.selection_encoder
     selection = None if recorded is None else dpmmd.encoders.from_spec(recorded).to(where)
     checkpoint = out / "checkpoints" / training.CHECKPOINT
-    if checkpoint.exists() and not quiet:
+    if checkpoint.exists() and first and not quiet:
         _say(f"resumes at step {training.load_checkpoint(checkpoint)['step']} of {chosen.steps}")
     trained = training.train(
         released,
@@ -241,8 +251,12 @@ def train(
         generator_settings=settings.generator,
         selection_encoder=selection,
         out=out,
+        process_group=group,
+        elastic=elastic,
         progress=not quiet,
     )
+    if not first:
+        return
     result = {
         "checkpoint": str(checkpoint),
         "step": trained.step,
@@ -630,6 +644,9 @@ def main() -> None:
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         _say(f"error: {error}")
         sys.exit(2)
+    finally:
+        if "dpmmd.distributed" in sys.modules:  # processes that do not part properly are aborted
+            sys.modules["dpmmd.distributed"].leave()
 
 
 if __name__ == "__main__":

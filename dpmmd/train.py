@@ -13,15 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
+from dpmmd.distributed import Team, require_same, synchronise_batch_norm
 from dpmmd.encoders import Encoder
 from dpmmd.files import write_atomically
 from dpmmd.functional import mean_embedding
@@ -30,12 +32,16 @@ from dpmmd.nn import MMDLoss, check_encoder
 from dpmmd.privacy.release_file import Release
 from dpmmd.recipe import GeneratorSection, TrainSection
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 CHECKPOINT = "last.pt"
 _FORMAT = 1
 # On the result, but for rounding.
 _WITHOUT_EFFECT = {"checkpoint_every", "log_every", "grid_every", "graph", "compile"}
 _GRAPHED_ON = ("cuda",)
 _WARM_UP_STEPS = 3
+_AGREE_EVERY = 10  # steps
 
 
 class CheckpointError(ValueError):
@@ -73,6 +79,8 @@ def train(
     generator_settings: GeneratorSection | None = None,
     selection_encoder: Encoder | None = None,
     out: str | Path | None = None,
+    process_group: ProcessGroup | None = None,
+    elastic: bool = False,
     progress: bool = True,
 ) -> Trained:
     """Trains a generator to match a release.
@@ -90,6 +98,12 @@ def train(
             ``settings.checkpoint_every`` steps; the private data are not looked at again.
         out: folder for ``checkpoints/last.pt`` and TensorBoard logs. A checkpoint found there is
             resumed from; on a CPU the result is the same bit for bit as without interruption.
+        process_group: train over all its processes, each of which calls this with the same
+            arguments. They share every batch (``settings.batch_size`` is that of all together), and
+            what is trained is what one process would, up to rounding: class means, batch norms and
+            gradients go over the whole batch. The first process writes ``out``; the others need not
+            see that folder.
+        elastic: go on from a checkpoint that another number of processes has written.
         progress: show a progress bar on standard error.
 
     Returns:
@@ -97,7 +111,8 @@ def train(
 
     Raises:
         CheckpointError: the checkpoint in ``out`` cannot be used.
-        ValueError: ``settings.graph`` elsewhere than on a CUDA device.
+        ValueError: ``settings.graph`` elsewhere than on a CUDA device or over several processes, a
+            batch of fewer images than processes, or processes that were not started alike.
         TypeError: ``generator`` has no attribute ``z_dim``.
         PrivacyError: release and encoder do not belong together.
         KeyboardInterrupt: after a checkpoint has been written.
@@ -107,6 +122,8 @@ def train(
         release.metadata.image_shape
     )
     device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
+    team = Team(process_group, device)
+    _check_team(team, release, encoder, settings, generator_settings)
     if settings.graph and device.type not in _GRAPHED_ON:
         raise ValueError(
             f"settings.graph=True with the encoder on {device}: only CUDA devices have graphs; "
@@ -132,19 +149,60 @@ def train(
         estimator=settings.estimator,
         decay=settings.estimator_decay,
         lr=settings.estimator_lr,
+        process_group=process_group,
     ).train()
     optimizer = _adam(generator, settings, device)
     selection = None
     if selection_encoder is not None:
         selection = _Selection(release, selection_encoder, device)
-    run = _Run(generator, optimizer, loss, rng, settings, release, record, selection)
+    run = _Run(generator, optimizer, loss, rng, settings, release, record, selection, team)
     folder = None if out is None else Path(out) / "checkpoints"
-    if folder is not None and (folder / CHECKPOINT).exists():
-        run.restore(load_checkpoint(folder / CHECKPOINT))
+    if folder is not None:
+        state = team.from_first(lambda: _found(folder / CHECKPOINT))
+        if state is not None:
+            run.restore(state, elastic=elastic)
     if run.step < settings.steps:
+        run.spread()
         with _compiled([generator, encoder.backbone] if settings.compile else []):
             _loop(run, device, num_classes, folder, progress)
     return run.result()
+
+
+def _check_team(
+    team: Team,
+    release: Release,
+    encoder: Encoder,
+    settings: TrainSection,
+    generator_settings: GeneratorSection,
+) -> None:
+    """Refuses, in every process, processes that would not train one thing together."""
+    if team.group is None:
+        return
+    import dpmmd
+
+    alike = {
+        "version": dpmmd.__version__,
+        "release": release.metadata.array_sha256,
+        "encoder": encoder.spec(),
+        "settings": settings.model_dump(mode="json"),
+        "generator_settings": generator_settings.model_dump(mode="json"),
+    }
+    for name, value in alike.items():
+        require_same(name, value, team.group)
+    if settings.batch_size < team.size:
+        raise ValueError(
+            f"settings.batch_size={settings.batch_size}: expected at least one image for each of "
+            f"the {team.size} processes; start fewer, or use larger batches."
+        )
+    if settings.graph:
+        raise ValueError(
+            f"settings.graph=True with {team.size} processes: a graph holds the step of one "
+            "process alone; leave graph out, or train in one process."
+        )
+
+
+def _found(checkpoint: Path) -> dict[str, Any] | None:
+    return load_checkpoint(checkpoint) if checkpoint.exists() else None
 
 
 def build_generator(settings: GeneratorSection, num_classes: int | None) -> nn.Module:
@@ -216,7 +274,9 @@ def _loop(
     folder: Path | None,
     progress: bool,
 ) -> None:
-    settings = run.settings
+    settings, team = run.settings, run.team
+    if team.rank:  # the first process alone writes
+        folder, progress = None, False
     logs = _Logs(None if folder is None else folder.parent / "tensorboard", run.step)
     started, before = perf_counter(), run.seconds
     bar = tqdm(
@@ -228,9 +288,16 @@ def _loop(
     )
     run.prepare(device, num_classes)
     with bar, logs, _seeded_state(run), _deferred_interrupt() as interrupted:
-        while run.step < settings.steps and not interrupted:
+        if team.rank:  # each its own, for dropout in a user's generator
+            torch.manual_seed(settings.seed + 1_000_003 * team.rank + run.step)
+        stop = False
+        while run.step < settings.steps and not stop:
             value = run.advance()
             bar.update()
+            due = run.step == settings.steps or run.step % settings.checkpoint_every == 0
+            # Processes stop at the same step, or those left would wait for the others.
+            if team.size == 1 or run.step % _AGREE_EVERY == 0 or due:
+                stop = team.any(bool(interrupted))
             if run.step % settings.log_every == 0:
                 number = value.item()
                 bar.set_postfix(loss=f"{number:.4f}", refresh=False)
@@ -238,12 +305,12 @@ def _loop(
             if run.step % settings.grid_every == 0 and logs.active:
                 logs.grid(run.step, sample_grid(run.averaged.module, num_classes, device))
             run.seconds = before + perf_counter() - started
-            due = run.step == settings.steps or run.step % settings.checkpoint_every == 0
             if due and run.selection is not None:
                 logs.scalars(run.step, selection=run.compare())
-            if folder is not None and (due or interrupted):
+            if folder is not None and (due or stop):
                 run.save(folder)
-    if interrupted:
+    team.wait()  # for the checkpoint
+    if stop:
         raise KeyboardInterrupt
 
 
@@ -287,8 +354,10 @@ class _Run:
         release: Release,
         record: dict[str, Any],
         selection: _Selection | None,
+        team: Team,
     ) -> None:
         self.generator, self.optimizer, self.loss = generator, optimizer, loss
+        self.model, self.team = generator, team
         self.averaged = AveragedModel(generator, multi_avg_fn=self._average, use_buffers=True)
         self.rng, self.settings = rng, settings
         self.metadata, self.record = release.metadata, record
@@ -320,13 +389,26 @@ class _Run:
             self.step if self.best is None else self.best["step"],
         )
 
+    def spread(self) -> None:
+        """Makes the generator that of all processes, whose weights are equal."""
+        group = self.team.group
+        if group is None:
+            return
+        synchronise_batch_norm(self.generator, group)
+        with _seeded_state(self):  # DistributedDataParallel may draw
+            self.model = DistributedDataParallel(
+                self.generator, process_group=group, broadcast_buffers=False
+            )
+
     def prepare(self, device: torch.device, num_classes: int | None) -> None:
         """Before the first call of `advance`: places for a step's inputs, and its graph."""
         n = self.settings.batch_size
-        self.z = torch.zeros(n, int(self.generator.z_dim), device=device)  # type: ignore[arg-type]
+        whole = torch.zeros(n, int(self.generator.z_dim))  # type: ignore[arg-type]
+        self.whole = whole.shape
+        self.z = self.team.share(whole).to(device)
         self.y = None
         if num_classes is not None:
-            self.y = balanced_labels(n, num_classes).to(device)
+            self.y = self.team.share(balanced_labels(n, num_classes)).to(device)
         self.num_classes = num_classes
         self.decay = torch.zeros((), device=device)  # of the weights' average, in a graph
         self.value = torch.zeros((), device=device)
@@ -342,7 +424,7 @@ class _Run:
                 group["lr"].fill_(rate(settings, self.step))
             else:
                 group["lr"] = rate(settings, self.step)
-        self._fill(self.z, torch.randn(self.z.shape, generator=self.rng))
+        self._fill(self.z, torch.randn(self.whole, generator=self.rng))
         if self.y is not None and self.num_classes is not None:
             self._fill(self.y, balanced_labels(n, self.num_classes, offset=self.step * n))
         first = int(self.averaged.n_averaged) == 0
@@ -354,9 +436,9 @@ class _Run:
         self.global_rng = torch.get_rng_state()
         return self.value
 
-    @staticmethod
-    def _fill(place: Tensor, values: Tensor) -> None:
+    def _fill(self, place: Tensor, whole: Tensor) -> None:
         """Copies from the host without waiting: pinned memory is not reused before it is read."""
+        values = self.team.share(whole)
         if place.is_cuda:
             values = values.pin_memory()
         place.copy_(values, non_blocking=True)
@@ -364,7 +446,7 @@ class _Run:
     def _work(self) -> None:
         """What the device does in a step: the same kernels each time, and no reads by the host."""
         self.optimizer.zero_grad(set_to_none=True)
-        value = self.loss(self.generator(self.z, self.y), self.y)
+        value = self.loss(self.model(self.z, self.y), self.y)
         value.backward()
         self.optimizer.step()
         if self.settings.graph:
@@ -436,6 +518,7 @@ class _Run:
             "format": _FORMAT,
             "step": self.step,
             "seconds": self.seconds,
+            "processes": self.team.size,
             "private": self.metadata.private,
             "array_sha256": self.metadata.array_sha256,
             "num_classes": self.metadata.num_classes if self.labelled else None,
@@ -454,7 +537,14 @@ class _Run:
         torch.save(state, temporary)
         temporary.replace(folder / CHECKPOINT)
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Any], *, elastic: bool = False) -> None:
+        written_by = state.get("processes", 1)
+        if written_by != self.team.size and not elastic:
+            raise CheckpointError(
+                f"checkpoint: written by {written_by} process(es), now there are "
+                f"{self.team.size}; start as many, or pass elastic=True (--elastic) to go on with "
+                "another number."
+            )
         if state["array_sha256"] != self.metadata.array_sha256:
             raise CheckpointError(
                 "checkpoint: it belongs to another release; train in another folder, or remove "

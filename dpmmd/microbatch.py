@@ -132,7 +132,7 @@ class _Order:
 
 
 class _MicroBatched(torch.autograd.Function):
-    """Saved for backward: the images, the gradient in the means [M, K, D], the last chunk's graph."""
+    """Saved for backward: images, the gradient in the means [M, K, D], the last chunk's graph."""
 
     @staticmethod
     def forward(
@@ -167,13 +167,13 @@ class _MicroBatched(torch.autograd.Function):
             except Exception as error:
                 failed = error
             if failed is not None:
-                ctx.kept = x = part = None
+                ctx.kept = x = part = None  # type: ignore[assignment]
                 _retry(failed, chunk)
                 continue
             assert means is not None
             if means is not part:
-                for column, (k, weight) in enumerate(zip(classes.tolist(), share.tolist())):
-                    means[:, k].add_(part[:, column], alpha=weight)
+                for column, k in enumerate(classes.tolist()):
+                    means[:, k].add_(part[:, column], alpha=float(share[column]))
             del x, part
             start = stop
         assert means is not None
@@ -225,7 +225,7 @@ def _second_sweep(ctx: Any, images: Tensor, gradient: Tensor, grad: Tensor) -> T
             order.put(out, a, b, dx)
         except Exception as error:
             failed = error
-        x = part = upstream = dx = None
+        x = part = upstream = dx = None  # type: ignore[assignment]
         if failed is not None:  # what was kept is computed again
             kept = None
             _retry(failed, chunk)

@@ -6,6 +6,7 @@ import contextlib
 import io
 import math
 import signal
+import sys
 import threading
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
+from dpmmd import plan
 from dpmmd.encoders import Encoder
 from dpmmd.files import write_atomically
 from dpmmd.functional import mean_embedding
@@ -32,7 +34,7 @@ from dpmmd.recipe import GeneratorSection, TrainSection
 
 CHECKPOINT = "last.pt"
 _FORMAT = 1
-_WITHOUT_EFFECT = {"checkpoint_every", "log_every", "grid_every"}  # on the result
+_WITHOUT_EFFECT = {"checkpoint_every", "log_every", "grid_every", "memory"}  # on the result
 
 
 class CheckpointError(ValueError):
@@ -96,6 +98,7 @@ def train(
         CheckpointError: the checkpoint in ``out`` cannot be used.
         TypeError: ``generator`` has no attribute ``z_dim``.
         PrivacyError: release and encoder do not belong together.
+        PlanError: ``settings.memory`` is not enough for a step.
         KeyboardInterrupt: after a checkpoint has been written.
     """
     settings = settings or TrainSection()
@@ -117,12 +120,21 @@ def train(
             )
         record = {"name": type(generator).__qualname__}
     generator = generator.to(device).train()
+    planned: dict[str, Any] = {}
+    if settings.memory is not None:
+        statement = {key: getattr(release.metadata, key) for key in plan.STATEMENT}
+        chosen = plan.make(settings.memory, encoder, generator, statement, settings)
+        print(chosen, file=sys.stderr)
+        planned = {"micro_batch": chosen.micro_batch, "state": chosen.state}
+        if chosen.recompute:
+            generator.recompute = True  # type: ignore[assignment]
     loss = MMDLoss(
         release,
         encoder,
         estimator=settings.estimator,
         decay=settings.estimator_decay,
         lr=settings.estimator_lr,
+        **planned,
     ).train()
     optimizer = torch.optim.Adam(
         generator.parameters(), lr=settings.lr, betas=settings.betas, foreach=True

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from dpmmd._memory import Meter, return_memory_at_once
-from dpmmd.encoders import Encoder
+from dpmmd.data.named import NAMED
+from dpmmd.encoders import Encoder, load
 from dpmmd.nn import MMDLoss
 from dpmmd.privacy.release_file import Metadata, Release
-from dpmmd.recipe import TrainSection
+from dpmmd.recipe import EncoderSection, Recipe, TrainSection
 
 _STATE = {"batch": 0, "unbiased": 0, "ema": 1, "adam": 3}  # vectors beside the target
 _PROBE_BYTES = 96 << 20  # of a measurement: far above the pages that come and go by themselves
@@ -71,6 +72,19 @@ class Plan:
         """JSON-able."""
         bytes_, seconds = self.whole
         return {**asdict(self), "whole": {"peak": bytes_, "seconds": seconds}}
+
+    def rows(self) -> list[tuple[str, str]]:
+        """For a table."""
+        return [
+            ("device", self.device),
+            ("images through the encoder at a time", f"{self.micro_batch} of {self.batch_size}"),
+            ("generator blocks computed again", "yes" if self.recompute else "no"),
+            ("target and estimate on the", self.state),
+            ("predicted peak", f"{size(self.peak)} of {size(self.budget)}"),
+            ("predicted time of a step", f"{self.seconds:.3g} s"),
+            ("the least peak possible", size(self.least)),
+            ("in one piece", f"{size(self.whole[0])}, {self.whole[1]:.3g} s"),
+        ]
 
     def __str__(self) -> str:
         whole = self.micro_batch == self.batch_size
@@ -185,6 +199,60 @@ def make(
     )
 
 
+def of_recipe(settings: Recipe, memory: str, device: torch.device) -> Plan:
+    """The plan of a recipe's training, without a look at its data.
+
+    Args:
+        settings: the recipe.
+        memory: see `parse`.
+        device: where it would train.
+
+    Raises:
+        PlanError: as `make`, or the recipe does not say which size the images have.
+    """
+    data, wanted = settings.data, settings.release
+    known = NAMED[data.source].shape if data.source in NAMED else None
+    side = data.image_size if data.image_size is not None else known and known[1:]
+    if settings.generator.image_size is None and side is None:
+        raise PlanError(
+            f"recipe: it does not say which size the images of {data.source!r} have, and a plan "
+            "does not open them; set image_size in [generator] or [data]."
+        )
+    height, width = (side, side) if isinstance(side, int) else (side or (0, 0))
+    shape = (data.channels or (known[0] if known else 3), height, width)
+    from dpmmd.train import build_generator  # which imports this module
+
+    encoder = _loaded(settings.encoder).to(device)
+    # It is held beside the other while training runs.
+    selection = None if settings.selection is None else _loaded(settings.selection).to(device)
+    generator = build_generator(settings.generator.completed(shape), data.num_classes).to(device)
+    common = sum(tap.size for tap in encoder.taps[: wanted.shared_taps])
+    classes = data.num_classes or 1
+    numbers = len(wanted.moments) * (classes * (encoder.dim - common) + common)
+    plan = make(
+        memory,
+        encoder,
+        generator,
+        {
+            "moments": wanted.moments,
+            "bound": wanted.bound,
+            "clip": wanted.clip,
+            "joint_weight": wanted.joint_weight,
+            "num_classes": classes,
+            "labelled": data.num_classes is not None,
+            "shared_taps": wanted.shared_taps,
+        },
+        settings.train,
+        held=4 * numbers if device.type == "cpu" else 0,  # the release
+    )
+    del selection
+    return plan
+
+
+def _loaded(section: EncoderSection) -> Encoder:
+    return load(**{key: getattr(section, key) for key in type(section).model_fields})
+
+
 @dataclass(frozen=True)
 class _Choice:
     micro_batch: int
@@ -255,7 +323,9 @@ class _Model:
         self.other = 4 * self.weights + buffers  # gradient, Adam's two, the average
         self.offload = self.device.type != "cpu"
         with torch.random.fork_rng(), torch.enable_grad():
-            self._measure(generator)
+            shape = self._measure_generator(generator)
+            self.image_bytes = 4 * math.prod(shape)
+            self._measure_loss(shape)
 
     def candidates(self) -> Iterator[_Choice]:
         sizes = sorted({math.ceil(self.n / parts) for parts in range(1, self.n + 1)})
@@ -296,7 +366,8 @@ class _Model:
         """The most classes that a chunk of a batch with classes in turn has."""
         return min(self.classes, m, math.ceil((m - 1) / max(1.0, self.n / self.classes)) + 1)
 
-    def _measure(self, generator: nn.Module) -> None:
+    def _measure_generator(self, generator: nn.Module) -> list[int]:
+        """Returns (C, H, W) of its images."""
         probe = copy.deepcopy(generator).train()
         probe.zero_grad(set_to_none=True)
         latent = int(probe.z_dim)  # type: ignore[arg-type]
@@ -320,11 +391,11 @@ class _Model:
         self.generator: dict[bool, _Pass] = {}
         for recompute in (False, True) if hasattr(probe, "recompute") else (False,):
             if hasattr(probe, "recompute"):
-                probe.recompute = recompute
+                probe.recompute = recompute  # type: ignore[assignment]
             self.generator[recompute] = self._line(make, backward, least=2)
-        del probe
-        self.image_bytes = 4 * math.prod(shape)
+        return shape
 
+    def _measure_loss(self, shape: list[int]) -> None:
         loss = self._loss("device")
 
         def embed(m: int) -> Callable[[], Any]:
@@ -372,14 +443,16 @@ class _Model:
 
     def _sweep(self, loss: MMDLoss, shape: list[int]) -> tuple[_Line, _Line]:
         """Bytes and seconds of a chunk without a graph."""
-        found = []
-        for m in self.sizes:
+
+        @torch.no_grad()
+        def once(m: int) -> tuple[int, int, float]:
             x = torch.rand(m, *shape, device=self.device)
             self.meter.settle()
             before = self.meter.used()
-            with torch.no_grad():
-                peak, seconds, _ = self.meter(lambda x=x: loss._embed(x, None, 1))
-            found.append((m, peak - before, seconds))
+            peak, seconds, _ = self.meter(lambda: loss._embed(x, None, 1))
+            return m, peak - before, seconds
+
+        found = [once(m) for m in self.sizes]
         return (
             _Line.through([(m, bytes_) for m, bytes_, _ in found]),
             _Line.through([(m, seconds) for m, _, seconds in found]).of_time(self.sizes[-1]),

@@ -142,6 +142,8 @@ def train(
     selection = None
     if selection_encoder is not None:
         selection = _Selection(release, selection_encoder, device)
+        if "micro_batch" in planned:
+            selection.at_once = min(selection.at_once, planned["micro_batch"])
     run = _Run(generator, optimizer, loss, rng, settings, release, record, selection)
     folder = None if out is None else Path(out) / "checkpoints"
     if folder is not None and (folder / CHECKPOINT).exists():
@@ -212,7 +214,8 @@ def _loop(
                 bar.set_postfix(loss=f"{number:.4f}", refresh=False)
                 logs.scalars(run.step, loss=number, lr=rate(settings, run.step - 1))
             if run.step % settings.grid_every == 0 and logs.active:
-                logs.grid(run.step, sample_grid(run.averaged.module, num_classes, device))
+                at_once = settings.batch_size if settings.memory is not None else None
+                logs.grid(run.step, sample_grid(run.averaged.module, num_classes, device, at_once))
             run.seconds = before + perf_counter() - started
             due = run.step == settings.steps or run.step % settings.checkpoint_every == 0
             if due and run.selection is not None:
@@ -233,16 +236,20 @@ class _Selection:
         self.target, self.encoder = target[None].to(device), encoder  # [1, K, D']
         self.num_classes = release.num_classes
         self.labelled = release.metadata.labelled
+        self.at_once = 250  # images through the encoder; twice as many through the generator
 
     @torch.no_grad()
     def score(self, generator: nn.Module, per_class: int = 200) -> float:
         """The same latent points at every call: differences are the generator's."""
         n = per_class * self.num_classes
-        images, y = sample(generator, n, self.num_classes if self.labelled else None, seed=1)
+        classes = self.num_classes if self.labelled else None
+        images, y = sample(generator, n, classes, batch_size=2 * self.at_once, seed=1)
         labels = torch.zeros(n, dtype=torch.int64) if y is None else torch.from_numpy(y)
         sums, device = torch.zeros_like(self.target), self.target.device
         for x, part in zip(
-            torch.from_numpy(images).split(250), labels.to(device).split(250), strict=True
+            torch.from_numpy(images).split(self.at_once),
+            labels.to(device).split(self.at_once),
+            strict=True,
         ):
             features = self.encoder(x.to(device).float() / 255)
             means, counts = mean_embedding(features, part, self.num_classes)
@@ -503,11 +510,16 @@ def sample(
 
 
 def sample_grid(
-    generator: nn.Module, num_classes: int | None, device: torch.device, columns: int = 10
+    generator: nn.Module,
+    num_classes: int | None,
+    device: torch.device,
+    at_once: int | None = None,
+    columns: int = 10,
 ) -> np.ndarray:
     """uint8 [C, H', W']: a row per class (or ten rows), the same latent points on every call.
 
-    Leaves the generator's mode and torch's global random state as they are.
+    ``at_once`` images go through the generator together; None: all. The generator's mode and
+    torch's global random state stay as they are.
     """
     rows = num_classes or 10
     rng = torch.Generator().manual_seed(0)
@@ -518,7 +530,12 @@ def sample_grid(
     training = generator.training
     generator.eval()
     with torch.no_grad(), _seeded(0):
-        images = generator(z, y).clamp(0, 1).mul(255).round().to(torch.uint8).cpu().numpy()
+        size = at_once or len(z)
+        parts = [
+            generator(part, None if y is None else y[i * size : (i + 1) * size])
+            for i, part in enumerate(z.split(size))
+        ]
+        images = torch.cat(parts).clamp(0, 1).mul(255).round().to(torch.uint8).cpu().numpy()
     generator.train(training)
     return tile(images, columns)
 

@@ -417,6 +417,43 @@ def run(
 
 
 @app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name (`dpmmd recipes`) or .toml file.")],
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Budget: 8GiB, 500MB, or 0.8 of what is free. Default: that of the recipe."
+        ),
+    ] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """How training of a recipe would fit into a memory budget: predicted peak and time of a step.
+
+    Measures a few small batches of random images on the device. Reads no data and no release.
+    """
+    from dpmmd import plan as planning
+    from dpmmd import recipe as recipes
+    from dpmmd.run import choose_device
+
+    where = choose_device(device)
+    settings, _ = recipes.read(recipe)
+    memory = memory or settings.train.memory
+    if memory is None:
+        raise ValueError(
+            "--memory: the recipe has no [train] memory; give a budget such as --memory 8GiB."
+        )
+    found = planning.of_recipe(settings, memory, where)
+    if as_json:
+        _print_json(found.facts())
+        return
+    table = Table(show_header=False)
+    for name, value in found.rows():
+        table.add_row(name, value)
+    _console().print(table)
+
+
+@app.command()
 def recipes(as_json: Json = False) -> None:
     """List the recipes that come with dpmmd."""
     from dpmmd import recipe as module

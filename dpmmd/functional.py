@@ -280,13 +280,24 @@ def _check(
     if labels is None:
         if num_classes != 1:
             raise ValueError(f"labels=None: expected labels, since num_classes={num_classes}.")
-    elif (
+    else:
+        _check_labels(labels, first)
+
+
+def check_labels(labels: Tensor, like: Tensor, num_classes: int) -> None:
+    """Refuses labels that are not int64 [n] on the device of ``like`` [n, ...], in 0..K-1."""
+    _check_labels(labels, like)
+    _checked_values(labels, like, num_classes)
+
+
+def _check_labels(labels: Tensor, like: Tensor) -> None:
+    if (
         labels.dtype != torch.int64
-        or labels.shape != (first.shape[0],)
-        or labels.device != first.device
+        or labels.shape != (like.shape[0],)
+        or labels.device != like.device
     ):
         raise ValueError(
-            f"labels: {_brief(labels)}, expected int64 [{first.shape[0]}] on {first.device}."
+            f"labels: {_brief(labels)}, expected int64 [{like.shape[0]}] on {like.device}."
         )
 
 
@@ -714,7 +725,7 @@ def _(means: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
     return value.new_empty(())
 
 
-class _Once(torch.autograd.Function):
+class Once(torch.autograd.Function):
     """A gradient that is known as a number, not as a function of the means."""
 
     @staticmethod
@@ -731,7 +742,7 @@ def _save_gradient(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tens
 def _give_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     means, gradient = ctx.saved_tensors
     if torch.is_grad_enabled():  # create_graph=True
-        return _Once.apply(means, gradient * grad), None, None
+        return Once.apply(means, gradient * grad), None, None
     # A plain 1, the usual case, costs no pass and no memory. While a graph is traced (the tensor
     # is of another class then) there is no value to look at.
     if type(grad) is Tensor and float(grad) == 1.0:

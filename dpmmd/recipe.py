@@ -120,7 +120,8 @@ class TrainSection(_Section):
 
     ``lr`` decays to zero over the steps by ``schedule``; ``ema_decay`` averages the weights that
     images are sampled from (0: the last weights). ``graph`` records the whole step once as a CUDA
-    graph and replays it; ``compile`` runs generator and encoder through torch.compile.
+    graph and replays it; ``compile`` runs generator and encoder through torch.compile. ``memory``
+    is a budget for a step, such as "8GiB", or a fraction of what is free, "0.8": see `dpmmd.plan`.
     """
 
     steps: int = Field(default=2000, ge=1)
@@ -139,6 +140,7 @@ class TrainSection(_Section):
     checkpoint_every: int = Field(default=500, ge=1)
     log_every: int = Field(default=20, ge=1)
     grid_every: int = Field(default=500, ge=1)
+    memory: str | None = Field(default=None, pattern=r"^\s*[\d.]+\s*([KMGT]i?B)?\s*$")
 
 
 class SampleSection(_Section):

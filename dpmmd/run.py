@@ -278,6 +278,9 @@ def _sample(
         say(f"sample: found {path}, finished; re-used")
         return
     say(f"sample: {settings.sample.num_images} images")
+    at_once = settings.sample.batch_size
+    if settings.train.memory is not None:
+        at_once = min(at_once, settings.train.batch_size)
     with measured.stage("sample"):
         write_samples(
             trained,
@@ -285,7 +288,7 @@ def _sample(
             settings.sample.num_images,
             settings.data.num_classes,
             picture=out / "samples.png",
-            batch_size=settings.sample.batch_size,
+            batch_size=at_once,
             seed=settings.sample.seed,
             progress=progress,
         )
@@ -315,7 +318,8 @@ def write_samples(
         progress=progress,
     )
     device = next(trained.generator.parameters()).device
-    train.save_png(picture, train.sample_grid(trained.generator, num_classes, device))
+    grid = train.sample_grid(trained.generator, num_classes, device, batch_size)
+    train.save_png(picture, grid)
     write_npz(path, images, labels, overwrite=overwrite)
 
 

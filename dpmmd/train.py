@@ -6,6 +6,7 @@ import contextlib
 import io
 import math
 import signal
+import sys
 import threading
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
+from dpmmd import plan
 from dpmmd.distributed import Team, require_same, synchronise_batch_norm
 from dpmmd.encoders import Encoder
 from dpmmd.files import write_atomically
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
 CHECKPOINT = "last.pt"
 _FORMAT = 1
 # On the result, but for rounding.
-_WITHOUT_EFFECT = {"checkpoint_every", "log_every", "grid_every", "graph", "compile"}
+_WITHOUT_EFFECT = {"checkpoint_every", "log_every", "grid_every", "graph", "compile", "memory"}
 _GRAPHED_ON = ("cuda",)
 _WARM_UP_STEPS = 3
 _AGREE_EVERY = 10  # steps
@@ -111,10 +113,12 @@ def train(
 
     Raises:
         CheckpointError: the checkpoint in ``out`` cannot be used.
-        ValueError: ``settings.graph`` elsewhere than on a CUDA device or over several processes, a
-            batch of fewer images than processes, or processes that were not started alike.
+        ValueError: ``settings.graph`` elsewhere than on a CUDA device, over several processes or
+            with ``settings.memory``, a batch of fewer images than processes, or processes that
+            were not started alike.
         TypeError: ``generator`` has no attribute ``z_dim``.
         PrivacyError: release and encoder do not belong together.
+        PlanError: ``settings.memory`` is not enough for a step.
         KeyboardInterrupt: after a checkpoint has been written.
     """
     settings = settings or TrainSection()
@@ -128,6 +132,11 @@ def train(
         raise ValueError(
             f"settings.graph=True with the encoder on {device}: only CUDA devices have graphs; "
             "move the encoder there, or leave graph out."
+        )
+    if settings.graph and settings.memory is not None:
+        raise ValueError(
+            f"settings.graph=True with settings.memory={settings.memory!r}: micro-batches are cut "
+            "on the host, which a graph leaves out; choose one of the two."
         )
     num_classes = release.num_classes if release.metadata.labelled else None
     rng = torch.Generator().manual_seed(settings.seed)
@@ -143,6 +152,15 @@ def train(
             )
         record = {"name": type(generator).__qualname__}
     generator = generator.to(device).train()
+    planned: dict[str, Any] = {}
+    if settings.memory is not None:
+        statement = {key: getattr(release.metadata, key) for key in plan.STATEMENT}
+        own = settings.model_copy(update={"batch_size": settings.batch_size // team.size})
+        chosen = plan.make(settings.memory, encoder, generator, statement, own)
+        print(chosen, file=sys.stderr)
+        planned = {"micro_batch": chosen.micro_batch, "state": chosen.state}
+        if chosen.recompute:
+            generator.recompute = True  # type: ignore[assignment]
     loss = MMDLoss(
         release,
         encoder,
@@ -150,11 +168,14 @@ def train(
         decay=settings.estimator_decay,
         lr=settings.estimator_lr,
         process_group=process_group,
+        **planned,
     ).train()
     optimizer = _adam(generator, settings, device)
     selection = None
     if selection_encoder is not None:
         selection = _Selection(release, selection_encoder, device)
+        if "micro_batch" in planned:
+            selection.at_once = min(selection.at_once, planned["micro_batch"])
     run = _Run(generator, optimizer, loss, rng, settings, release, record, selection, team)
     folder = None if out is None else Path(out) / "checkpoints"
     if folder is not None:
@@ -303,7 +324,8 @@ def _loop(
                 bar.set_postfix(loss=f"{number:.4f}", refresh=False)
                 logs.scalars(run.step, loss=number, lr=rate(settings, run.step - 1))
             if run.step % settings.grid_every == 0 and logs.active:
-                logs.grid(run.step, sample_grid(run.averaged.module, num_classes, device))
+                at_once = settings.batch_size if settings.memory is not None else None
+                logs.grid(run.step, sample_grid(run.averaged.module, num_classes, device, at_once))
             run.seconds = before + perf_counter() - started
             if due and run.selection is not None:
                 logs.scalars(run.step, selection=run.compare())
@@ -324,16 +346,20 @@ class _Selection:
         self.target, self.encoder = target[None].to(device), encoder  # [1, K, D']
         self.num_classes = release.num_classes
         self.labelled = release.metadata.labelled
+        self.at_once = 250  # images through the encoder; twice as many through the generator
 
     @torch.no_grad()
     def score(self, generator: nn.Module, per_class: int = 200) -> float:
         """The same latent points at every call: differences are the generator's."""
         n = per_class * self.num_classes
-        images, y = sample(generator, n, self.num_classes if self.labelled else None, seed=1)
+        classes = self.num_classes if self.labelled else None
+        images, y = sample(generator, n, classes, batch_size=2 * self.at_once, seed=1)
         labels = torch.zeros(n, dtype=torch.int64) if y is None else torch.from_numpy(y)
         sums, device = torch.zeros_like(self.target), self.target.device
         for x, part in zip(
-            torch.from_numpy(images).split(250), labels.to(device).split(250), strict=True
+            torch.from_numpy(images).split(self.at_once),
+            labels.to(device).split(self.at_once),
+            strict=True,
         ):
             features = self.encoder(x.to(device).float() / 255)
             means, counts = mean_embedding(features, part, self.num_classes)
@@ -727,11 +753,16 @@ def sample(
 
 
 def sample_grid(
-    generator: nn.Module, num_classes: int | None, device: torch.device, columns: int = 10
+    generator: nn.Module,
+    num_classes: int | None,
+    device: torch.device,
+    at_once: int | None = None,
+    columns: int = 10,
 ) -> np.ndarray:
     """uint8 [C, H', W']: a row per class (or ten rows), the same latent points on every call.
 
-    Leaves the generator's mode and torch's global random state as they are.
+    ``at_once`` images go through the generator together; None: all. The generator's mode and
+    torch's global random state stay as they are.
     """
     rows = num_classes or 10
     rng = torch.Generator().manual_seed(0)
@@ -742,7 +773,12 @@ def sample_grid(
     training = generator.training
     generator.eval()
     with torch.no_grad(), _seeded(0):
-        images = generator(z, y).clamp(0, 1).mul(255).round().to(torch.uint8).cpu().numpy()
+        size = at_once or len(z)
+        parts = [
+            generator(part, None if y is None else y[i * size : (i + 1) * size])
+            for i, part in enumerate(z.split(size))
+        ]
+        images = torch.cat(parts).clamp(0, 1).mul(255).round().to(torch.uint8).cpu().numpy()
     generator.train(training)
     return tile(images, columns)
 

@@ -116,6 +116,11 @@ def test_a_graph_needs_cuda(released: Release) -> None:
         run(released, quick(graph=True))
 
 
+def test_a_graph_has_no_micro_batches(released: Release, played: Played) -> None:
+    with pytest.raises(ValueError, match=r"settings.memory='8GiB': micro-batches are cut on the"):
+        run(released, quick(graph=True, memory="8GiB"))
+
+
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("options", [{}, {"num_classes": None}], ids=["labelled", "unlabelled"])
 def test_a_step_reads_nothing_from_the_device(estimator: str, options: dict[str, Any]) -> None:

@@ -358,7 +358,7 @@ def test_a_real_lack_of_memory() -> None:
     done = subprocess.run([sys.executable, "-c", REAL], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     *enough, last = done.stdout.splitlines()
-    assert set(enough) == {"64 [1.0] True"}
+    assert set(enough) <= {"64 [1.0] True"}
     assert last == "32 [1.0] True"
     assert "micro_batch=64: out of memory; going on with 32 images" in done.stderr
 

@@ -310,7 +310,9 @@ def frozen(kernel, padding, stride, groups, dtype=torch.float64):
     torch.manual_seed(0)
     weight = torch.randn(12, 6 // groups, kernel, kernel, dtype=dtype)
     layer = layers.Convolution(weight, torch.randn(12, dtype=dtype), stride=stride, groups=groups)
-    return lambda x: layer.convolve(x, padding if isinstance(padding, tuple) else (padding,) * 2)
+    return lambda x: layer.convolve(
+        x, layer.bias, padding if isinstance(padding, tuple) else (padding,) * 2
+    )
 
 
 @pytest.mark.parametrize("options", CONVOLUTIONS)

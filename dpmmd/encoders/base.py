@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dpmmd.encoders.layers import Rectified, Rectify
+
 SIGNS = ("nonnegative", "signed")
 PRECISIONS = {
     "float32": torch.float32,
@@ -93,11 +95,15 @@ class StagedBackbone(nn.Module):
                 setattr(self, key, exact.view(1, 3, 1, 1))
         return self
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, images: Tensor, rectify: Mapping[str, Rectify] | None = None
+    ) -> dict[str, Tensor]:
+        """The taps; ``rectify`` does the work of the ReLUs of these `Rectified` stages."""
         x = ((images - self.mean) / self.std).to(_dtype(self))
         taps = {}
         for name, stage in zip(self.names, self.stages, strict=True):
-            taps[name] = x = stage(x)
+            given = None if rectify is None else rectify.get(name)
+            taps[name] = x = stage(x) if given is None else stage(x, given)
         return taps
 
 
@@ -142,6 +148,7 @@ class Encoder(nn.Module):
     """
 
     taps: tuple[Tap, ...]
+    rectified: tuple[str, ...]  # taps that are the very output of a `Rectified` stage
 
     def __init__(
         self,
@@ -210,13 +217,15 @@ class Encoder(nn.Module):
         """Stay in evaluation mode, whatever `mode` a surrounding model is put in."""
         return super().train(False)
 
-    def forward(self, images: Tensor) -> list[Tensor]:
+    def forward(self, images: Tensor, rectify: Mapping[str, Rectify] | None = None) -> list[Tensor]:
         """Feature maps of images.
 
         Args:
             images: [n, 3, H, W] RGB or [n, 1, H, W] grey (repeated to three channels),
                 floating point in [0, 1]. Computed in the encoder's own precision; under autocast,
                 in autocast's.
+            rectify: names in `rectified` -> function that does the work of that tap's ReLU (see
+                `Rectified`).
 
         Returns:
             One tensor [n, C, h, w] per tap, channels-last in memory, in the order of `taps`.
@@ -230,18 +239,18 @@ class Encoder(nn.Module):
         if any(module.training for module in self._modules_kept_in_eval):
             self.train(False)
         if not images.is_cuda:
-            return self._maps(images)
+            return self._maps(images, rectify)
         with _float32_products("tf32" if self._tf32 else "ieee"):
-            return self._maps(images)
+            return self._maps(images, rectify)
 
-    def _maps(self, images: Tensor) -> list[Tensor]:
+    def _maps(self, images: Tensor, rectify: Mapping[str, Rectify] | None = None) -> list[Tensor]:
         x = images.to(self._input_dtype())
         if tuple(x.shape[-2:]) != self.image_size:
             x = F.interpolate(
                 x, self.image_size, mode="bilinear", align_corners=False, antialias=False
             )
         x = x.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
-        maps = self.backbone(x)
+        maps = self.backbone(x, rectify) if rectify else self.backbone(x)
         return [self._pooled(maps[name]) for name in self._names]
 
     def _pooled(self, fmap: Tensor) -> Tensor:
@@ -310,7 +319,16 @@ class Encoder(nn.Module):
                     f"image_size={self.image_size}: tap {name!r} of {self.name!r} is empty; try "
                     "a larger image_size or only the shallower taps"
                 )
-        return [self._pooled(maps[name]) for name in self._names]
+        handed = [self._pooled(maps[name]) for name in self._names]
+        stages: dict[str, nn.Module] = {}
+        if isinstance(self.backbone, StagedBackbone):
+            stages = dict(zip(self.backbone.names, self.backbone.stages, strict=True))
+        self.rectified = tuple(
+            name
+            for name, fmap in zip(self._names, handed, strict=True)
+            if fmap is maps[name] and isinstance(stages.get(name), Rectified)
+        )
+        return handed
 
     def extra_repr(self) -> str:
         height, width = self.image_size

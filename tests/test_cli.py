@@ -34,6 +34,7 @@ RUN_FILES = {
     "checkpoints/last.pt",
     "samples.png",
     "synthetic.npz",
+    "README.md",
     "report.json",
     "measured.json",
 }
@@ -247,6 +248,7 @@ def test_release_train_sample_evaluate_privacy(call: Call, folder: Path) -> None
         "evaluate", folder / "train.npz", "--test", folder / "test.npz", "--real",
         folder / "s.npz", "--num-classes", 3, "--classifiers", "logistic_regression, cnn", "--json",
     )  # fmt: skip
+    assert evaluated.json["metrics"] == {}
     accuracy = evaluated.json["accuracy"]
     assert set(accuracy) == {"logistic_regression", "cnn"}
     assert accuracy["logistic_regression"]["synthetic"] > 0.9 > accuracy["cnn"]["real"]
@@ -355,6 +357,41 @@ def test_run_and_run_again(call: Call, folder: Path) -> None:
     assert "logistic regression" in table.out
     assert "not covered by (epsilon, delta)" in table.err
     assert str(out / "synthetic.npz") in table.err
+
+
+def test_a_run_with_changes_says_so_in_its_recipe(call: Call, folder: Path) -> None:
+    out = folder / "run"
+    command = [
+        "run",
+        folder / "mine.toml",
+        "--out",
+        out,
+        "--epsilon",
+        0.5,
+        "--set",
+        "train.steps=3",
+    ]
+    assert call(*command, "--set", "train.betas=[0.4, 0.9]").code == 0
+    kept = dpmmd.recipe.read(out / "recipe.toml")[0]
+    assert (kept.release.epsilon, kept.train.steps, kept.train.betas) == (0.5, 3, (0.4, 0.9))
+    assert Release.load(out / "release.safetensors").metadata.epsilon == 0.5
+    again = call("run", out / "recipe.toml", "--out", out)  # the folder's recipe is the whole of it
+    assert again.code == 0
+    assert "no further privacy is spent" in again.err
+    refused(call("run", folder / "mine.toml", "--out", out), "another recipe")
+    for bad in ("train.step=3", "train", "release.epsilon=-1"):
+        refused(call(*command[:3], folder / "new", "--set", bad), bad.partition("=")[0])
+    assert not (folder / "new").exists()
+
+
+def test_an_infinite_epsilon_is_not_private(call: Call, folder: Path) -> None:
+    out = folder / "run"
+    result = call("run", folder / "mine.toml", "--out", out, "--epsilon", "inf")
+    assert result.code == 0
+    assert "NO NOISE: NOT PRIVATE" in result.err
+    assert result.err.count("NOT PRIVATE") >= 2
+    assert (out / "NOT_PRIVATE").exists()
+    assert "NOT PRIVATE" in call("privacy", out / "release.safetensors").out
 
 
 def test_a_run_spends_once(call: Call, folder: Path) -> None:
@@ -550,7 +587,7 @@ BAD_RECIPES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "generator": ("[generator]", '[generator]\nname = "gan"', ("generator 'gan'", "resnet")),
     "generator size": ("image_size = 8", "image_size = 9", ("image_size=9", "multiple of 4")),
     "other size": ("image_size = 8", "image_size = 12", ("(1, 12, 12)", "(1, 8, 8)")),
-    "classifier": ("[evaluate]", '[evaluate]\nclassifiers = ["svm"]', ("svm", "mlp, cnn")),
+    "classifier": ("[evaluate]", '[evaluate]\nclassifiers = ["svm"]', ("svm", "mlp, ", "cnn, ")),
     "classes": ("num_classes = 3", "num_classes = 2", ("label", "2")),
     "no classes": ("num_classes = 3", "", ("data.num_classes",)),
     "source": ("train.npz", "absent.npz", ("absent.npz", "does not exist")),
@@ -605,7 +642,7 @@ def test_evaluate_refuses(call: Call, folder: Path) -> None:
             "evaluate", folder / name, "--test", folder / "test.npz", "--num-classes", 3, *more
         )
 
-    refused(evaluate("train.npz", "--classifiers", "svm"), "'svm'", "mlp, cnn")
+    refused(evaluate("train.npz", "--classifiers", "svm"), "'svm'", "mlp, ", "cnn, ")
     refused(evaluate("train.npz", "--num-train", 0), "num_train")
     refused(evaluate("plain.npz"), "plain.npz", "label")
     refused(evaluate("large.npz"), "(1, 16, 16)", "image_size")

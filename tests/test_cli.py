@@ -244,6 +244,15 @@ def test_release_train_sample_evaluate_privacy(call: Call, folder: Path) -> None
     with Image.open(sampled.json["picture"]) as picture:
         assert picture.size == (2 * 10 * 8, 2 * 3 * 8)  # ten columns, a row for each class
 
+    assert sampled.json["card"] is None  # `train` keeps no release in its folder
+    for name, options in (("f", []), ("p.parquet", []), ("b.npz", ["--format", "npz-float"])):
+        command = ["sample", folder / "t", "--out", folder / name, "--num-images", 30, *options]
+        told = call(*command, "--release", path, "--json").json
+        assert told["format"] == (options or {"f": ["folder"], "p.parquet": ["parquet"]}[name])[-1]
+        assert len(dpmmd.data.open_source(folder / name).arrays()[0]) == 30
+        assert "(5, 0.001)-differentially private" in Path(told["card"]).read_text()
+        refused(call(*command), "exists")
+
     evaluated = call(
         "evaluate", folder / "train.npz", "--test", folder / "test.npz", "--real",
         folder / "s.npz", "--num-classes", 3, "--classifiers", "logistic_regression, cnn", "--json",
@@ -293,6 +302,19 @@ def test_budgets_are_given_whole(call: Call, folder: Path) -> None:
 def test_quiet_is_quiet(call: Call, folder: Path) -> None:
     assert call(*release_arguments(folder, encoder_size=32), "--quiet", "--json").err == ""
     assert call("run", folder / "mine.toml", "--out", folder / "run", "-q", "--json").err == ""
+
+
+def test_the_card_is_that_of_the_release_trained_on(call: Call, folder: Path) -> None:
+    out = folder / "run"
+    assert call("run", folder / "mine.toml", "--out", out, "--quiet").code == 0
+    assert "(5, 0.001)-differentially private" in (out / "README.md").read_text()
+    sampled = call("sample", out, "--out", folder / "s.npz", "--num-images", 9)
+    assert str(folder / "s.md") in sampled.err
+    assert "# 9 synthetic images" in (folder / "s.md").read_text()
+    other = call(*release_arguments(folder, out=folder / "other.safetensors"), "--json")
+    command = ["sample", out, "--out", folder / "t.npz", "--release", other.json["out"]]
+    refused(call(*command), "other.safetensors: is not the release")
+    assert not (folder / "t.npz").exists()
 
 
 @pytest.mark.parametrize("command", ["sample", "release"])
@@ -627,6 +649,8 @@ def test_corrupt_files_are_refused(call: Call, folder: Path) -> None:
     refused(result, "last.pt", "not a readable checkpoint", "remove it")
     refused(call("sample", folder / "absent", "--out", folder / "s.npz"), "no such checkpoint")
     refused(call("sample", folder / "t", "--out", folder / "s.png"), "--out", ".npz")
+    arguments = ["sample", folder / "t", "--out", folder / "s", "--format", "npz"]
+    refused(call(*arguments), "--format npz", "expected a name with .npz")
     refused(call("sample", folder / "t", "--out", folder / "s.npz", "--num-images", 0), "0")
     assert files(folder) == before
 

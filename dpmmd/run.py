@@ -625,15 +625,16 @@ class _Stage:
 
 
 def metric_rows(figures: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
-    """The figures of `dpmmd.metrics.compare`, for a table: first the column heads."""
-    rows: list[tuple[str, ...]] = [
-        ("features", "trained against", *(key.replace("_", " ") for key in _FIGURES))
+    """The figures of `dpmmd.metrics.compare`, for a table: the heads, then a line a figure."""
+    kinds = {None: "", True: " (not trained against)", False: " (trained against)"}
+    heads = ("figure", *(f"{name}{kinds[f['held_out']]}" for name, f in figures.items()))
+    return [
+        heads,
+        *(
+            (key.replace("_", " "), *(f"{f[key]:.4g}" for f in figures.values()))
+            for key in _FIGURES
+        ),
     ]
-    for name, f in figures.items():
-        values = (f"{f[key]:.4g}" for key in _FIGURES)
-        against = {None: "not known", True: "no", False: "yes"}[f["held_out"]]
-        rows.append((name, against, *values))
-    return rows
 
 
 def summarise(folders: Sequence[str | Path]) -> dict[str, Any]:

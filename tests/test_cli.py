@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -653,6 +654,151 @@ def test_corrupt_files_are_refused(call: Call, folder: Path) -> None:
     refused(call(*arguments), "--format npz", "expected a name with .npz")
     refused(call("sample", folder / "t", "--out", folder / "s.npz", "--num-images", 0), "0")
     assert files(folder) == before
+
+
+def test_summarise(call: Call, folder: Path) -> None:
+    """Mean and spread over releases; each run counts once."""
+    text = (folder / "mine.toml").read_text()
+    short = text.replace("[evaluate]", '[evaluate]\nclassifiers = ["gaussian_nb"]\nseeds = [0, 1]')
+    (folder / "mine.toml").write_text(short)
+    out = [folder / f"run{i}" for i in range(3)]
+    values = []
+    for i, each in enumerate(out):
+        call("run", folder / "mine.toml", "--out", each, "--set", f"train.seed={i}", "--quiet")
+        report = json.loads((each / "report.json").read_text())
+        accuracy = report["accuracy"]["gaussian_nb"]
+        accuracy["synthetic"] = 0.5 + i / 10
+        report["metrics"] = {"vgg19": {"frechet_distance": float(i), "seed": 0, "held_out": True}}
+        (each / "report.json").write_text(json.dumps(report))
+        values.append(accuracy["real"])
+    told = call("summarise", *out, "--json").json
+    figures = told["figures"]
+    assert figures["gaussian_nb.synthetic"] == {
+        "mean": pytest.approx(0.6), "sd": pytest.approx(0.1), "n": 3
+    }  # fmt: skip
+    assert figures["gaussian_nb.real"]["mean"] == pytest.approx(np.mean(values))
+    assert figures["vgg19.frechet_distance"] == {"mean": 1.0, "sd": 1.0, "n": 3}
+    assert set(figures) == {"gaussian_nb.synthetic", "gaussian_nb.real", "vgg19.frechet_distance"}
+    assert told["privacy"]["epsilon"] == 5.0
+    assert "not covered" in told["accuracy_note"]
+    assert call("summarise", out[0], "--json").json["figures"]["gaussian_nb.real"]["sd"] is None
+    assert "vgg19.frechet_distance" in call("summarise", *out).out
+
+    refused(call("summarise", out[0], out[0]), "different run folders")
+    refused(call("summarise", out[0], folder), "no report.json")
+    report = json.loads((out[1] / "report.json").read_text())
+    report["privacy"]["epsilon"] = 4.0
+    (out[1] / "report.json").write_text(json.dumps(report))
+    refused(call("summarise", *out), "run1", "summarise runs that promise the same")
+
+
+def test_several_seeds_are_a_mean_and_a_spread(call: Call, folder: Path) -> None:
+    arguments = [
+        "evaluate",
+        folder / "train.npz",
+        "--test",
+        folder / "test.npz",
+        "--num-classes",
+        3,
+    ]
+    arguments += ["--classifiers", "decision_tree"]
+    three = call(*arguments, "--seeds", "0,1,2", "--json").json["accuracy"]["decision_tree"]
+    each = [
+        call(*arguments, "--seed", i, "--json").json["accuracy"]["decision_tree"] for i in range(3)
+    ]
+    assert three["seeds"]["synthetic"] == [one["synthetic"] for one in each]
+    assert three["synthetic"] == pytest.approx(np.mean(three["seeds"]["synthetic"]))
+    assert "n = 3" in call(*arguments, "--seeds", "0,1,2").out
+    refused(call(*arguments, "--seeds", "0,x"), "--seeds '0,x'")
+
+
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("torch_fidelity", "prdc")),
+    reason="the metrics' packages are not installed",
+)
+def test_metrics_stand_beside_the_accuracies(call: Call, folder: Path) -> None:
+    assert call(*release_arguments(folder), "--quiet").code == 0
+    arguments = ["evaluate", folder / "train.npz", "--test", folder / "test.npz"]
+    arguments += ["--features", "squeezenet1.1", "--num-compared", 30]
+    unknown = call(*arguments, "--json").json
+    assert unknown["accuracy"] == {}
+    assert set(unknown["metrics"]) == {"squeezenet1.1"}
+    assert unknown["metrics"]["squeezenet1.1"]["held_out"] is None
+    against = [*arguments, "--release", folder / "r.safetensors"]
+    known = call(*against, "--json").json["metrics"]
+    assert {k: f["held_out"] for k, f in known.items()} == {
+        "squeezenet1.1": False, "efficientnet-lite0": True
+    }  # fmt: skip
+    printed = call(*against)
+    assert "efficientnet-lite0" in printed.out
+    assert "30 synthetic and 30 real images" in printed.err
+    assert "torch-fidelity" in printed.err
+    refused(call(*arguments[:-4], "--json"), "--num-classes", "--features")
+    bad = [*arguments, "--weights", "squeezenet1.1=absent.pkl"]
+    refused(call(*bad), "absent.pkl", "no such file")
+    refused(call(*arguments, "--weights", "vgg19=x"), "vgg19", "metrics.features")
+
+
+BEFORE_THE_DATA: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "weights of the encoder": ("[encoder]", '[encoder]\nweights = "no.pkl"', ("no.pkl", "pip")),
+    "weights of Inception": (
+        "[sample]",
+        '[metrics]\nweights = {inception-v3 = "no.pth"}\n[sample]',
+        ("no.pth", "download https", "leave out"),
+    ),
+    "weights of no feature": (
+        "[sample]",
+        '[metrics]\nfeatures = ["squeezenet1.1"]\nweights = {vgg19 = "x"}\n[sample]',
+        ("metrics.weights: vgg19 is not among",),
+    ),
+    "features": ("[sample]", '[metrics]\nfeatures = ["vgg"]\n[sample]', ("vgg19", "['vgg']")),
+    "key of metrics": ("[sample]", "[metrics]\nfid = 1\n[sample]", ("'metrics.fid'", "features")),
+    "classifier": ("[evaluate]", '[evaluate]\nclassifiers = ["svc"]', ("'svc'", "linear_svm")),
+    "key": ("[train]", "[train]\nstep = 2", ("unknown key 'train.step'",)),
+    "images that may not be counted": (
+        'adjacency = "replace-one"\n',
+        'adjacency = "add-remove"\n[data]\nnum_images = 240\n',
+        ("data.num_images = 240", "leave the key out"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("old", "new", "phrases"), BEFORE_THE_DATA.values(), ids=BEFORE_THE_DATA)
+def test_bad_input_is_refused_before_private_data_are_opened(
+    call: Call,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    old: str,
+    new: str,
+    phrases: tuple[str, ...],
+) -> None:
+    def opened(*_: object, **__: object) -> None:
+        raise AssertionError("private data were opened")
+
+    monkeypatch.setattr(runs, "open_source", opened)
+    text = (folder / "mine.toml").read_text()
+    assert old in text
+    if "\n[data]\n" in new:  # a key of a section that is there already
+        text = text.replace("num_classes = 3", "num_classes = 3\nnum_images = 240")
+        new = new.partition("[data]")[0]
+    (folder / "bad.toml").write_text(text.replace(old, new))
+    before = files(folder)
+    refused(call("run", folder / "bad.toml", "--out", folder / "run"), *phrases)
+    assert files(folder) == before
+
+
+def test_a_data_set_of_another_size_is_refused_before_privacy_is_spent(
+    call: Call, folder: Path
+) -> None:
+    text = (folder / "mine.toml").read_text()
+    ledger = f'ledger = "{folder}/ledger"\n[generator]'
+    text = text.replace("[generator]", ledger).replace("[data]", "[data]\nnum_images = 241")
+    (folder / "mine.toml").write_text(text)
+    before = files(folder)
+    command = ["run", folder / "mine.toml", "--out", folder / "run"]
+    refused(call(*command), "data.num_images = 241", "holds 240 images", "correct the key")
+    assert files(folder) == before
+    assert call(*command, "--set", "data.num_images=240", "--quiet").code == 0
 
 
 def test_evaluate_refuses(call: Call, folder: Path) -> None:

@@ -169,7 +169,7 @@ def make(
     fixed = used + held
     found = sorted(
         ((fixed + model.peak(c), model.seconds(c), c) for c in model.candidates()),
-        key=lambda each: (each[1], each[0]),
+        key=lambda each: (each[1], each[2].recompute, each[0]),
     )
     least = min(found, key=lambda each: each[0])
     whole = next(f for f in found if f[2] == _Choice(settings.batch_size, False, "device"))
@@ -359,7 +359,10 @@ class _Model:
         (_, first), both = self.sweep, (chunk.forward_seconds, chunk.backward_seconds)
         time = sum(line(m) for line in both) + (chunks * sum(line.fixed for line in (first, *both)))
         time += again * sum(line.each for line in (first, *both))
-        time += made.forward_seconds(self.n) + made.backward_seconds(self.n)
+        plain = self.generator[False]  # computing again takes no less time, whatever was measured
+        time += max(
+            each.forward_seconds(self.n) + each.backward_seconds(self.n) for each in (made, plain)
+        )
         return time + self.estimator[choice.state][1] * self.means_bytes / 4
 
     def _classes_of(self, m: int) -> int:

@@ -136,7 +136,9 @@ def table(results: dict[str, Any]) -> str:
     ]
     for r in sorted(results["rows"], key=lambda r: (r["pixels"], r["batch"], r["budget_gib"])):
         found = r.get("plan", r.get("predicted", {}))
-        how = r.get("note", "plain").split(",")[0]
+        how = r.get("note", "plain")
+        if how.startswith("refused"):
+            how = "refused: the least is " + how.split("needs is ")[1].split(",")[0]
         if "plan" in r:
             p = r["plan"]
             how = f"{p['micro_batch']} at a time" + (", recompute" if p["recompute"] else "")
@@ -181,6 +183,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     for axis, name in zip(axes, ("peak resident memory, GiB", "seconds a step"), strict=True):
         axis.set(xlabel="pixels", ylabel=name, xscale="log", yscale="log")
         axis.set_xticks([32, 64, 128, 256], ["32", "64", "128", "256"])
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=7)
     figure.tight_layout()

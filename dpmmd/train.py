@@ -124,7 +124,8 @@ def train(
     if settings.memory is not None:
         statement = {key: getattr(release.metadata, key) for key in plan.STATEMENT}
         chosen = plan.make(settings.memory, encoder, generator, statement, settings)
-        print(chosen, file=sys.stderr)
+        if progress:
+            print(chosen, file=sys.stderr)
         planned = {"micro_batch": chosen.micro_batch, "state": chosen.state}
         if chosen.recompute:
             generator.recompute = True  # type: ignore[assignment]

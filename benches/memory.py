@@ -2,7 +2,7 @@
 
 python -m benches.memory                    measure what is not measured yet, and write the results
 python -m benches.memory --plot docs/memory.png   draw them (needs matplotlib)
-python -m benches.memory --table            print them as Markdown
+python -m benches.memory --update docs/MEMORY.md  rewrite the table there
 
 Every row is a process of its own: VGG19 (random weights, which cost what others would), all taps,
 moments 1 and 2, one class, the "adam" estimator, the ResNet generator of the default width. "plain"
@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+BEGIN, END = "<!-- memory: begin -->", "<!-- memory: end -->"
 RESULTS = Path(__file__).parent / "results"
 ROOM = 17 << 30  # bytes that a row may use on the machine at hand
 STEPS = 2
@@ -94,20 +95,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--row", nargs=4, type=int, metavar=("PIXELS", "BATCH", "GIB", "STEPS"))
     parser.add_argument("--plot", type=Path)
-    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--update", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     if arguments.row:
         print(json.dumps(one(*arguments.row)))
         return
     from benches.harness import kind, machine
 
-    path = RESULTS / f"memory-{kind(machine())}.json"
+    path = RESULTS / "memory" / f"{kind(machine())}.json"
+    path.parent.mkdir(exist_ok=True)
     kept = json.loads(path.read_text()) if path.exists() else {"machine": machine(), "rows": []}
     if arguments.plot:
         plot(kept, arguments.plot)
         return
-    if arguments.table:
-        print(table(kept))
+    if arguments.update:
+        text = arguments.update.read_text()
+        head, _, rest = text.partition(BEGIN)
+        arguments.update.write_text(f"{head}{BEGIN}\n{table(kept)}\n{END}{rest.partition(END)[2]}")
         return
     done = {(r["pixels"], r["batch"], r["budget_gib"]) for r in kept["rows"]}
     for pixels, batch, budgets in ROWS:
@@ -132,7 +136,9 @@ def table(results: dict[str, Any]) -> str:
     ]
     for r in sorted(results["rows"], key=lambda r: (r["pixels"], r["batch"], r["budget_gib"])):
         found = r.get("plan", r.get("predicted", {}))
-        how = r.get("note", "plain").split(",")[0]
+        how = r.get("note", "plain")
+        if how.startswith("refused"):
+            how = "refused: the least is " + how.split("needs is ")[1].split(",")[0]
         if "plan" in r:
             p = r["plan"]
             how = f"{p['micro_batch']} at a time" + (", recompute" if p["recompute"] else "")
@@ -177,6 +183,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     for axis, name in zip(axes, ("peak resident memory, GiB", "seconds a step"), strict=True):
         axis.set(xlabel="pixels", ylabel=name, xscale="log", yscale="log")
         axis.set_xticks([32, 64, 128, 256], ["32", "64", "128", "256"])
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=7)
     figure.tight_layout()

@@ -169,7 +169,7 @@ def make(
     fixed = used + held
     found = sorted(
         ((fixed + model.peak(c), model.seconds(c), c) for c in model.candidates()),
-        key=lambda each: (each[1], each[0]),
+        key=lambda each: (each[1], each[2].recompute, each[0]),
     )
     least = min(found, key=lambda each: each[0])
     whole = next(f for f in found if f[2] == _Choice(settings.batch_size, False, "device"))
@@ -359,7 +359,10 @@ class _Model:
         (_, first), both = self.sweep, (chunk.forward_seconds, chunk.backward_seconds)
         time = sum(line(m) for line in both) + (chunks * sum(line.fixed for line in (first, *both)))
         time += again * sum(line.each for line in (first, *both))
-        time += made.forward_seconds(self.n) + made.backward_seconds(self.n)
+        plain = self.generator[False]  # computing again takes no less time, whatever was measured
+        time += max(
+            each.forward_seconds(self.n) + each.backward_seconds(self.n) for each in (made, plain)
+        )
         return time + self.estimator[choice.state][1] * self.means_bytes / 4
 
     def _classes_of(self, m: int) -> int:
@@ -431,13 +434,21 @@ class _Model:
             high, more, _ = self.meter(lambda: backward(out))
             return [peak - before, kept, high - before, seconds, more]
 
-        first = min(least, self.n)
-        once(first)  # what is loaded late is loaded now
-        each = max(1.0, max(once(first)[:3]) / first)
-        small = min(self.n, max(first, math.ceil(_PROBE_BYTES / each)))
-        sizes = sorted({small, min(self.n, 2 * small)})
+        small = min(least, self.n)
+        once(small)  # what is loaded late is loaded now
+        for _ in range(4):  # the fewer, the more of what is measured is not theirs
+            grown = _PROBE_BYTES / max(1.0, *once(small)[:3])
+            if small == self.n or grown < 2:
+                break
+            small = min(self.n, math.ceil(small * min(grown, 16)))
+        sizes = sorted(
+            {small if 2 * small <= self.n else math.ceil(self.n / 2), min(self.n, 2 * small)}
+        )
         self.sizes = sizes
-        found = [(n, once(n)) for n in sizes]
+        found = []
+        for n in sizes:
+            one, two = once(n), once(n)
+            found.append((n, [*two[:3], *map(min, one[3:], two[3:])]))
         lines = [_Line.through([(n, values[i]) for n, values in found]) for i in range(5)]
         return _Pass(*lines[:3], *(line.of_time(sizes[-1]) for line in lines[3:]))
 
@@ -452,7 +463,7 @@ class _Model:
             peak, seconds, _ = self.meter(lambda: loss._embed(x, None, 1))
             return m, peak - before, seconds
 
-        found = [once(m) for m in self.sizes]
+        found = [min((once(m), once(m)), key=lambda each: each[2]) for m in self.sizes]
         return (
             _Line.through([(m, bytes_) for m, bytes_, _ in found]),
             _Line.through([(m, seconds) for m, _, seconds in found]).of_time(self.sizes[-1]),

@@ -157,7 +157,8 @@ def train(
         statement = {key: getattr(release.metadata, key) for key in plan.STATEMENT}
         own = settings.model_copy(update={"batch_size": settings.batch_size // team.size})
         chosen = plan.make(settings.memory, encoder, generator, statement, own)
-        print(chosen, file=sys.stderr)
+        if progress and team.rank == 0:
+            print(chosen, file=sys.stderr)
         planned = {"micro_batch": chosen.micro_batch, "state": chosen.state}
         if chosen.recompute:
             generator.recompute = True  # type: ignore[assignment]

@@ -16,6 +16,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import dpmmd
+from benches import memory as bench
 from dpmmd import generators, plan
 from dpmmd.cli import app
 from dpmmd.generators.layers import recomputed
@@ -212,7 +213,7 @@ def test_training_within_a_plan_is_training(
     for memory in (None, "1TiB"):
         settings = TrainSection(steps=3, batch_size=12, memory=memory, estimator="adam")
         trained[memory] = dpmmd.train.train(
-            release, encoder, settings=settings, generator_settings=look, progress=False
+            release, encoder, settings=settings, generator_settings=look, progress=True
         )
     told = capsys.readouterr().err
     assert told.count("memory: 5 of 12 images at a time, generator blocks computed again") == 1
@@ -288,7 +289,8 @@ release = dpmmd.release((x, np.arange(20) % classes), encoder, epsilon=1.0, delt
 look = GeneratorSection(name="resnet", image_size=px, channels=3, base_channels=16)
 make, found, meter = plan.make, [], Meter(torch.device("cpu"))
 def made(memory, encoder, generator, statement, settings):
-    roomy = make("1TiB", encoder, generator, statement, settings)
+    for _ in range(2):  # what the first leaves behind counts as in use
+        roomy = make("1TiB", encoder, generator, statement, settings)
     # between the least and the batch in one piece
     budget = roomy.least + float(part) * (roomy.whole[0] - roomy.least)
     chosen = make(f"{budget / 2**30:.6f}GiB", encoder, generator, statement, settings)
@@ -305,13 +307,25 @@ print(json.dumps([chosen.facts(), meter.peak() - before, trained.seconds / 3]))
 """
 
 
+def test_the_documented_table_is_the_committed_one() -> None:
+    folder = Path(bench.__file__).parent
+    text = (folder.parent / "docs" / "MEMORY.md").read_text()
+    (path,) = (folder / "results" / "memory").glob("*.json")
+    results = json.loads(path.read_text())
+    assert f"{bench.BEGIN}\n{bench.table(results)}\n{bench.END}" in text
+    for row in results["rows"]:
+        if "plan" in row:
+            assert row["peak"] <= row["plan"]["budget"]
+            assert abs(row["plan"]["peak"] / row["peak"] - 1) < 0.15
+
+
 @pytest.mark.long
 @linux
-@pytest.mark.parametrize("part", [0.05, 0.4, 1.01])
+@pytest.mark.parametrize("part", [0.05, 0.4, 1.5])
 @pytest.mark.parametrize(
     ("name", "px", "n", "classes", "estimator", "shared"),
     [
-        ("vgg11", 32, 128, 10, "batch", 0),
+        ("vgg11", 32, 512, 10, "batch", 0),
         ("vgg11", 64, 48, 3, "adam", 0),
         ("vgg11", 64, 48, 5, "ema", 3),
         ("resnet18", 128, 32, 1, "adam", 0),
@@ -326,7 +340,8 @@ def test_predictions_are_within_15_percent(
     )
     assert done.returncode == 0, done.stderr
     chosen, added, seconds = json.loads(done.stdout.splitlines()[-1])
-    assert (chosen["micro_batch"] == n) == (part > 1)
+    whole = chosen["micro_batch"] == n and not chosen["recompute"]
+    assert whole == (part > 1)
     assert abs(chosen["added"] / added - 1) < 0.15, (chosen, added)
     # Time is what others leave of the machine: only that it is not of another kind.
     assert 0.3 < chosen["seconds"] / seconds < 3

@@ -320,7 +320,7 @@ def test_every_kind_of_check_is_in_the_full_list() -> None:
     full = checks.all_checks(Played(), ["torch", "triton"])
     found = {(c.backend, c.operation) for c in full}
     assert {o for b, o in found if b == "triton"} == {
-        "forward", "backward", "difference", "sums", "graph", *checks.loss_options()
+        "forward", "backward", "difference", "sums", "graph", *checks.loss_options("triton")
     }  # fmt: skip
     for words in (*checks.ODD, "2^31", "joint", "ball-per-tap", "float32", "K=1,", "K=6"):
         assert any(words in c.name for c in full if c.backend == "triton"), words

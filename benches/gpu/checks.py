@@ -485,7 +485,7 @@ def all_checks(device: Any, present: Sequence[str], tiny: bool = False) -> list[
                 add(backend, "graph", name, False, graph, device, backend, dtype, next(seed))
             width = 64 if tiny else 1 << 26
             add(backend, "backward", "2^31 elements", False, huge, where, backend, width)
-        for operation, options in loss_options().items() if backend != "torch" else ():
+        for operation, options in loss_options(backend).items() if backend != "torch" else ():
             for precision in ("float32",) if tiny else ("float32", "bfloat16"):
                 text = f"loss and gradient of the images, {precision}"
                 args = (where, backend, precision, tiny, options)
@@ -493,13 +493,14 @@ def all_checks(device: Any, present: Sequence[str], tiny: bool = False) -> list[
     return found
 
 
-def loss_options() -> dict[str, dict[str, Any]]:
-    """Operation -> arguments of MMDLoss: the plain loss, and what this version has beside it."""
+def loss_options(backend: str) -> dict[str, dict[str, Any]]:
+    """Operation -> arguments of MMDLoss: the plain loss, and what the backend has beside it."""
+    from dpmmd import injection
     from dpmmd.nn import MMDLoss
 
     known = inspect.signature(MMDLoss.__init__).parameters
     found: dict[str, dict[str, Any]] = {"step": {}}
-    if "inject" in known:
+    if backend in injection.BACKENDS:
         found["step, injected"] = {"inject": True}
     if "micro_batch" in known:
         found["step, in parts"] = {"micro_batch": 2}

@@ -172,7 +172,7 @@ def _steps(
     for backend in sound:
         options: dict[str, dict[str, Any]] = {backend: {}}
         if backend != "torch":
-            more = {o for o in loss_options() if (backend, o) not in broken}
+            more = {o for o in loss_options(backend) if (backend, o) not in broken}
             if "step, injected" in more:
                 options[backend + INJECTED] = {"inject": True}
             if "step, in parts" in more:
@@ -182,8 +182,6 @@ def _steps(
             losses[name] = lambda backend=backend, chosen=chosen: MMDLoss(  # type: ignore[misc]
                 release, encoder, estimator="adam", backend=backend, **chosen
             ).train()
-    if "step, injected" not in loss_options():
-        measure.budget.skip("gradient injection", "this version of dpmmd has none")
     for name, loss in losses.items():
         try:
             add(name, ours(loss, False), shared)
@@ -249,10 +247,8 @@ def _trained(
     """A step of `dpmmd.train.train`, by the difference of a long and a short run."""
     few, many = scale.train_steps
     kinds: dict[str, dict[str, Any]] = {backend: {}}
-    if "graph" in TrainSection.model_fields and not measure.device.dry:
+    if next(encoder.parameters()).is_cuda:
         kinds[f"{backend}, graph = true"] = {"graph": True}
-    elif "graph" not in TrainSection.model_fields:
-        measure.budget.skip("[train] graph = true", "this version of dpmmd has none")
     for name, chosen in kinds.items():
 
         def run(steps: int, chosen: dict[str, Any] = chosen) -> float:

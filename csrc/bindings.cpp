@@ -1,36 +1,13 @@
-// The module dpmmd._native: numbers and addresses in, a status out. dpmmd/_cpu.py alone calls it,
-// and has checked every address.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
+// The module dpmmd._native: numbers and addresses in, a status out. dpmmd/_cpu.py alone calls what
+// is bound here, and has checked every address; bindings_cuda.cpp has the rest.
 #include <cstdlib>
 #include <string>
-#include <tuple>
-#include <vector>
 
-#include "dpmmd.h"
+#include "bindings.h"
 
 namespace py = pybind11;
 
 namespace {
-
-using Address = std::uintptr_t;
-// data, stride, columns, gradient (0: none), gradient's stride; strides in elements
-using TapNumbers = std::tuple<Address, std::int64_t, std::int64_t, Address, std::int64_t>;
-
-template <class T>
-T* at(Address address) {
-    return reinterpret_cast<T*>(address);
-}
-
-std::vector<dpmmd::Tap> taps_of(const std::vector<TapNumbers>& numbers) {
-    std::vector<dpmmd::Tap> taps;
-    taps.reserve(numbers.size());
-    for (const auto& [data, stride, columns, gradient, gradient_stride] : numbers) {
-        taps.push_back({at<void>(data), stride, columns, at<void>(gradient), gradient_stride});
-    }
-    return taps;
-}
 
 // Runs an operation on its workspace, allocated here for the caller, without the GIL.
 template <class Arguments, class Run>
@@ -149,10 +126,11 @@ int bounded_sums(
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
-    module.doc() = "The native core (csrc/); dpmmd/_cpu.py is its only caller.";
+    module.doc() = "The native cores (csrc/); dpmmd/_cpu.py and _cuda.py are their only callers.";
     module.def("level", [] { return std::string(dpmmd::operations().level); });
     module.def("choose", [](const std::string& level) { return dpmmd::choose(level.c_str()); });
     module.def("mean_embedding", mean_embedding);
     module.def("difference", difference);
     module.def("bounded_sums", bounded_sums);
+    bind_cuda(module);
 }

@@ -123,4 +123,36 @@ const Operations& operations();
 // lacks it. The environment variable DPMMD_CPU does so at start.
 bool choose(const char* level);
 
+// The same operations on an NVIDIA GPU, on pointers of the current device and on a stream
+// (cudaStream_t). They only launch kernels: nothing waits, so calls may be captured in a graph. Each
+// returns a Status, or a CUDA error as a negative number. `threads` has no meaning here.
+//
+// Class labels are sorted on the device, into `schedule`, int32 [n + num_classes + 1], which forward
+// writes and backward reads (null without labels); a label out of range stops the device with an
+// assertion, but adds nothing in bounded_sums, which takes f32 and bf16. Status::label_out_of_range
+// is never returned.
+namespace cuda {
+
+using Stream = void*;
+
+std::size_t forward_workspace(const MeanEmbedding&);
+int forward(const MeanEmbedding&, int* schedule, Stream);
+std::size_t backward_workspace(const MeanEmbedding&);
+int backward(const MeanEmbedding&, const int* schedule, Stream);
+std::size_t difference_workspace(const Difference&);
+int difference(const Difference&, Stream);
+std::size_t bounded_sums_workspace(const BoundedSums&);
+int bounded_sums(const BoundedSums&, Stream);
+
+int device_count();              // or a CUDA error as a negative number: there is no driver, say
+int load();                      // every kernel onto the current device, or the error why not
+const char* describe(int error); // a negative number returned by any of these
+
+// Parts of `load`, one a file.
+int load_mean_embedding();
+int load_difference();
+int load_bounded_sums();
+
+}  // namespace cuda
+
 }  // namespace dpmmd

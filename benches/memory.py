@@ -2,6 +2,7 @@
 
 python -m benches.memory                    measure what is not measured yet, and write the results
 python -m benches.memory --plot docs/memory.png   draw them (needs matplotlib)
+python -m benches.memory --ratio            time micro-batches against the batch in one piece
 python -m benches.memory --update docs/MEMORY.md  rewrite the table there
 
 Every row is a process of its own: VGG19 (random weights, which cost what others would), all taps,
@@ -17,6 +18,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 BEGIN, END = "<!-- memory: begin -->", "<!-- memory: end -->"
@@ -95,6 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--row", nargs=4, type=int, metavar=("PIXELS", "BATCH", "GIB", "STEPS"))
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--ratio", action="store_true")
     parser.add_argument("--update", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     if arguments.row:
@@ -107,6 +110,10 @@ def main() -> None:
     kept = json.loads(path.read_text()) if path.exists() else {"machine": machine(), "rows": []}
     if arguments.plot:
         plot(kept, arguments.plot)
+        return
+    if arguments.ratio:
+        kept["ratio"] = ratio()
+        path.write_text(json.dumps(kept, indent=1) + "\n")
         return
     if arguments.update:
         text = arguments.update.read_text()
@@ -148,7 +155,66 @@ def table(results: dict[str, Any]) -> str:
         lines.append(
             f"| {r['pixels']} | {r['batch']} | {budget} | {gib[0]} | {gib[1]} | {seconds} | {how} |"
         )
+    if "ratio" in results:
+        r = results["ratio"]
+        lines += [
+            "",
+            f"| {r['pixels']} px, batch {r['batch']}, in turn | least s | x in one piece |",
+            "| --- | --- | --- |",
+        ]
+        whole = min(r["rows"][0]["seconds"])
+        for each in r["rows"]:
+            how = f"{each['micro_batch']} at a time" + (", recompute" if each["recompute"] else "")
+            least = min(each["seconds"])
+            lines.append(f"| {how} | {least:.2f} | {least / whole:.2f} |")
     return "\n".join(lines)
+
+
+def ratio(pixels: int = 128, batch: int = 32, rounds: int = 5) -> dict[str, Any]:
+    """Forward and backward of generator and loss, in turn, freed memory kept by all."""
+    import numpy as np
+    import torch
+
+    import dpmmd
+    from dpmmd._memory import keep_freed_memory
+
+    keep_freed_memory()
+    encoder = dpmmd.encoders.load("vgg19", image_size=pixels, weights="random")
+    images = np.random.default_rng(0).integers(0, 256, (2, 3, pixels, pixels), dtype=np.uint8)
+    release = dpmmd.release(
+        (images, None),
+        encoder,
+        epsilon=1.0,
+        delta=1e-5,
+        adjacency="replace-one",
+        moments=(1, 2),
+        batch_size=2,
+        progress=False,
+    )
+    generator = dpmmd.generators.build(
+        "resnet", num_classes=None, image_size=pixels, channels=3, base_channels=32
+    ).train()
+    cases: list[dict[str, Any]] = [
+        {"micro_batch": m, "recompute": recompute, "seconds": []}
+        for m, recompute in ((batch, False), (16, False), (8, False), (4, False), (8, True))
+    ]
+    losses = {
+        case["micro_batch"]: dpmmd.nn.MMDLoss(
+            release,
+            encoder,
+            micro_batch=None if case["micro_batch"] == batch else case["micro_batch"],
+        ).train()
+        for case in cases
+    }
+    for _ in range(rounds):
+        for case in cases:
+            generator.recompute = case["recompute"]
+            started = perf_counter()
+            generator.zero_grad()
+            z = torch.randn(batch, int(generator.z_dim))
+            losses[case["micro_batch"]](generator(z)).backward()
+            case["seconds"].append(round(perf_counter() - started, 3))
+    return {"pixels": pixels, "batch": batch, "rows": cases}
 
 
 def plot(results: dict[str, Any], path: Path) -> None:

@@ -95,6 +95,10 @@ def mean_embedding(
     return means, counts
 
 
+# What torch.compiler.disable marks, whose import would take seconds: slots are no part of a graph.
+mean_embedding._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+
 class Slot:
     """What a tap's ReLU and the mean embedding tell each other in one pass.
 

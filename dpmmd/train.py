@@ -40,7 +40,15 @@ if TYPE_CHECKING:
 CHECKPOINT = "last.pt"
 _FORMAT = 1
 # On the result, but for rounding.
-_WITHOUT_EFFECT = {"checkpoint_every", "log_every", "grid_every", "graph", "compile", "memory"}
+_WITHOUT_EFFECT = {
+    "checkpoint_every",
+    "log_every",
+    "grid_every",
+    "inject",
+    "graph",
+    "compile",
+    "memory",
+}
 _GRAPHED_ON = ("cuda",)
 _WARM_UP_STEPS = 3
 _AGREE_EVERY = 10  # steps
@@ -168,6 +176,7 @@ def train(
         estimator=settings.estimator,
         decay=settings.estimator_decay,
         lr=settings.estimator_lr,
+        inject=settings.inject,
         process_group=process_group,
         **planned,
     ).train()

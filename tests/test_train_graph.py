@@ -16,7 +16,7 @@ from dpmmd.nn import ESTIMATORS
 from dpmmd.privacy import Release
 from dpmmd.recipe import TrainSection
 from dpmmd.train import train
-from tests.conftest import small_encoder
+from tests.conftest import images, small_encoder
 from tests.test_train import GENERATOR, assert_same, make_release, quick, run, state_of
 
 Work = Callable[[], None]
@@ -109,6 +109,27 @@ def test_a_graphed_training_resumes_with_or_without_a_graph(
     expected = weights(state_of(whole))
     for key, value in weights(state_of(parts)).items():
         torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=2e-4)
+
+
+def test_injected_steps_are_ordinary_steps(released: Release, tmp_path: Path) -> None:
+    """Through an encoder that has ReLUs to inject into, in training and resumed without."""
+    import dpmmd
+    from dpmmd.generators import ConvGenerator
+
+    encoder = dpmmd.encoders.load("squeezenet1.1", taps=["conv1", "fire2"], precision="float64")
+    x = (images(30)[0], images(30)[1])
+    release = dpmmd.release(
+        x, encoder, epsilon=5.0, delta=1e-3, adjacency="replace-one", num_classes=3, progress=False
+    )
+    found = []
+    for inject in (False, True):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            generator = ConvGenerator(num_classes=3, image_size=8, z_dim=5, base_channels=2)
+        trained = train(release, encoder, generator, quick(steps=3, inject=inject), progress=False)
+        found.append(trained.generator.state_dict())
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_a_graph_needs_cuda(released: Release) -> None:

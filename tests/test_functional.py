@@ -212,7 +212,7 @@ GOOD = features(3, [(4,), (2, 2, 2)], torch.float32)
             {"joint_weight": 1.0, "moments": (1, 2), "bound": "ball-per-tap"},
             "joint_weight=.*bound .sphere. or .ball.",
         ),
-        ((GOOD,), {"backend": "cuda"}, "backend=.cuda.: not in this build"),
+        ((GOOD,), {"backend": "cuda"}, r"backend=.cuda.: cannot run torch.float32 on cpu"),
     ],
 )
 def test_refusals(arguments: tuple, options: dict, message: str) -> None:

@@ -291,8 +291,8 @@ make, found, meter = plan.make, [], Meter(torch.device("cpu"))
 def made(memory, encoder, generator, statement, settings):
     for _ in range(2):  # what the first leaves behind counts as in use
         roomy = make("1TiB", encoder, generator, statement, settings)
-    # between the least and the batch in one piece
-    budget = roomy.least + float(part) * (roomy.whole[0] - roomy.least)
+    # Between the least, measured anew and not to the last page, and the batch in one piece.
+    budget = 1.02 * roomy.least + float(part) * (roomy.whole[0] - roomy.least)
     chosen = make(f"{budget / 2**30:.6f}GiB", encoder, generator, statement, settings)
     meter.settle()
     found.append((chosen, meter.used()))

@@ -140,6 +140,8 @@ def release(
 ) -> None:
     """Release the noised embedding of private images: the only step that costs privacy.
 
+    `torchrun --nproc-per-node 4 -m dpmmd release ...` makes one release by four processes.
+
     Example: `dpmmd release scans/ --out scans.safetensors --epsilon 1 --delta 1e-6 --adjacency
     replace-one --num-classes 2 --image-size 64 --encoder-size 64`
     """
@@ -154,6 +156,7 @@ def release(
     budget = None
     if budget_epsilon is not None and budget_delta is not None:
         budget = (budget_epsilon, budget_delta)
+    group, rank = _started_by_torchrun()
     loaded = dpmmd.encoders.load(encoder, image_size=encoder_size, weights=weights)
     released = dpmmd.release(
         source,
@@ -175,12 +178,15 @@ def release(
         budget=budget,
         partial_sums=partial_sums,
         progress=not quiet,
+        process_group=group,
         group_by=group_by,
         split=split,
         image_size=image_size,
         channels=channels,
         crop=crop,
     )
+    if rank:
+        return
     told = facts(released, None if ledger is None else Ledger(ledger))
     if as_json:
         _print_json({"out": str(out), **told})
@@ -559,6 +565,18 @@ def _moments(text: str) -> tuple[int, ...]:
 
 def _console() -> Console:
     return Console(soft_wrap=not sys.stdout.isatty())
+
+
+def _started_by_torchrun() -> tuple[Any, int]:
+    """The group of torchrun's processes and the number of this one; (None, 0) without torchrun."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
+        return None, 0
+    dist.init_process_group("gloo")
+    if rank := dist.get_rank():
+        warnings.simplefilter("ignore")  # the first process says it
+    return dist.group.WORLD, rank
 
 
 def _say(line: str) -> None:

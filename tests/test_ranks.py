@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -24,6 +25,7 @@ import torch.multiprocessing as mp
 import dpmmd
 from dpmmd.data import ArraySource, Batch, write_npz
 from dpmmd.privacy import Ledger, PrivacyError, Release, partial, ranks
+from dpmmd.privacy.sums import PrivateSums
 from tests.conftest import images, nonnegative_encoder, small_encoder
 
 N, BATCH = 61, 4  # 16 batches: not as many for each of 3 ranks, and the last one is not full
@@ -159,6 +161,19 @@ def test_shards_are_all_of_it_once() -> None:
             assert seen == list(range(batches))
 
 
+def test_only_the_first_rank_keeps_sums() -> None:
+    class Second(ranks.Ranks):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rank = 1
+
+    for together, kept in ((ranks.Ranks(), True), (Second(), False)):
+        sums = PrivateSums(3, 2)
+        sums.reduce(together)
+        with contextlib.nullcontext() if kept else pytest.raises(RuntimeError, match="taken"):
+            sums.take()
+
+
 # ----------------------------------------------------------------------------- the ledger, refusals
 
 
@@ -184,16 +199,16 @@ def one_spend(rank: int, folder: Path) -> None:
     odd = rank == dist.get_world_size() - 1
     changes: list[tuple[str, dict[str, Any]]] = [
         ("epsilon", {"epsilon": 2.0 if odd else 1.0}),
-        ("encoder", {"encoder": small_encoder(("signed", "signed")) if odd else small_encoder()}),
-        ("images", {"source": images(N - odd)}),
-        ("of", {"source": ArraySource(*images(N), name="odd" if odd else "arrays")}),
+        ("encoder", {"encoder": nonnegative_encoder() if odd else small_encoder()}),
+        ("num_units", {"source": images(N - odd)}),
+        ("images", {"source": images(N - odd), "adjacency": "add-remove"}),
+        ("identity", {"source": ArraySource(*images(N), name="odd" if odd else "arrays")}),
         ("batch_size", {"batch_size": 5 if odd else 4}),
-        ("ledger", {} if odd else {"ledger": book}),
+        ("ledger", {"ledger": None} if odd else {}),
     ]
     for name, options in changes:
-        with pytest.raises(ValueError, match=r"has another (.*)"):
+        with pytest.raises(ValueError, match=f"rank 1 has another {name} than rank 0"):
             release(**{"ledger": book, **options})
-        del name
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dpmmd, "__version__", "0.0.9" if odd else dpmmd.__version__)
         with pytest.raises(ValueError, match="rank 1 has another version than rank 0"):
@@ -270,6 +285,7 @@ def silent(rank: int, folder: Path) -> None:
         release(Watched(hang), out=folder / "out")
 
 
+@pytest.mark.long
 def test_a_silent_rank_stops_the_others_after_the_timeout(tmp_path: Path) -> None:
     started = time.monotonic()
     context = mp.get_context("spawn")
@@ -333,12 +349,18 @@ def other_number(rank: int, folder: Path) -> None:
 
 def test_partial_sums_go_on_with_as_many_ranks(tmp_path: Path) -> None:
     assert start(2, interrupted, tmp_path) == [0, 0]
+    assert start(2, goes_on, tmp_path) == [0, 0]
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:partial_sums=")
+def test_partial_sums_of_another_number_of_ranks_are_refused(tmp_path: Path) -> None:
+    assert start(2, interrupted, tmp_path) == [0, 0]
     before = {p.name: p.read_bytes() for p in (tmp_path / "sums").iterdir()}
     assert start(3, other_number, tmp_path) == [0, 0, 0]
     with pytest.raises(PrivacyError, match="holds sums of 2 processes, this is one of 1"):
         release(Watched(lambda _: None), process_group=None, partial_sums=tmp_path / "sums")
     assert {p.name: p.read_bytes() for p in (tmp_path / "sums").iterdir()} == before
-    assert start(2, goes_on, tmp_path) == [0, 0]
 
 
 # ----------------------------------------------------------------------------- the command line
@@ -346,8 +368,8 @@ def test_partial_sums_go_on_with_as_many_ranks(tmp_path: Path) -> None:
 
 def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
-         "0", "-m", "dpmmd", "release", *arguments],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "-m", "dpmmd", "release", *arguments],
         capture_output=True, text=True, timeout=120,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip

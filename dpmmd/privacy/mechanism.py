@@ -256,8 +256,14 @@ def release(
         shared_taps=shared_taps,
     )
     store, done, spend = None, 0, None
-    hidden = {"batch_size": batch_size, "of": images.identity, "images": images.num_images}
-    settings = {**metadata.model_dump(), **hidden}
+    settings = {
+        "version": metadata.version,
+        "identity": images.identity,
+        "encoder": encoder.spec(),
+        **metadata.model_dump(),
+        "batch_size": batch_size,
+        "images": images.num_images,
+    }
     if partial_sums is not None:
         store = PartialSums(partial_sums, settings, ranks.rank, ranks.world)
         done, spend = store.load(held)

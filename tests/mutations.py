@@ -516,7 +516,7 @@ MUTATIONS = (
         (
             Edit(
                 MECHANISM,
-                "disable=not (progress and public_n and sizes is None)",
+                "disable=not (progress and public_n and sizes is None and ranks.rank == 0)",
                 "disable=not progress",
             ),
         ),

@@ -144,10 +144,13 @@ def release(
 ) -> None:
     """Release the noised embedding of private images: the only step that costs privacy.
 
+    `torchrun --nproc-per-node 4 -m dpmmd release ...` makes one release by four processes.
+
     Example: `dpmmd release scans/ --out scans.safetensors --epsilon 1 --delta 1e-6 --adjacency
     replace-one --num-classes 2 --image-size 64 --encoder-size 64`
     """
     import dpmmd
+    from dpmmd.distributed import join
     from dpmmd.files import refuse_existing
     from dpmmd.privacy import Ledger
     from dpmmd.privacy.report import facts
@@ -160,6 +163,10 @@ def release(
     budget = None
     if budget_epsilon is not None and budget_delta is not None:
         budget = (budget_epsilon, budget_delta)
+    group = join()
+    rank = 0 if group is None else group.rank()
+    if rank:
+        warnings.simplefilter("ignore")  # the first process says it
     loaded = dpmmd.encoders.load(encoder, image_size=encoder_size, weights=weights).to(where)
     released = dpmmd.release(
         source,
@@ -181,12 +188,15 @@ def release(
         budget=budget,
         partial_sums=partial_sums,
         progress=not quiet,
+        process_group=group,
         group_by=group_by,
         split=split,
         image_size=image_size,
         channels=channels,
         crop=crop,
     )
+    if rank:
+        return
     told = facts(released, None if ledger is None else Ledger(ledger))
     if as_json:
         _print_json({"out": str(out), **told})

@@ -33,6 +33,7 @@ ENCODER = "dpmmd/encoders/base.py"
 ITEMS = "dpmmd/data/items.py"
 TRAIN = "dpmmd/train.py"
 PARTIAL = "dpmmd/privacy/partial.py"
+_RANKS = "tests/test_ranks.py"
 
 
 @dataclass(frozen=True)
@@ -210,6 +211,64 @@ MUTATIONS = (
             ),
         ),
         (_SUMS_OF, "tests/test_release.py::test_noise_has_the_declared_sd"),
+    ),
+    # ------------------------------------------------------------------------- several processes
+    Mutation(
+        "noise-before-the-reduction",
+        "every rank noises its own sums: as much noise as there are ranks, drawn in all of them",
+        (
+            Edit(
+                MECHANISM,
+                "        one.reduce(ranks)\n",
+                "        values = (one._sums, one._shared)\n"
+                "        for v in values:\n"
+                "            v += torch.from_numpy((insecure_test_noise or rounded_gaussian)"
+                "(v.numel(), sd)).view_as(v)\n"
+                "        one.reduce(ranks)\n",
+            ),
+            Edit(
+                MECHANISM,
+                "sampler = insecure_test_noise or rounded_gaussian",
+                "sampler = lambda n, sd: np.zeros(n, np.int64)",
+            ),
+        ),
+        (f"{_RANKS}::test_the_integers_are_those_of_one_process[2]",),
+    ),
+    Mutation(
+        "noise-in-every-rank",
+        "every rank draws noise for the same sums: the noises of several releases can be averaged",
+        (
+            Edit(MECHANISM, "    if ranks.rank:\n        return", "    if False:\n        return"),
+            Edit(SUMS, "        if ranks.rank:\n", "        if False:\n"),
+        ),
+        (
+            f"{_RANKS}::test_the_integers_are_those_of_one_process[2]",
+            f"{_RANKS}::test_only_the_first_rank_keeps_sums",
+        ),
+    ),
+    Mutation(
+        "spend-in-every-rank",
+        "every rank books the one release",
+        (Edit(MECHANISM, "ledger is None or ranks.rank else", "ledger is None else"),),
+        (f"{_RANKS}::test_one_spend_and_what_is_refused_everywhere",),
+    ),
+    Mutation(
+        "ranks-not-compared",
+        "ranks with other data, encoders or arguments add up their sums under rank 0's claim",
+        (Edit(MECHANISM, "ranks.agree(", "ranks.gather("),),
+        (f"{_RANKS}::test_one_spend_and_what_is_refused_everywhere",),
+    ),
+    Mutation(
+        "every-rank-reads-everything",
+        "each image is summed as often as there are ranks: the sensitivity is that many times more",
+        (
+            Edit(
+                MECHANISM,
+                "ranks.shard(images.num_batches(batch_size))",
+                "range(images.num_batches(batch_size))",
+            ),
+        ),
+        (f"{_RANKS}::test_the_integers_are_those_of_one_process[2]",),
     ),
     # ------------------------------------------------------------------------- bound, certificate
     Mutation(
@@ -457,7 +516,7 @@ MUTATIONS = (
         (
             Edit(
                 MECHANISM,
-                "disable=not (progress and public_n and sizes is None)",
+                "disable=not (progress and public_n and sizes is None and ranks.rank == 0)",
                 "disable=not progress",
             ),
         ),

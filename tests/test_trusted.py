@@ -13,7 +13,7 @@ from dpmmd.privacy.report import EVIDENCE
 ROOT = Path(__file__).resolve().parent.parent
 # What (epsilon, delta) of one release rests on; what writes files for it. The ledger, the report
 # and the audit stand beside them: they see noised releases only.
-CORE = ("accounting", "sensitivity", "sums", "noise", "mechanism")
+CORE = ("accounting", "sensitivity", "sums", "noise", "mechanism", "ranks")
 TRUSTED = (*CORE, "release_file", "partial")
 MAY_IMPORT = {
     *("dpmmd", "dpmmd.bounds", "dpmmd.files", "dpmmd.data", "dpmmd.encoders"),
@@ -38,8 +38,8 @@ def code_lines(path: Path) -> int:
 
 def test_the_trusted_core_is_small() -> None:
     lines = {name: code_lines(ROOT / f"dpmmd/privacy/{name}.py") for name in TRUSTED}
-    assert sum(lines[name] for name in CORE) <= 800, lines
-    assert sum(lines.values()) <= 1050, lines
+    assert sum(lines[name] for name in CORE) <= 930, lines
+    assert sum(lines.values()) <= 1250, lines
 
 
 @pytest.mark.parametrize("name", TRUSTED)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,9 +31,11 @@ from dpmmd.privacy.accounting import calibrate
 from dpmmd.privacy.ledger import Ledger
 from dpmmd.privacy.noise import rounded_gaussian
 from dpmmd.privacy.partial import PartialSums
+from dpmmd.privacy.ranks import Ranks, in_all
 from dpmmd.privacy.release_file import (
     BlockRecord,
     Metadata,
+    PrivacyError,
     Release,
     array_hash,
     unit_of,
@@ -41,6 +44,8 @@ from dpmmd.privacy.sensitivity import Block, check_adjacency, sensitivity
 from dpmmd.privacy.sums import GRID_BITS, PrivateSums
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from dpmmd.data import Batch, ImageSource
     from dpmmd.encoders import Encoder
 
@@ -80,6 +85,7 @@ class _Part:
         return self.clip / self.block.bound
 
 
+@in_all
 def release(
     source: Any,
     encoder: Encoder,
@@ -101,6 +107,7 @@ def release(
     budget: tuple[float, float] | None = None,
     partial_sums: str | os.PathLike[str] | None = None,
     progress: bool = True,
+    process_group: ProcessGroup | None = None,
     insecure_test_noise: Callable[[int, float], np.ndarray] | None = None,
     **source_options: Any,
 ) -> Release:
@@ -144,6 +151,10 @@ def release(
             about, and deleted when the release is done. None: nothing raw is ever written.
         progress: show a progress bar on standard error (none where the number of images is private:
             under add-remove adjacency, or with ``group_by``).
+        process_group: of torch.distributed: its processes read a shard of the images each, and make
+            one release together (`dpmmd.privacy.ranks`). All are called with the same arguments;
+            the first one keeps the ledger, draws the noise and writes ``out``. The released
+            integers before their noise are those of one process. None: this process alone.
         insecure_test_noise: for tests only: a function (n, sd) -> int64 [n] in place of the exact
             sampler. The release is stamped NOT PRIVATE.
         **source_options: passed to `dpmmd.data.open_source` (split, image_size, channels, crop,
@@ -160,6 +171,8 @@ def release(
         FileExistsError: ``out`` exists.
         PrivacyError: the ledger was damaged or edited, the budget does not allow the release, or
             ``partial_sums`` cannot be used.
+        RuntimeError: ``process_group`` is not initialised, or another of its processes failed:
+            then all fail, and nothing is released.
 
     Warns:
         UserWarning: delta > 1 / N, which allows to publish somebody's image outright.
@@ -169,7 +182,8 @@ def release(
 
     if isinstance(encoder, str):
         raise TypeError(f"encoder={encoder!r}: expected dpmmd.encoders.load({encoder!r}).")
-    if out is not None:
+    ranks = Ranks(process_group)
+    if out is not None and ranks.rank == 0:
         refuse_unwritable(Path(out))
     check_adjacency(adjacency)
     moments = (moments,) if isinstance(moments, int) else tuple(moments)
@@ -178,8 +192,10 @@ def release(
     if budget is not None and ledger is None:
         raise ValueError(f"budget={budget!r}: needs ledger=FILE, which remembers what was spent.")
     noise_level = calibrate(epsilon=epsilon, delta=delta)
-    book = None if ledger is None else Ledger(ledger, budget=budget)
+    book = None if ledger is None or ranks.rank else Ledger(ledger, budget=budget)
     private = insecure_test_noise is None
+    if private:
+        _warn_alone(process_group)
     labelled, public_n = num_classes is not None, adjacency != "add-remove"
 
     images = open_source(
@@ -240,14 +256,33 @@ def release(
         shared_taps=shared_taps,
     )
     store, done, spend = None, 0, None
+    settings = {
+        "version": metadata.version,
+        "identity": images.identity,
+        "encoder": encoder.spec(),
+        **metadata.model_dump(),
+        "batch_size": batch_size,
+        "images": images.num_images,
+    }
     if partial_sums is not None:
-        hidden = {"batch_size": batch_size, "of": images.identity, "images": images.num_images}
-        store = PartialSums(partial_sums, {**metadata.model_dump(), **hidden})
+        store = PartialSums(partial_sums, settings, ranks.rank, ranks.world)
         done, spend = store.load(held)
-    if book is not None and not (spend and book.is_open(spend)):
+    if ledger is not None:
         with torch.inference_mode():  # what fails on blank images must not cost anything
             for used in encoders.values():
                 used(torch.zeros(batch_size, *images.image_shape, device=device))
+    groups = None if sizes is None else sizes.tolist()
+    ranks.agree({**settings, "groups": groups, "ledger": ledger is not None})
+    numbers = ranks.shard(images.num_batches(batch_size))
+    first, numbers = numbers.start, numbers[done:]
+    spends = {spent for spent in ranks.gather(spend) if spent is not None}
+    if len(spends) > 1:
+        raise PrivacyError(
+            f"partial_sums={str(partial_sums)!r}: the processes' sums were spent for by different "
+            "releases; delete the folder to start from the first image."
+        )
+    spend = spends.pop() if spends else None
+    if book is not None and not (spend and book.is_open(spend)):
         spend = book.spend(
             identity=images.identity,
             source=images.name,
@@ -258,21 +293,22 @@ def release(
             unit=metadata.unit,
             private=private,
         )
-    numbers = range(done, images.num_batches(batch_size))
+    spend = ranks.gather(spend)[0]  # nobody reads an image before it is written down
+    steps = max(ranks.gather(len(numbers)))
     bar = tqdm(
-        total=numbers.stop,
+        total=done + len(numbers),
         initial=done,
         desc="release",
         unit="batch",
-        disable=not (progress and public_n and sizes is None),
+        disable=not (progress and public_n and sizes is None and ranks.rank == 0),
     )
     whole = True  # whether the sums are those of whole batches
     try:
         batches = prefetch(images.part(batch_size, numbers), device)
         with closing(batches), bar, torch.inference_mode():
-            for batch in batches:
+            for batch in ranks.paced(batches, steps):
                 pixels, labels, valid = _harmless(batch, classes, labelled, device)
-                share = _shares(sizes, done * batch_size, batch_size, device)
+                share = _shares(sizes, (first + done) * batch_size, batch_size, device)
                 features = {
                     key: [f.permute(0, 2, 3, 1).flatten(1) for f in used(pixels)]
                     for key, used in encoders.items()
@@ -303,6 +339,10 @@ def release(
             store.store(done, spend, held)
         raise
 
+    for one in held:
+        one.reduce(ranks)
+    if ranks.rank:
+        return _done(ranks.share(None), store)
     sampler = insecure_test_noise or rounded_gaussian
     released = [
         _noised(sums, sd, sampler, part.unit) for part, sums in zip(parts, raw, strict=True)
@@ -328,6 +368,10 @@ def release(
         book.confirm(spend, digest)
     if out is not None:
         result.save(out)
+    return _done(ranks.share(result), store)
+
+
+def _done(result: Release, store: PartialSums | None) -> Release:
     if store is not None:
         store.delete()
     return result
@@ -444,6 +488,17 @@ def _noised(
         drawn = np.asarray(sampler(values.numel(), sd), np.int64)
         values += torch.from_numpy(drawn).view_as(values)
     return by_class.double() * unit, shared.double() * unit
+
+
+def _warn_alone(group: ProcessGroup | None) -> None:
+    """A second release where one was meant: the noises of two can be averaged."""
+    if group is None and dist.is_available() and dist.is_initialized() and dist.get_rank():
+        warnings.warn(
+            f"process_group=None: the process with rank {dist.get_rank()} makes a release of its "
+            "own, with noise of its own, which counts by itself. For one release by all of them "
+            "give process_group=torch.distributed.group.WORLD, or release in rank 0 alone.",
+            stacklevel=4,
+        )
 
 
 def _warn_delta(delta: float, num_units: int) -> None:

@@ -7,7 +7,8 @@ release is done. (Deleted, not wiped: a disk may keep what was on it.)
 
 Going on costs nothing: sums to which no noise has been added have told nobody anything, and the
 noise is drawn once, after the last batch. What the file says of the release it belongs to is
-compared before it is used, so that sums of two releases are never mixed.
+compared before it is used, so that sums of two releases are never mixed. Of several ranks each has
+a file of its own, of its own shard; they go on with as many ranks as there were.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import stat
 import tempfile
 import time
@@ -27,7 +29,8 @@ from typing import Any, BinaryIO
 from dpmmd.privacy.release_file import PrivacyError
 from dpmmd.privacy.sums import PrivateSums
 
-FILE = "partial.sums"
+FILE = "partial.sums"  # of rank 2 of 4: partial.sums-2-of-4
+_OURS = re.compile(r"\.?partial\.sums(?:-\d+-of-(?P<world>\d+))?(?:\..*)?")
 _FOOTER = 512  # bytes at the end that say what the sums before them are of
 SECONDS = 30.0  # between two writes, or twenty times as long as the last one took
 
@@ -38,17 +41,25 @@ class PartialSums:
     Args:
         folder: made with mode 0700 if it is not there.
         release: everything that the sums depend on, JSON-able.
+        rank, world: of how many processes this is which.
 
     Raises:
-        PrivacyError: the folder can be entered by others, is not ours, or holds something else.
+        PrivacyError: the folder can be entered by others, is not ours, or holds something else, or
+            the sums of another number of processes.
 
     Warns:
         UserWarning: where the raw statistics will be.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], release: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        release: Mapping[str, Any],
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
         self.folder = Path(folder).expanduser()
-        self.path = self.folder / FILE
+        self.path = self.folder / (FILE if world == 1 else f"{FILE}-{rank}-of-{world}")
         text = json.dumps(release, sort_keys=True, default=str)
         self._release = hashlib.sha256(text.encode()).hexdigest()
         with contextlib.suppress(FileExistsError):
@@ -60,13 +71,19 @@ class PartialSums:
                 f"{stat.S_IMODE(found.st_mode):04o}); expected 0700. Name a folder that is not "
                 "there yet, or run chmod 700 on it."
             )
-        if strange := sorted(e.name for e in self.folder.iterdir() if not _ours(e.name)):
-            raise PrivacyError(
-                f"partial_sums={str(folder)!r}: holds {strange[0]!r}; expected a folder of its own."
-            )
-        for leftover in self.folder.iterdir():  # of a write that was cut off
-            if leftover.name != FILE:
-                leftover.unlink()
+        for name in sorted(os.listdir(self.folder)):
+            if (match := _OURS.fullmatch(name)) is None:
+                raise PrivacyError(
+                    f"partial_sums={str(folder)!r}: holds {name!r}; expected a folder of its own."
+                )
+            if int(match["world"] or 1) != world:
+                raise PrivacyError(
+                    f"partial_sums={str(folder)!r}: holds sums of {match['world'] or 1} processes, "
+                    f"this is one of {world}; go on with as many, or delete the folder to start "
+                    "from the first image."
+                )
+            if name.startswith(f".{self.path.name}."):  # of a write that was cut off
+                (self.folder / name).unlink()
         warnings.warn(
             f"partial_sums={str(folder)!r}: raw private statistics are kept there until the "
             "release is done. Do not copy or back up this folder.",
@@ -118,7 +135,8 @@ class PartialSums:
     def store(self, batches: int, spend: str | None, sums: Sequence[PrivateSums]) -> None:
         """Puts the sums of so many batches in the place of the last ones, whole or not at all."""
         started = time.monotonic()
-        descriptor, temporary = tempfile.mkstemp(dir=self.folder, prefix=f".{FILE}.")  # mode 0600
+        prefix = f".{self.path.name}."
+        descriptor, temporary = tempfile.mkstemp(dir=self.folder, prefix=prefix)  # mode 0600
         try:
             with os.fdopen(descriptor, "w+b") as file:
                 for one in sums:
@@ -142,13 +160,10 @@ class PartialSums:
         self._due = time.monotonic() + max(SECONDS, 20 * (time.monotonic() - started))
 
     def delete(self) -> None:
-        """Removes the file and its folder: the release is done."""
+        """Removes the file, and its folder with the last one: the release is done."""
         self.path.unlink(missing_ok=True)
-        self.folder.rmdir()
-
-
-def _ours(name: str) -> bool:
-    return name == FILE or name.startswith(f".{FILE}.")
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
 
 
 def _digest(file: BinaryIO, size: int) -> str:

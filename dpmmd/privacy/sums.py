@@ -39,12 +39,15 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 import torch
 from torch import Tensor
 
 from dpmmd import _cpu, backends
+
+if TYPE_CHECKING:
+    from dpmmd.privacy.ranks import Ranks
 
 GRID_BITS = 30
 GUARD = 1.0 - 2.0**-20
@@ -245,6 +248,14 @@ class PrivateSums:
         if self._sums is None:
             raise RuntimeError("PrivateSums: the sums have been taken.")
         self._sums[:, 0].index_add_(0, labels, valid.to(torch.int64) * taus)
+
+    def reduce(self, ranks: Ranks) -> None:
+        """Adds up the sums of all ranks in rank 0, exactly; the others have none left."""
+        if self._sums is None:
+            raise RuntimeError("PrivateSums: the sums have been taken.")
+        self._sums, self._shared = ranks.reduce(self._sums), ranks.reduce(self._shared)
+        if ranks.rank:
+            self._sums = None
 
     def take(self) -> tuple[Tensor, Tensor]:
         """The int64 sums [K, D] and [1, D'] on the CPU, once; nothing is left here afterwards."""

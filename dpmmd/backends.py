@@ -6,6 +6,9 @@ choice runs as chosen or raises.
 - ``"cpu"``: the native core (csrc/), for float32 and bfloat16 tensors on the CPU;
 - ``"triton"``: the kernels in dpmmd.kernels, for float32 and bfloat16 tensors on a CUDA device; on
   request only, since they have not been measured on one;
+- ``"cuda"``: the CUDA core (csrc/cuda/), where dpmmd was installed with nvcc at hand; for the same
+  tensors, and on request only, for the same reason. It needs no Triton and compiles nothing when
+  it runs;
 - ``"torch"``: plain PyTorch, for every floating dtype and device.
 """
 
@@ -20,10 +23,9 @@ from contextvars import ContextVar
 
 import torch
 
-from dpmmd import _cpu
+from dpmmd import _cpu, _cuda
 
-BACKENDS = ("auto", "torch", "cpu", "triton")
-NOT_IN_THIS_BUILD = ("cuda",)
+BACKENDS = ("auto", "torch", "cpu", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "DPMMD_BACKEND"
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -32,7 +34,7 @@ _warned = False
 
 
 def resolve(backend: str = "auto", device: str = "cpu", dtype: torch.dtype = torch.float32) -> str:
-    """The implementation that will run: ``"torch"``, ``"cpu"`` or ``"triton"``.
+    """The implementation that will run: ``"torch"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
 
     An argument other than ``"auto"`` wins, then `use`, then the variable DPMMD_BACKEND. Under
     torch.compile the choice is made once, when a graph is compiled.
@@ -70,6 +72,15 @@ def resolve(backend: str = "auto", device: str = "cpu", dtype: torch.dtype = tor
                 f"{origin}='triton': the package triton is not installed; pip install "
                 "'dpmmd[triton]' (builds of PyTorch for CUDA bring it), or use 'auto'."
             )
+    if backend == "cuda":
+        if device != _cuda.DEVICE or dtype not in NATIVE_DTYPES:
+            raise ValueError(
+                f"{origin}='cuda': cannot run {dtype} on {device}; it takes float32 and bfloat16 "
+                "on a CUDA device. Use 'auto', or move the tensors."
+            )
+        hindrance = _cuda.hindrance()
+        if hindrance is not None:
+            raise ValueError(f"{origin}='cuda': {hindrance}, or use 'auto'.")
     if backend != "auto":
         return backend
     if fits and _cpu.missing is not None:
@@ -92,9 +103,8 @@ def _requested(backend: str) -> tuple[str, str]:
         elif ENVIRONMENT_VARIABLE in os.environ:
             backend, origin = os.environ[ENVIRONMENT_VARIABLE], ENVIRONMENT_VARIABLE
     if backend not in BACKENDS:
-        reason = "not in this build; " if backend in NOT_IN_THIS_BUILD else ""
         raise ValueError(
-            f"{origin}={backend!r}: {reason}this build has {', '.join(map(repr, BACKENDS))}. "
+            f"{origin}={backend!r}: this build has {', '.join(map(repr, BACKENDS))}. "
             "Use 'auto' to let the library choose."
         )
     return origin, backend

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dpmmd import _cpu, backends
+from dpmmd import _cpu, _cuda, backends
 from dpmmd.bounds import check_bound
 
 
@@ -239,10 +239,20 @@ def _check_target(means: Tensor, counts: Tensor, target: Tensor) -> None:
 
 
 def _core(backend: str, means: Tensor, counts: Tensor, target: Tensor, *states: Tensor) -> str:
-    """What runs these: a core if all are float32 on one device, the gradient in means alone."""
+    """What runs these: a core if all are float32, the gradient in means alone.
+
+    Raises:
+        ValueError: they are on more than one device.
+    """
     _check_target(means, counts, target)
     others = (counts, target, *states)
-    odd = [t for t in (means, *others) if t.dtype != torch.float32 or t.device != means.device]
+    for name, tensor in zip(("counts", "target", *["state"] * len(states)), others, strict=True):
+        if tensor.device != means.device:
+            raise ValueError(
+                f"{name}: {_brief(tensor)}, expected it on {means.device}, where the means are; "
+                f"move it with .to({str(means.device)!r})."
+            )
+    odd = [t for t in (means, *others) if t.dtype != torch.float32]
     like = odd[0] if odd else means
     chosen = backends.resolve(backend, like.device.type, like.dtype)
     return "torch" if odd or any(t.requires_grad for t in others) else chosen
@@ -425,8 +435,8 @@ def _usable_rows(f: Tensor, scale: Tensor, column: int, blank: bool) -> Tensor:
     return torch.where(usable > 0, f, 0)
 
 
-# The operations of the cores, known to torch.compile as opaque: `core` is "cpu", the native one, or
-# "triton", whose modules are imported when they are first asked for.
+# The operations of the cores, known to torch.compile as opaque: `core` is "cpu", the native one,
+# "cuda", or "triton", whose modules are imported when they are first asked for.
 
 
 @torch.library.custom_op("dpmmd::mean_embedding", mutates_args=(), device_types=("cpu", "cuda"))
@@ -440,12 +450,14 @@ def _mean_embedding(
     joint_weight: float | None,
     core: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Means, counts, scale, projection and, of the Triton core, the labels' schedule."""
+    """Means, counts, scale, projection and, of the GPU cores, the labels' schedule."""
     options = {"moments": moments, "bound": bound, "clip": clip, "joint_weight": joint_weight}
     if core == "triton":
         from dpmmd.kernels import mean_embedding as kernels
 
         return kernels.forward(features, labels, num_classes, **options)
+    if core == "cuda":
+        return _cuda.forward(features, labels, num_classes, **options)  # type: ignore[arg-type]
     nothing = features[0].new_empty(0, dtype=torch.int32)
     return (*_cpu.forward(features, labels, num_classes, **options), nothing)  # type: ignore[arg-type]
 
@@ -466,6 +478,8 @@ def _(
         from dpmmd.kernels.schedule import size as length_of
 
         length = length_of(features[0].shape[0], None if labels is None else num_classes)
+    elif core == "cuda":
+        length = _cuda.schedule_size(features[0].shape[0], None if labels is None else num_classes)
     dim = sum(math.prod(f.shape[1:]) for f in features)
     size = _cpu.statistics_shape(features, moments, bound, joint_weight)
     new = features[0].new_empty
@@ -515,18 +529,18 @@ def _mean_embedding_backward(
             upstream=upstream,
             needed=needed,
         )
-    return _cpu.backward(
-        features,
-        labels,
-        num_classes,
-        moments=moments,
-        bound=bound,
-        joint_weight=joint_weight,
-        scale=scale,
-        projection=projection,
-        upstream=upstream,
-        needed=needed,
-    )[0]
+    options: dict[str, Any] = {
+        "moments": moments,
+        "bound": bound,
+        "joint_weight": joint_weight,
+        "scale": scale,
+        "projection": projection,
+        "upstream": upstream,
+        "needed": needed,
+    }
+    if core == "cuda":
+        return _cuda.backward(features, labels, num_classes, schedule=schedule, **options)[0]
+    return _cpu.backward(features, labels, num_classes, **options)[0]
 
 
 @_mean_embedding_backward.register_fake
@@ -599,7 +613,7 @@ def _difference(core: str) -> Callable[..., tuple[Tensor, Tensor]]:
         from dpmmd.kernels.difference import difference
 
         return difference
-    return _cpu.difference
+    return _cuda.difference if core == "cuda" else _cpu.difference
 
 
 @torch.library.custom_op("dpmmd::squared_mmd", mutates_args=(), device_types=("cpu", "cuda"))
@@ -731,8 +745,9 @@ def _give_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     if torch.is_grad_enabled():  # create_graph=True
         return _Once.apply(means, gradient * grad), None, None
     # A plain 1, the usual case, costs no pass and no memory. While a graph is traced (the tensor
-    # is of another class then) there is no value to look at.
-    if type(grad) is Tensor and float(grad) == 1.0:
+    # is of another class then) there is no value to look at, and one on a device would have to be
+    # waited for, which a CUDA graph cannot capture.
+    if type(grad) is Tensor and grad.device.type == "cpu" and float(grad) == 1.0:
         return gradient, None, None
     return gradient * grad, None, None
 

@@ -1,0 +1,425 @@
+"""The only caller of the CUDA core (csrc/cuda/): checks everything before an address leaves Python.
+
+Kernels run on PyTorch's current stream, and workspaces are tensors of it: nothing waits for the
+device, and calls can be captured in a CUDA graph once one has run outside of it. Labels are sorted
+on the device; `forward` returns that order, which `backward` takes, as the Triton core does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpmmd import _cpu
+from dpmmd._cpu import PLANES, _address, _addresses, _brief, _check_apart, layout
+
+_native: Any = None if _cpu.missing is not None else _cpu._native
+DEVICE = "cuda"  # the type of device; tests run the kernels on the host
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_ESTIMATORS = {"batch": 0, "ema": 1, "adam": 2}
+_loaded: set[torch.device] = set()
+
+
+def hindrance() -> str | None:
+    """Why no kernel can run on this machine, and what to do about it; None if one can."""
+    if _native is None:
+        return f"dpmmd._native did not load ({_cpu.missing}); install dpmmd with a C++ compiler"
+    if not _native.cuda_architectures():
+        return (
+            "this build is without CUDA; install dpmmd where nvcc of the CUDA toolkit (12.0 or "
+            "newer) is on the PATH"
+        )
+    count = _native.cuda_device_count()
+    if count < 0:
+        return (
+            f"no CUDA device can be used ({_native.cuda_describe(count)}); install or update the "
+            "NVIDIA driver"
+        )
+    return None if count else "no CUDA device is visible; see CUDA_VISIBLE_DEVICES"
+
+
+def schedule_size(n: int, num_classes: int | None) -> int:
+    """Length of a schedule; 0 without labels (``num_classes=None``)."""
+    return 0 if num_classes is None else n + num_classes + 1
+
+
+def forward(
+    features: Sequence[Tensor],
+    labels: Tensor | None,
+    num_classes: int,
+    *,
+    moments: Sequence[int],
+    bound: str,
+    clip: float,
+    joint_weight: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Class means of bounded moments; see `dpmmd.functional.mean_embedding`.
+
+    Labels out of range stop the device with an assertion, as an index out of range does.
+
+    Returns:
+        means [M, K, D], counts [K], scale and projection [N, n, B] as `dpmmd._cpu.forward` has
+        them, all float32, and the schedule of the labels, int32 [`schedule_size`(n, K)].
+    """
+    taps = _pieces(features)
+    n, device, widths = taps[0].shape[0], taps[0].device, [prod(f.shape[1:]) for f in features]
+    size = _cpu.statistics_shape(features, moments, bound, joint_weight)
+    labels = _checked_labels(labels, n, device)
+    length = schedule_size(n, None if labels is None else num_classes)
+    with _ready(device) as stream:
+        new = taps[0].new_empty
+        scale, projection = (new(size, dtype=torch.float32) for _ in range(2))
+        means = new((len(moments), num_classes, sum(widths)), dtype=torch.float32)
+        counts = new((num_classes,), dtype=torch.float32)
+        schedule = new((length,), dtype=torch.int32)
+        _embed(
+            taps, None, labels, num_classes, moments, bound, clip, joint_weight,
+            scale, projection, means, counts, None, None, schedule, stream,
+        )  # fmt: skip
+        for piece, tap in zip(means.split(widths, dim=2), taps, strict=True):
+            if layout(tap) == PLANES and piece.numel():
+                by_plane = piece.unflatten(2, (tap.shape[1], -1))
+                piece.copy_(by_plane.transpose(2, 3).flatten(2))
+    return means, counts, scale, projection, schedule
+
+
+def backward(
+    features: Sequence[Tensor],
+    labels: Tensor | None,
+    num_classes: int,
+    *,
+    moments: Sequence[int],
+    bound: str,
+    joint_weight: float | None,
+    scale: Tensor,
+    projection: Tensor,
+    schedule: Tensor,
+    upstream: Tensor,
+    needed: Sequence[bool] | None = None,
+) -> tuple[list[Tensor], Tensor]:
+    """Gradients of `forward`'s means with respect to the features.
+
+    Args:
+        scale, projection, schedule: from `forward`.
+        upstream: float32 [M, K, D], gradient with respect to the means.
+        needed: for which taps; None for all.
+
+    Returns:
+        One gradient per tap, with its shape, dtype and memory format (empty where not needed), and
+        the coefficients [N, n, B].
+    """
+    taps = _pieces(features)
+    n, device, widths = taps[0].shape[0], taps[0].device, [prod(f.shape[1:]) for f in features]
+    size = _cpu.statistics_shape(features, moments, bound, joint_weight)
+    labels = _checked_labels(labels, n, device)
+    upstream = upstream.contiguous()
+    length = schedule_size(n, None if labels is None else num_classes)
+    _check_buffer("scale", scale, size, device)
+    _check_buffer("projection", projection, size, device)
+    _check_buffer("schedule", schedule, (length,), device, torch.int32)
+    _check_buffer("upstream", upstream, (len(moments), num_classes, sum(widths)), device)
+    needed = [True] * len(taps) if needed is None else needed
+    with _ready(device) as stream:
+        if any(layout(tap) == PLANES for tap in taps):
+            ordered = upstream.clone()
+            for source, piece, tap in zip(
+                upstream.split(widths, dim=2), ordered.split(widths, dim=2), taps, strict=True
+            ):
+                if layout(tap) == PLANES and piece.numel():
+                    by_pixel = source.unflatten(2, (-1, tap.shape[1]))
+                    piece.unflatten(2, (tap.shape[1], -1)).copy_(by_pixel.transpose(2, 3))
+            upstream = ordered
+        coefficients = torch.empty_like(scale)
+        gradients = [
+            _cpu.empty_gradient(tap) if wanted else tap.new_empty(0)
+            for tap, wanted in zip(taps, needed, strict=True)
+        ]
+        _embed(
+            taps, gradients, labels, num_classes, moments, bound, 1.0, joint_weight,
+            scale, projection, None, None, upstream, coefficients, schedule, stream,
+        )  # fmt: skip
+    return gradients, coefficients
+
+
+def _embed(
+    taps: Sequence[Tensor],
+    gradients: Sequence[Tensor] | None,
+    labels: Tensor | None,
+    num_classes: int,
+    moments: Sequence[int],
+    bound: str,
+    clip: float,
+    joint_weight: float | None,
+    scale: Tensor,
+    projection: Tensor,
+    means: Tensor | None,
+    counts: Tensor | None,
+    upstream: Tensor | None,
+    coefficients: Tensor | None,
+    schedule: Tensor,
+    stream: int,
+) -> None:
+    allocate, _kept = _workspace(taps[0].device)
+    status = _native.cuda_mean_embedding(
+        upstream is not None,
+        _addresses(taps, gradients),
+        TYPES[taps[0].dtype],
+        taps[0].shape[0],
+        _address(labels),
+        num_classes,
+        sum(moments),
+        bound.startswith("ball"),
+        bound.endswith("-per-tap"),
+        joint_weight is not None,
+        clip,
+        1.0 if joint_weight is None else joint_weight,
+        _address(scale),
+        _address(projection),
+        _address(means),
+        _address(counts),
+        _address(upstream),
+        _address(coefficients),
+        _address(schedule),
+        allocate,
+        stream,
+    )
+    _check_status(status)
+
+
+def difference(
+    means: Tensor,
+    counts: Tensor,
+    target: Tensor,
+    *,
+    estimator: str = "batch",
+    estimate: Tensor | None = None,
+    steps: Tensor | None = None,
+    first_moment: Tensor | None = None,
+    second_moment: Tensor | None = None,
+    decay: float = 0.0,
+    lr: float = 0.0,
+    numbers: int | None = None,
+    update: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Loss of a difference estimator and its gradient in ``means``; moves the state in place.
+
+    Arguments and results as of `dpmmd._cpu.difference`, on one CUDA device.
+    """
+    device, shape = means.device, tuple(means.shape)
+    means, counts, target = means.contiguous(), counts.contiguous(), target.contiguous()
+    inputs = {"means": means, "counts": counts, "target": target}
+    given = {
+        "estimate": estimate,
+        "first_moment": first_moment,
+        "second_moment": second_moment,
+        "steps": steps,
+    }
+    states = {name: state for name, state in given.items() if state is not None}
+    for name, buffer in (inputs | states).items():
+        size = shape[1:2] if name in ("counts", "steps") else shape
+        _check_buffer(name, buffer, size, device)
+    _check_apart(states, inputs)
+    with _ready(device) as stream:
+        value, gradient = means.new_empty(()), means.new_empty(shape)
+        allocate, _kept = _workspace(device)
+        status = _native.cuda_difference(
+            _ESTIMATORS[estimator],
+            update,
+            *shape,
+            _address(means),
+            _address(counts),
+            _address(target),
+            _address(estimate),
+            _address(first_moment),
+            _address(second_moment),
+            _address(steps),
+            decay,
+            lr,
+            float(max(means.numel(), 1) if numbers is None else numbers),
+            _address(gradient),
+            _address(value),
+            allocate,
+            stream,
+        )
+    _check_status(status)
+    return value, gradient
+
+
+def bounded_sums(
+    features: Sequence[Tensor],
+    labels: Tensor,
+    valid: Tensor,
+    limits: Tensor,
+    *,
+    moments: Sequence[int],
+    joint_weight: float,
+    bound: str,
+    clip: float,
+    nonnegative: bool,
+    sums: Tensor,
+    shared: Tensor | None = None,
+    shared_taps: int = 0,
+) -> None:
+    """Adds the bounded integer vectors of a batch to int64 class sums: `PrivateSums.add` exactly.
+
+    Arguments as of `dpmmd._cpu.bounded_sums`, on one CUDA device; float32 and bfloat16 features.
+    What the images hold never raises, and never stops the device.
+    """
+    taps = _pieces(features, planes=False)
+    n, device, widths = taps[0].shape[0], taps[0].device, [prod(f.shape[1:]) for f in features]
+    if not 0 <= shared_taps <= len(taps):
+        raise ValueError(f"shared_taps={shared_taps!r}: expected 0..{len(taps)}.")
+    if (shared is None) != (shared_taps == 0):
+        raise ValueError(
+            f"shared: {_brief(shared)} with shared_taps={shared_taps}; give both or neither."
+        )
+    of_shared = len(moments) * sum(widths[:shared_taps])
+    own = len(moments) * sum(widths[shared_taps:])
+    num_classes = sums.shape[0] if sums.ndim else 1
+    _check_buffer("labels", labels, (n,), device, torch.int64)
+    _check_buffer("valid", valid, (n,), device, torch.bool)
+    _check_buffer("limits", limits, (n,), device, torch.int64)
+    _check_buffer("sums", sums, (num_classes, own), device, torch.int64)
+    outputs = {"sums": sums}
+    if shared is not None:
+        _check_buffer("shared", shared, (1, of_shared), device, torch.int64)
+        outputs["shared"] = shared
+    inputs = {f"features[{i}]": tap for i, tap in enumerate(features)}
+    _check_apart(outputs, inputs | {"labels": labels, "valid": valid, "limits": limits})
+    with _ready(device) as stream:
+        allocate, _kept = _workspace(device)
+        status = _native.cuda_bounded_sums(
+            _addresses(taps, None),
+            TYPES[taps[0].dtype],
+            n,
+            _address(labels),
+            num_classes,
+            _address(valid),
+            _address(limits),
+            sum(moments),
+            bound.startswith("ball"),
+            bound.endswith("-per-tap"),
+            nonnegative,
+            clip,
+            joint_weight,
+            shared_taps,
+            _address(sums),
+            _address(shared),
+            allocate,
+            stream,
+        )
+    _check_status(status)
+
+
+@contextmanager
+def _ready(device: torch.device) -> Iterator[int]:
+    """The current stream of a device that has the kernels, current while in the block."""
+    if device.type != "cuda":  # tests, on the host
+        yield 0
+        return
+    with torch.cuda.device(device):
+        if device not in _loaded:
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    f"backend='cuda': the kernels have not been loaded on {device} yet, which they "
+                    "cannot be while a CUDA graph is being captured. Run one step before the "
+                    "capture (PyTorch's recipe does so, on a side stream)."
+                )
+            error = _native.cuda_load()
+            if error:
+                major, minor = torch.cuda.get_device_capability(device)
+                raise ValueError(
+                    f"backend='cuda': no kernel for {torch.cuda.get_device_name(device)}, "
+                    f"sm_{major}{minor} ({_native.cuda_describe(error)}); this build has "
+                    f"{_native.cuda_architectures()} and needs sm_80 or newer. Use backend='torch'."
+                )
+            _loaded.add(device)
+        yield torch.cuda.current_stream(device).cuda_stream
+
+
+def _workspace(device: torch.device) -> tuple[Callable[[int], int], list[Tensor]]:
+    """What the core allocates with, and what keeps that alive until the launches are made.
+
+    PyTorch gives the memory to later work of the same stream only, which comes after the kernels.
+    """
+    kept: list[Tensor] = []
+
+    def allocate(size: int) -> int:
+        kept.append(torch.empty(size, dtype=torch.uint8, device=device))
+        return kept[-1].data_ptr()
+
+    return allocate, kept
+
+
+def _pieces(features: Sequence[Tensor], *, planes: bool = True) -> list[Tensor]:
+    """The taps, checked; a tap whose images are not in one piece as a copy that is."""
+    if not features:
+        raise ValueError("features: expected at least one tap.")
+    first = features[0]
+    pieces = []
+    for i, tap in enumerate(features):
+        if tap.device.type != DEVICE or tap.device != first.device or tap.layout != torch.strided:
+            where = f"on {first.device}" if first.device.type == DEVICE else f"on a {DEVICE} device"
+            raise ValueError(f"features[{i}]: {_brief(tap)}, expected a dense tensor {where}.")
+        if tap.dtype not in TYPES or tap.dtype != first.dtype:
+            expected = first.dtype if first.dtype in TYPES else " or ".join(map(str, TYPES))
+            raise ValueError(f"features[{i}]: {_brief(tap)}, expected {expected}.")
+        if tap.ndim < 2:
+            raise ValueError(f"features[{i}]: {_brief(tap)}, expected [n, ...], at least 2-d.")
+        if tap.shape[0] != first.shape[0]:
+            raise ValueError(
+                f"features[{i}]: {_brief(tap)}, expected n={first.shape[0]} as in features[0]."
+            )
+        how = layout(tap)
+        if how is None or (how == PLANES and not planes):
+            tap = tap.contiguous(
+                memory_format=torch.channels_last if tap.ndim == 4 else torch.contiguous_format
+            )
+        pieces.append(tap)
+    return pieces
+
+
+def _checked_labels(labels: Tensor | None, n: int, device: torch.device) -> Tensor | None:
+    if labels is None:
+        return None
+    if labels.dtype != torch.int64 or labels.shape != (n,) or labels.device != device:
+        raise ValueError(f"labels: {_brief(labels)}, expected int64 [{n}] on {device}.")
+    return labels.contiguous()
+
+
+def _check_buffer(
+    name: str,
+    buffer: Tensor,
+    shape: Sequence[int],
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    if (
+        device.type != DEVICE
+        or buffer.dtype != dtype
+        or tuple(buffer.shape) != tuple(shape)
+        or buffer.device != device
+        or not buffer.is_contiguous()
+    ):
+        where = device if device.type == DEVICE else f"a {DEVICE} device"
+        raise ValueError(
+            f"{name}: {_brief(buffer)}{'' if buffer.is_contiguous() else ', not contiguous'}; "
+            f"expected {dtype} {list(shape)} on {where}, contiguous."
+        )
+
+
+def _check_status(status: int) -> None:
+    if status < 0:
+        raise RuntimeError(
+            f"backend='cuda': a kernel could not be launched: {_native.cuda_describe(status)} "
+            f"(CUDA error {-status}). An error of earlier work on the device shows here too; "
+            "CUDA_LAUNCH_BLOCKING=1 finds which."
+        )
+    if status:
+        raise MemoryError(f"dpmmd._native: no workspace (status {status}).")

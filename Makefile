@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 BUILT := $(VENV)/.built
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*)
 
-.PHONY: help install demo test test-native test-long bench lint clean
+.PHONY: help install demo test test-native test-long bench bench-gpu lint clean
 
 help:
 	@echo "make demo      private Fashion-MNIST images to a private synthetic set, in runs/demo"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-native the C++ core's test driver, with sanitizers"
 	@echo "make test-long the tests that take minutes as well"
 	@echo "make bench     benchmarks"
+	@echo "make bench-gpu checks and benchmarks on a GPU, with the PyTorch that $(PYTHON) has"
 	@echo "make lint      ruff and mypy"
 	@echo "make install   the virtual environment $(VENV) with everything the others need"
 
@@ -50,6 +51,15 @@ test-long: install
 
 bench: install
 	$(BIN)/python -m pytest benches -q --benchmark-enable --benchmark-quiet --results benches/results
+
+# With whatever $(PYTHON) has: installs nothing, downloads nothing, needs no .venv. The native core,
+# with its CUDA kernels if nvcc is there, is compiled in place; without it the others are measured.
+RESULTS ?= benches/results
+bench-gpu:
+	@$(PYTHON) -c "import torch; raise SystemExit(not torch.cuda.is_available())" 2>/dev/null || \
+		{ echo "bench-gpu: $(PYTHON) has no PyTorch that sees a CUDA device; use make bench-gpu PYTHON=..."; exit 2; }
+	-timeout 150 $(PYTHON) setup.py -q build_ext --inplace
+	timeout -k 10 470 $(PYTHON) -m benches.gpu --results $(RESULTS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -38,6 +38,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
+            *(f"-D{name}={os.environ[name]}" for name in ("DPMMD_CUDA",) if name in os.environ),
             *(["-G", "Ninja"] if shutil.which("ninja") else []),
         ]  # fmt: skip
         jobs = str(os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or os.cpu_count() or 1)

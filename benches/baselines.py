@@ -64,11 +64,12 @@ class AdamEstimator:
 class AuthorsEncoder:
     """torchvision's whole VGG19, classifier included, read out after each of its 16 ReLUs."""
 
-    def __init__(self) -> None:
-        model = import_torchvision().models.vgg19(weights=None)
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        with torch.device(device):
+            model = import_torchvision().models.vgg19(weights=None)
         self.model = model.eval().requires_grad_(False)
-        self.mean = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
-        self.std = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
+        self.mean = torch.tensor([0.485, 0.456, 0.406], device=device).view(1, 3, 1, 1)
+        self.std = torch.tensor([0.229, 0.224, 0.225], device=device).view(1, 3, 1, 1)
         self._features: list[Tensor] = []
         for module in model.features:
             if isinstance(module, nn.ReLU):
@@ -89,13 +90,14 @@ class AuthorsStep:
         self, generator: nn.Module, target: Tensor, batch: int, classes: int, lr: float = 1e-3
     ) -> None:
         self.generator, self.batch, self.classes = generator, batch, classes
-        self.encoder = AuthorsEncoder()
+        self.device = target.device
+        self.encoder = AuthorsEncoder(self.device)
         self.estimator = AdamEstimator(target)
         self.optimizer = torch.optim.Adam(generator.parameters(), lr=lr)
 
     def __call__(self) -> None:
-        z = torch.randn(self.batch, int(self.generator.z_dim))  # type: ignore[arg-type]
-        y = torch.arange(self.batch) % self.classes
+        z = torch.randn(self.batch, int(self.generator.z_dim), device=self.device)  # type: ignore[arg-type]
+        y = torch.arange(self.batch, device=self.device) % self.classes
         means, _ = mean_embedding(
             self.encoder(self.generator(z, y)), y, self.classes, moments=(1, 2)
         )

@@ -16,6 +16,7 @@ from dpmmd.functional import mmd_loss
 _TAPS = {
     "VGG19": [*[(64, 32)] * 2, *[(128, 16)] * 2, *[(256, 8)] * 4, *[(512, 4)] * 4, *[(512, 2)] * 4],
     "ResNet18": [(64, 16), *[(64, 8)] * 2, *[(128, 4)] * 2, *[(256, 2)] * 2, *[(512, 1)] * 2],
+    "Tiny": [(8, 4), (16, 2)],  # of no network: for dry runs
 }
 
 
@@ -47,8 +48,14 @@ class Case:
         return str(self.dtype).removeprefix("torch.")
 
     @property
+    def tap_shapes(self) -> list[tuple[int, int, int]]:
+        """(C, H, W) of every tap."""
+        sides = [(c, s * self.pixels // 32) for c, s in _TAPS[self.encoder]]
+        return [(c, side, side) for c, side in sides]
+
+    @property
     def dim(self) -> int:
-        return sum(c * (s * self.pixels // 32) ** 2 for c, s in _TAPS[self.encoder])
+        return sum(c * h * w for c, h, w in self.tap_shapes)
 
     @property
     def feature_bytes(self) -> int:
@@ -66,10 +73,10 @@ class Case:
     def features(self) -> list[Tensor]:
         rng = torch.Generator().manual_seed(0)
         return [
-            torch.randn(self.n, c, s * self.pixels // 32, s * self.pixels // 32, generator=rng)
+            torch.randn(self.n, *shape, generator=rng)
             .relu_()
             .to(self.dtype, memory_format=torch.channels_last)
-            for c, s in _TAPS[self.encoder]
+            for shape in self.tap_shapes
         ]
 
     def labels(self) -> Tensor | None:

@@ -12,11 +12,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benches.gpu import report
 from benches.harness import COPY, FLOORS, READ, READ_READ_WRITE
 
 RESULTS = Path(__file__).parent / "results"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"  # all measurements
 SHORT_BEGIN, SHORT_END = "<!-- speed: begin -->", "<!-- speed: end -->"  # those with a target
+GPU_BEGIN, GPU_END = "<!-- gpu: begin -->", "<!-- gpu: end -->"  # all, on GPUs
+GPU_SHORT_BEGIN, GPU_SHORT_END = "<!-- gpu speed: begin -->", "<!-- gpu speed: end -->"  # targets
 
 _HEAD = (
     "operation",
@@ -237,22 +240,37 @@ def _row(cells: Iterable[str]) -> str:
 
 
 def updated(document: str, folder: Path = RESULTS) -> str:
-    """The document with what stands between the markers made anew from the committed results.
+    """The document with what stands between its markers made anew from the committed results.
 
     Raises:
-        ValueError: the document has no pair of markers, or one more than once.
+        ValueError: the document has no pair of markers, or one more than once; a result is that of
+            a dry run.
     """
-    kinds = ((BEGIN, END, markdown), (SHORT_BEGIN, SHORT_END, short))
-    found = [kind for kind in kinds if document.count(kind[0]) == document.count(kind[1]) == 1]
-    if len(found) != 1:
+    results = [load(path) for path in sorted(folder.glob("*.json"))]
+    on_cpus = [r for r in results if not report.is_gpu(r)]
+    on_gpus = [r for r in results if report.is_gpu(r)]
+    tables = {
+        (BEGIN, END): "\n\n".join(map(markdown, on_cpus)),
+        (SHORT_BEGIN, SHORT_END): "\n\n".join(map(short, on_cpus)),
+        (GPU_BEGIN, GPU_END): report.section(on_gpus),
+        (GPU_SHORT_BEGIN, GPU_SHORT_END): report.section(
+            on_gpus, lambda r: report.markdown(r, short=True)
+        ),
+    }
+    counts = {pair: (document.count(pair[0]), document.count(pair[1])) for pair in tables}
+    if not any(map(any, counts.values())) or any(
+        count not in ((0, 0), (1, 1)) for count in counts.values()
+    ):
         raise ValueError(
-            f"expected one line {BEGIN!r} and, behind it, one line {END!r}; or likewise "
-            f"{SHORT_BEGIN!r} and {SHORT_END!r}"
+            "expected one line BEGIN and, behind it, one line END, for one or several of "
+            f"{', '.join(f'{begin} {end}' for begin, end in tables)}"
         )
-    begin, end, table = found[0]
-    before, rest = document.split(begin)
-    tables = "\n\n".join(table(load(path)) for path in sorted(folder.glob("*.json")))
-    return before + "\n".join([begin, *([tables] if tables else []), end]) + rest.split(end)[1]
+    for (begin, end), table in tables.items():
+        if counts[begin, end] == (1, 1):
+            before, rest = document.split(begin)
+            after = rest.split(end)[1]
+            document = before + "\n".join([begin, *([table] if table else []), end]) + after
+    return document
 
 
 def main() -> None:
@@ -263,7 +281,8 @@ def main() -> None:
         document.write_text(updated(document.read_text("utf-8")), encoding="utf-8")
         return
     for path in sorted(RESULTS.glob("*.json")):
-        print(text(load(path)), end="\n\n")
+        results = load(path)
+        print((report.text if report.is_gpu(results) else text)(results), end="\n\n")
 
 
 if __name__ == "__main__":

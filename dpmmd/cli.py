@@ -211,18 +211,28 @@ def train(
     lr: Annotated[float | None, typer.Option(help="Adam's learning rate.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of weights and latent points.")] = None,
     weights: Annotated[str | None, typer.Option(help="The encoder's weight file.")] = None,
+    elastic: Annotated[
+        bool,
+        typer.Option("--elastic", help="Resume what another number of processes has begun."),
+    ] = False,
     device: Device = "auto",
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Train a generator on a release. Costs no privacy. Ctrl-C keeps a checkpoint."""
+    """Train a generator on a release. Costs no privacy. Ctrl-C keeps a checkpoint.
+
+    Over several processes: `torchrun --nproc-per-node 2 -m dpmmd train RELEASE --out run/`.
+    """
     import dpmmd
     from dpmmd import recipe as recipes
     from dpmmd import train as training
+    from dpmmd.distributed import join
     from dpmmd.run import choose_device
 
     where = choose_device(device)
     settings, _ = recipes.read(recipe)
+    group = join()
+    first = group is None or group.rank() == 0
     released = dpmmd.Release.load(release)
     given = {"steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed}
     chosen = recipes.revised(settings.train, given)
@@ -232,7 +242,7 @@ def train(
     recorded = released.metadata.selection_encoder
     selection = None if recorded is None else dpmmd.encoders.from_spec(recorded).to(where)
     checkpoint = out / "checkpoints" / training.CHECKPOINT
-    if checkpoint.exists() and not quiet:
+    if checkpoint.exists() and first and not quiet:
         _say(f"resumes at step {training.load_checkpoint(checkpoint)['step']} of {chosen.steps}")
     trained = training.train(
         released,
@@ -241,8 +251,12 @@ def train(
         generator_settings=settings.generator,
         selection_encoder=selection,
         out=out,
+        process_group=group,
+        elastic=elastic,
         progress=not quiet,
     )
+    if not first:
+        return
     result = {
         "checkpoint": str(checkpoint),
         "step": trained.step,
@@ -259,28 +273,50 @@ def train(
 @app.command()
 def sample(
     checkpoint: Annotated[Path, typer.Argument(help="Run folder or checkpoint file.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Synthetic set to write, *.npz.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", "-o", help="Synthetic set to write: *.npz, *.parquet, or a folder of PNGs."
+        ),
+    ],
     num_images: Annotated[int, typer.Option(help="How many; costs no privacy.")] = 60_000,
     seed: Annotated[int, typer.Option(help="Seed of the latent points.")] = 0,
+    format: Annotated[
+        str | None,
+        typer.Option(
+            help="npz (x uint8), npz-float (x float32 in [0, 1]), folder or parquet. Default: by "
+            "the name of --out."
+        ),
+    ] = None,
+    release: Annotated[
+        Path | None,
+        typer.Option(
+            help="The release it was trained on, for the card. Default: that of the run folder."
+        ),
+    ] = None,
     device: Device = "auto",
     overwrite: Force = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Draw a synthetic set (.npz: x uint8 [n, C, H, W], y) and a picture of samples beside it."""
+    """Draw a synthetic set; beside it a picture of samples and a card with its privacy statement.
+
+    An .npz has x uint8 [n, C, H, W] and y; a folder has a folder of PNGs for each class.
+    """
+    from dpmmd import export
     from dpmmd import run as runs
     from dpmmd import train as training
     from dpmmd.files import refuse_existing
 
-    if out.suffix != ".npz":
-        raise ValueError(f"--out {out}: expected a name ending in .npz.")
+    chosen = export.format_of(out, format)
     if num_images < 1:
         raise ValueError(f"--num-images {num_images}: expected at least 1.")
-    picture = out.with_suffix(".png")
-    for path in (out, picture):
-        refuse_existing(path, overwrite=overwrite)
+    picture, card = out.with_suffix(".png"), out.with_suffix(".md")
+    for path in (out, picture, card):
+        refuse_existing(path, overwrite=overwrite and not path.is_dir())
     where = runs.choose_device(device)
     trained = training.load_generator(checkpoint)
+    origin = runs.release_of(checkpoint, release)
     trained.generator.to(where)
     runs.write_samples(
         trained,
@@ -288,6 +324,9 @@ def sample(
         num_images,
         trained.num_classes,
         picture=picture,
+        card=card,
+        release=origin,
+        format=chosen,
         seed=seed,
         overwrite=overwrite,
         progress=not quiet,
@@ -297,25 +336,36 @@ def sample(
             {
                 "out": str(out),
                 "picture": str(picture),
+                "card": None if origin is None else str(card),
+                "format": chosen,
                 "num_images": num_images,
                 "private": trained.private,
             }
         )
+    elif origin is None:
+        _say(f"wrote {out} and {picture}; no card: give the release with --release")
     else:
-        _say(f"wrote {out} and {picture}")
+        _say(f"wrote {out}, {picture} and {card}")
 
 
 @app.command()
 def evaluate(
-    synthetic: Annotated[Path, typer.Argument(help="Labelled synthetic set, *.npz.")],
+    synthetic: Annotated[Path, typer.Argument(help="Synthetic set, *.npz.")],
     test: Annotated[str, typer.Option(help="Real test images: a path or a data set's name.")],
-    num_classes: Annotated[int, typer.Option(help="Number of classes.")],
+    num_classes: Annotated[
+        int | None, typer.Option(help="Number of classes; without it no classifiers are trained.")
+    ] = None,
     test_split: Annotated[str, typer.Option(help="Split of the test images.")] = "test",
     real: Annotated[
         str | None, typer.Option(help="Real training images to compare with (split 'train').")
     ] = None,
     classifiers: Annotated[
-        str, typer.Option(help="Comma-separated: logistic_regression, mlp, cnn.")
+        str,
+        typer.Option(
+            help="Comma-separated: cnn, wrn28_10, or of the suite of twelve: logistic_regression, "
+            "random_forest, gaussian_nb, bernoulli_nb, linear_svm, decision_tree, lda, adaboost, "
+            "mlp, bagging, gbm, xgboost."
+        ),
     ] = "logistic_regression,mlp,cnn",
     num_train: Annotated[
         int | None, typer.Option(help="Training images of each set. Default: all.")
@@ -323,40 +373,89 @@ def evaluate(
     image_size: Annotated[int | None, typer.Option(help="Side to bring real images to.")] = None,
     channels: Annotated[int | None, typer.Option(help="1 (grey) or 3 (RGB).")] = None,
     crop: Annotated[str | None, typer.Option(help="'center': crop instead of stretch.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the classifiers.")] = 0,
+    seeds: Annotated[
+        str, typer.Option("--seeds", "--seed", help="Seeds of the classifiers, comma-separated.")
+    ] = "0",
+    features: Annotated[
+        str | None,
+        typer.Option(
+            help="Also FID, KID, precision, recall, density and coverage, on these features "
+            "(comma-separated): inception-v3 or an encoder's name."
+        ),
+    ] = None,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=FILE, weights of a feature extractor; may be repeated."),
+    ] = None,
+    num_compared: Annotated[
+        int, typer.Option(help="At most so many images of each set for --features.")
+    ] = 10_000,
+    release: Annotated[
+        Path | None,
+        typer.Option(
+            help="The set's release: --features then has one encoder that the generator was not "
+            "trained against."
+        ),
+    ] = None,
+    device: Device = "auto",
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Train classifiers on a synthetic set, test them on real images.
+    """Train classifiers on a synthetic set, test them on real images; compare the images.
 
     Reads real images: what it prints is NOT covered by the release's (epsilon, delta).
     """
     from dpmmd import recipe as recipes
     from dpmmd import run as runs
 
+    if num_classes is None and features is None:
+        raise ValueError("give --num-classes, to train classifiers, or --features, or both.")
+    where = runs.choose_device(device)
+    options = {"image_size": image_size, "channels": channels, "crop": crop}
     settings = recipes.revised(
         recipes.EvaluateSection(),
         {
-            "classifiers": tuple(c.strip() for c in classifiers.split(",")),
+            "classifiers": _words(classifiers),
             "num_train": num_train,
-            "seed": seed,
+            "seeds": _integers("--seeds", seeds),
         },
     )
-    accuracy = runs.evaluate_files(
-        synthetic,
-        test=(test, test_split),
-        real=None if real is None else (real, "train"),
-        num_classes=num_classes,
-        settings=settings,
-        progress=not quiet,
-        image_size=image_size,
-        channels=channels,
-        crop=crop,
-    )
+    result: dict[str, Any] = {"accuracy": {}, "metrics": {}}
+    if features is not None:
+        pairs = [pair.partition("=") for pair in weights or ()]
+        compared = recipes.revised(
+            recipes.MetricsSection(),
+            {
+                "features": _words(features),
+                "weights": {name: path for name, _, path in pairs},
+                "num_images": num_compared,
+            },
+        )
+        against = () if release is None else runs.encoders_of(release)
+        result["metrics"] = runs.compare_files(
+            synthetic,
+            test=(test, test_split),
+            extractors=runs.load_extractors(compared, against, image_size or 32, where),
+            settings=compared,
+            trained_against=against if release is not None else None,
+            progress=not quiet,
+            **options,
+        )
+    if num_classes is not None:
+        result["accuracy"] = runs.evaluate_files(
+            synthetic,
+            test=(test, test_split),
+            real=None if real is None else (real, "train"),
+            num_classes=num_classes,
+            settings=settings,
+            device=str(where),
+            progress=not quiet,
+            **options,
+        )
     if as_json:
-        _print_json({"accuracy": accuracy, "accuracy_note": runs.EVALUATION_NOTE})
+        _print_json({**result, "accuracy_note": runs.EVALUATION_NOTE})
     else:
-        _print_accuracy(accuracy)
+        _print_figures(result)
 
 
 @app.command()
@@ -364,6 +463,18 @@ def run(
     recipe: Annotated[str, typer.Argument(help="A recipe's name (`dpmmd recipes`) or .toml file.")],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Run folder. Default: runs/RECIPE.")
+    ] = None,
+    epsilon: Annotated[
+        float | None,
+        typer.Option(help="Instead of the recipe's; inf adds no noise and is NOT PRIVATE."),
+    ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="SECTION.KEY=VALUE instead of the recipe's, e.g. release.moments=[1,2]; may be "
+            "repeated.",
+        ),
     ] = None,
     device: Device = "auto",
     quiet: Quiet = False,
@@ -376,30 +487,95 @@ def run(
     from dpmmd import run as runs
 
     folder = out or Path("runs") / Path(recipe).stem
+    set_anew = list(changes or ())
+    if epsilon is not None:
+        set_anew.append(f"release.epsilon={epsilon}")
     report = runs.run(
         recipe,
         folder,
         say=(lambda line: None) if quiet else _say,
+        changes=set_anew,
         device=device,
         progress=not quiet,
     )
     if as_json:
         _print_json({"out": str(folder), **report})
         return
-    _print_accuracy(report["accuracy"])
+    _print_figures(report)
     seconds = ", ".join(f"{name} {value:.0f} s" for name, value in report["seconds"].items())
     _say(f"{seconds}; peak memory {report['peak_rss_bytes'] / 2**30:.2f} GiB")
     if not report["private"]:
-        _say("NOT PRIVATE: the release was made with test noise")
+        _say("NOT PRIVATE: the release was made with test noise, or none")
     for name, what in (
         ("release.safetensors", "the release: all that was learned from the private images"),
         ("privacy.json", "what it promises (`dpmmd privacy` prints it)"),
         ("checkpoints/last.pt", "the generator"),
         ("samples.png", "a picture of samples, one row a class"),
-        ("synthetic.npz", "the labelled synthetic set"),
-        ("report.json", "accuracies, seconds, memory"),
+        ("synthetic.npz", "the synthetic set"),
+        ("README.md", "the set's card, with its privacy statement"),
+        ("report.json", "accuracies, metrics, seconds, memory"),
     ):
         _say(f"  {folder / name}: {what}")
+
+
+@app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name (`dpmmd recipes`) or .toml file.")],
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Budget: 8GiB, 500MB, or 0.8 of what is free. Default: that of the recipe."
+        ),
+    ] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """How training of a recipe would fit into a memory budget: predicted peak and time of a step.
+
+    Measures a few small batches of random images on the device. Reads no data and no release.
+    """
+    from dpmmd import plan as planning
+    from dpmmd import recipe as recipes
+    from dpmmd.run import choose_device
+
+    where = choose_device(device)
+    settings, _ = recipes.read(recipe)
+    memory = memory or settings.train.memory
+    if memory is None:
+        raise ValueError(
+            "--memory: the recipe has no [train] memory; give a budget such as --memory 8GiB."
+        )
+    found = planning.of_recipe(settings, memory, where)
+    if as_json:
+        _print_json(found.facts())
+        return
+    table = Table(show_header=False)
+    for name, value in found.rows():
+        table.add_row(name, value)
+    _console().print(table)
+
+
+@app.command()
+def summarise(
+    folders: Annotated[list[Path], typer.Argument(help="Run folders, e.g. of several seeds.")],
+    as_json: Json = False,
+) -> None:
+    """Mean, standard deviation and n of the figures of several runs with the same privacy.
+
+    Example: `dpmmd summarise runs/a runs/b runs/c`
+    """
+    from dpmmd import run as runs
+
+    result = runs.summarise(folders)
+    if as_json:
+        _print_json(result)
+        return
+    table = Table("figure", "mean", "sd", "n", title=f"{len(folders)} runs")
+    for name, f in result["figures"].items():
+        spread = "" if f["sd"] is None else f"{f['sd']:.4g}"
+        table.add_row(name, f"{f['mean']:.4g}", spread, str(f["n"]))
+    _console().print(table)
+    _say(runs.EVALUATION_NOTE)
 
 
 @app.command()
@@ -574,6 +750,17 @@ def _moments(text: str) -> tuple[int, ...]:
         raise ValueError(f"--moments {text!r}: expected 1, 2 or 1,2.") from None
 
 
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(","))
+
+
+def _integers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{option} {text!r}: expected whole numbers, e.g. 0,1,2.") from None
+
+
 def _console() -> Console:
     return Console(soft_wrap=not sys.stdout.isatty())
 
@@ -607,17 +794,30 @@ def _print_report(f: dict[str, Any]) -> None:
     console.print("- on this machine: dpmmd audit --canaries 10000", highlight=False)
 
 
-def _print_accuracy(accuracy: dict[str, dict[str, float]]) -> None:
+def _print_figures(report: dict[str, Any]) -> None:
     from dpmmd import run as runs
 
-    if not accuracy:
+    if not report["accuracy"] and not report["metrics"]:
         return
-    table = Table(
-        "classifier", "trained on synthetic", "trained on real", title="Accuracy on real images"
-    )
-    for row in runs.accuracy_rows(accuracy):
-        table.add_row(*row)
-    _console().print(table)
+    if report["accuracy"]:
+        table = Table(
+            "classifier", "trained on synthetic", "trained on real", title="Accuracy on real images"
+        )
+        for line in runs.accuracy_rows(report["accuracy"]):
+            table.add_row(*line)
+        _console().print(table)
+    if report["metrics"]:
+        heads, *rows = runs.metric_rows(report["metrics"])
+        table = Table(*heads, title="Synthetic against real images")
+        for row in rows:
+            table.add_row(*row)
+        _console().print(table)
+        f = next(iter(report["metrics"].values()))
+        libraries = ", ".join(f"{name} {number}" for name, number in f["libraries"].items())
+        _say(
+            f"{f['synthetic_images']} synthetic and {f['real_images']} real images "
+            f"({f['real']}, {f['split']}); {libraries}"
+        )
     _say(runs.EVALUATION_NOTE)
 
 
@@ -630,6 +830,9 @@ def main() -> None:
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         _say(f"error: {error}")
         sys.exit(2)
+    finally:
+        if "dpmmd.distributed" in sys.modules:  # processes that do not part properly are aborted
+            sys.modules["dpmmd.distributed"].leave()
 
 
 if __name__ == "__main__":

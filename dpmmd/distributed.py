@@ -8,7 +8,10 @@ DistributedDataParallel, FSDP and Lightning do.
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -47,6 +50,9 @@ def require_group() -> None:
             "torchrun and call torch.distributed.init_process_group() first, or leave the "
             "argument out."
         )
+
+
+_T = TypeVar("_T")
 
 
 class _ReduceMeans(torch.autograd.Function):
@@ -143,6 +149,75 @@ def synchronise_batch_norm(module: nn.Module, group: dist.ProcessGroup) -> nn.Mo
             layer.__class__ = _SyncedBatchNorm2d
             layer.group = group  # type: ignore[assignment]
     return module
+
+
+def join(timeout: float = 600.0) -> dist.ProcessGroup | None:
+    """The group of all processes that torchrun (or one like it) has started; None for one alone.
+
+    Initialises torch.distributed if nobody has: over NCCL where PyTorch sees GPUs, of which this
+    process then takes the one of its LOCAL_RANK, else over gloo.
+
+    Args:
+        timeout: seconds after which a process that waits for one that died gives up.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+        return None
+    if not dist.is_initialized():
+        on_gpus = torch.cuda.is_available()
+        if on_gpus:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("nccl" if on_gpus else "gloo", timeout=timedelta(seconds=timeout))
+    return dist.group.WORLD
+
+
+def leave() -> None:
+    """Ends what `join` began; does nothing where nothing was begun."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class Team:
+    """This process's place among those of a group; without a group it is alone."""
+
+    def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
+        self.group, self.device = group, device
+        self.rank, self.size = 0, 1
+        if group is not None:
+            require_group()
+            self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+
+    def share(self, whole: Tensor) -> Tensor:
+        """This process's rows, consecutive, of [n, ...]; sizes differ by at most one."""
+        return whole.tensor_split(self.size)[self.rank]
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in one of the processes; all must ask."""
+        if self.group is None:
+            return flag
+        number = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(number, dist.ReduceOp.MAX, group=self.group)
+        return bool(number)
+
+    def from_first(self, make: Callable[[], _T]) -> _T:
+        """What `make` returns, or raises, in the first process: in all of them."""
+        if self.group is None:
+            return make()
+        outcome: list[Any] = [None]
+        if self.rank == 0:
+            try:
+                outcome = [(make(), None)]
+            except Exception as error:
+                outcome = [(None, error)]
+        dist.broadcast_object_list(outcome, dist.get_global_rank(self.group, 0), self.group)
+        value, raised = outcome[0]
+        if raised is not None:
+            raise raised
+        return value
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.group is not None:
+            self.any(False)
 
 
 def require_same(what: str, value: Any, group: dist.ProcessGroup) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from torch.autograd.function import once_differentiable
 
 from dpmmd import _cpu, _cuda, backends
 from dpmmd.bounds import check_bound
+
+if TYPE_CHECKING:
+    from dpmmd.injection import Slot
 
 
 def mean_embedding(
@@ -77,14 +81,11 @@ def mean_embedding(
         )
         return means, counts
     labels = _checked_values(labels, first, num_classes)
-    taps = [
-        (f.permute(0, 2, 3, 1) if f.ndim == 4 else f).reshape(f.shape[0], math.prod(f.shape[1:]))
-        for f in features
-    ]
+    taps = [rows_of(f) for f in features]
     accumulate = torch.float64 if taps[0].dtype == torch.float64 else torch.float32
-    counts = torch.bincount(labels, minlength=num_classes).to(accumulate)
+    counts = class_counts(labels, num_classes, accumulate)
     means = _MeanEmbedding.apply(
-        labels, counts, tuple(moments), bound, float(clip), joint_weight, *taps
+        labels, counts, tuple(moments), bound, float(clip), joint_weight, None, *taps
     )
     return means, counts
 
@@ -288,13 +289,24 @@ def _check(
     if labels is None:
         if num_classes != 1:
             raise ValueError(f"labels=None: expected labels, since num_classes={num_classes}.")
-    elif (
+    else:
+        _check_labels(labels, first)
+
+
+def check_labels(labels: Tensor, like: Tensor, num_classes: int) -> None:
+    """Refuses labels that are not int64 [n] on the device of ``like`` [n, ...], in 0..K-1."""
+    _check_labels(labels, like)
+    _checked_values(labels, like, num_classes)
+
+
+def _check_labels(labels: Tensor, like: Tensor) -> None:
+    if (
         labels.dtype != torch.int64
-        or labels.shape != (first.shape[0],)
-        or labels.device != first.device
+        or labels.shape != (like.shape[0],)
+        or labels.device != like.device
     ):
         raise ValueError(
-            f"labels: {_brief(labels)}, expected int64 [{first.shape[0]}] on {first.device}."
+            f"labels: {_brief(labels)}, expected int64 [{like.shape[0]}] on {like.device}."
         )
 
 
@@ -314,6 +326,18 @@ def _checked_values(labels: Tensor | None, like: Tensor, num_classes: int) -> Te
     return labels
 
 
+def rows_of(f: Tensor) -> Tensor:
+    """[n, ...] as [n, columns], maps [n, C, H, W] in channels-last order."""
+    f = f.permute(0, 2, 3, 1) if f.ndim == 4 else f
+    return f.reshape(f.shape[0], math.prod(f.shape[1:]))
+
+
+def class_counts(labels: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:
+    """[K]; unlike torch.bincount it never makes the host wait for a device."""
+    classes = torch.arange(num_classes, device=labels.device)
+    return (labels[:, None] == classes).sum(dim=0).to(dtype)
+
+
 def _brief(value: object) -> str:
     if isinstance(value, Tensor):
         return f"{value.dtype} {list(value.shape)} on {value.device}"
@@ -331,6 +355,8 @@ class _MeanEmbedding(torch.autograd.Function):
                    df = dv_1 + 2 w_2 f dv_2
 
     Saved for backward: the taps themselves and O(n L) scales.
+
+    A tap with a slot (`dpmmd.injection`) brings its squared norms; its gradient is left there.
     """
 
     @staticmethod
@@ -342,6 +368,7 @@ class _MeanEmbedding(torch.autograd.Function):
         bound: str,
         clip: float,
         joint_weight: float | None,
+        slots: Sequence[Slot | None] | None,
         *taps: Tensor,
     ) -> Tensor:
         n, num_classes, dtype = labels.shape[0], counts.shape[0], counts.dtype
@@ -349,6 +376,10 @@ class _MeanEmbedding(torch.autograd.Function):
         weights = [1.0 if m == 1 or joint_weight is None else joint_weight for m in moments]
         squares = counts.new_empty(len(moments), n, len(taps))  # |v_m|^2 by tap
         for column, tap in enumerate(taps):
+            if slots is not None and (slot := slots[column]) is not None:
+                for row, square in enumerate(slot.squares):
+                    squares[row, :, column] = weights[row] ** 2 * square
+                continue
             f = tap.to(dtype)
             for row, moment in enumerate(moments):
                 norm = torch.linalg.vector_norm(f if moment == 1 else f * f, dim=1)
@@ -382,6 +413,7 @@ class _MeanEmbedding(torch.autograd.Function):
                 pieces[column][row] = weights[row] * (weighted.T @ (f if moment == 1 else f * f))
         ctx.save_for_backward(mean_of, scale, projection, *taps)
         ctx.moments, ctx.weights, ctx.joint, ctx.blank = moments, weights, joint, blank
+        ctx.slots = slots
         return means
 
     @staticmethod
@@ -405,21 +437,51 @@ class _MeanEmbedding(torch.autograd.Function):
 
         grads: list[Tensor | None] = []
         for column, tap in enumerate(taps):
-            if not ctx.needs_input_grad[6 + column]:
+            if not ctx.needs_input_grad[7 + column]:
                 grads.append(None)
                 continue
-            f = _usable_rows(tap.to(grad.dtype), scale, column, ctx.blank)
-            df = torch.zeros_like(f)
-            for row, moment in enumerate(moments):
-                upstream = (mean_of * _of(scale, row, column)) @ pieces[column][row]  # s W G_m
-                coefficient = _of(projection, row, column)
-                if moment == 1:
-                    df += upstream.addcmul_(f, coefficient, value=-1)
-                else:
-                    upstream.addcmul_(f * f, coefficient, value=-weights[row])
-                    df.addcmul_(upstream, f, value=2 * weights[row])
-            grads.append(df.to(tap.dtype))
-        return None, None, None, None, None, None, *grads
+            gradient = partial(
+                _tap_gradient,
+                piece=pieces[column],
+                mean_of=mean_of,
+                scale=[_of(scale, row, column) for row in range(len(moments))],
+                projection=[_of(projection, row, column) for row in range(len(moments))],
+                moments=moments,
+                weights=weights,
+                blank=ctx.blank,
+            )
+            if ctx.slots is not None and (slot := ctx.slots[column]) is not None:
+                slot.gradient = gradient
+                grads.append(None)
+            else:
+                grads.append(gradient(tap).to(tap.dtype))
+        return None, None, None, None, None, None, None, *grads
+
+
+def _tap_gradient(
+    tap: Tensor,
+    *,
+    piece: Tensor,
+    mean_of: Tensor,
+    scale: Sequence[Tensor],
+    projection: Sequence[Tensor],
+    moments: Sequence[int],
+    weights: Sequence[float],
+    blank: bool,
+) -> Tensor:
+    """df [n, d] of one tap [n, d], in the dtype of ``piece`` = its columns of G."""
+    f = tap.to(piece.dtype)
+    if blank:
+        f = torch.where(torch.stack(list(scale)).amax(dim=0) > 0, f, 0)
+    df = torch.zeros_like(f)
+    for row, moment in enumerate(moments):
+        upstream = (mean_of * scale[row]) @ piece[row]  # s W G_m
+        if moment == 1:
+            df += upstream.addcmul_(f, projection[row], value=-1)
+        else:
+            upstream.addcmul_(f * f, projection[row], value=-weights[row])
+            df.addcmul_(upstream, f, value=2 * weights[row])
+    return df
 
 
 def _of(values: Tensor, row: int, column: int) -> Tensor:
@@ -726,7 +788,7 @@ def _(means: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
     return value.new_empty(())
 
 
-class _Once(torch.autograd.Function):
+class Once(torch.autograd.Function):
     """A gradient that is known as a number, not as a function of the means."""
 
     @staticmethod
@@ -743,7 +805,7 @@ def _save_gradient(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tens
 def _give_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     means, gradient = ctx.saved_tensors
     if torch.is_grad_enabled():  # create_graph=True
-        return _Once.apply(means, gradient * grad), None, None
+        return Once.apply(means, gradient * grad), None, None
     # A plain 1, the usual case, costs no pass and no memory. While a graph is traced (the tensor
     # is of another class then) there is no value to look at, and one on a device would have to be
     # waited for, which a CUDA graph cannot capture.

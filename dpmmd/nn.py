@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dpmmd import injection
 from dpmmd.distributed import reduce_means, require_group
 from dpmmd.encoders import Encoder
-from dpmmd.functional import adam_loss, ema_loss, mean_embedding, mmd_loss
+from dpmmd.functional import adam_loss, check_labels, ema_loss, mean_embedding, mmd_loss
+from dpmmd.microbatch import Chunk, micro_batched
 from dpmmd.privacy import PrivacyError, Release
 
 if TYPE_CHECKING:
@@ -49,7 +51,15 @@ class MMDLoss(nn.Module):
         estimator: see above.
         decay: of the ``"ema"`` estimate, in [0, 1).
         lr: rate of the ``"adam"`` estimate; the paper's settings use 1e-4 to 1e-3.
+        micro_batch: None, or how many images, at most, go through the encoder at a time: the same
+            loss and gradient in less memory, at the price of computing features twice (the last
+            chunk's once). If memory runs out in a chunk it is halved, once, with a warning.
+        state: "device", or "host": keep target and estimate in the memory of the host, and compute
+            the loss of the means there. For encoders on a GPU; on a CPU both are the same.
         backend: see `dpmmd.backends`.
+        inject: let the encoder's ReLUs add this loss's gradient to the one that they pass on
+            anyway, instead of writing one for every feature (`dpmmd.injection`); runs on "torch"
+            or, on request, "triton". The same result up to rounding; not measured on a GPU.
         process_group: match the images of all its processes together, as one batch, e.g.
             ``torch.distributed.group.WORLD`` under torchrun; see `dpmmd.distributed` for the scale
             of the gradient. None: this process's alone.
@@ -57,7 +67,8 @@ class MMDLoss(nn.Module):
     Raises:
         PrivacyError: the release was made with another encoder.
         ValueError: unknown estimator or one that does not fit the release's bound, decay or lr
-            out of range.
+            out of range, micro_batch not an int >= 1, unknown state, or a backend that has no
+            injection.
         RuntimeError: a process group without torch.distributed being initialised.
     """
 
@@ -69,7 +80,10 @@ class MMDLoss(nn.Module):
         estimator: str = "adam",
         decay: float = 0.9,
         lr: float = 1e-3,
+        micro_batch: int | None = None,
+        state: str = "device",
         backend: str = "auto",
+        inject: bool = False,
         process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
@@ -81,6 +95,10 @@ class MMDLoss(nn.Module):
             raise ValueError(f"decay={decay!r}: expected a number in [0, 1).")
         if not 0.0 < lr < 1.0:
             raise ValueError(f"lr={lr!r}: expected a number in (0, 1).")
+        if micro_batch is not None and (type(micro_batch) is not int or micro_batch < 1):
+            raise ValueError(f"micro_batch={micro_batch!r}: expected None or an int >= 1.")
+        if state not in ("device", "host"):
+            raise ValueError(f"state={state!r}: expected 'device' or 'host'.")
         check_encoder(release, encoder)
         if estimator == "unbiased" and not release.metadata.bound.startswith("sphere"):
             raise ValueError(
@@ -94,7 +112,9 @@ class MMDLoss(nn.Module):
             )
         if process_group is not None:
             require_group()
-        self.encoder, self.process_group = encoder, process_group
+        if inject:
+            injection.check(backend)
+        self.encoder, self.process_group, self.inject = encoder, process_group, inject
         self.estimator, self.decay, self.lr, self.backend = estimator, decay, lr, backend
         m = release.metadata
         self.moments, self.bound, self.clip = m.moments, m.bound, m.clip
@@ -103,8 +123,12 @@ class MMDLoss(nn.Module):
             m.num_classes,
             m.labelled,
         )
+        self._chunk = None if micro_batch is None else Chunk(micro_batch)
         device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
-        numbers = sum(t.numel() for t in (release.target, release.shared_target) if t is not None)
+        if state == "host":
+            device = torch.device("cpu")
+        target, shared = release.target, release.shared_target
+        numbers = target.numel() + (0 if shared is None else shared.numel())
 
         def matched(target: Tensor) -> _Difference:
             return _Difference(
@@ -116,9 +140,13 @@ class MMDLoss(nn.Module):
                 backend=backend,
             )
 
-        self.by_class = matched(release.target)
-        shared = release.shared_target
+        self.by_class = matched(target)
         self.shared = None if shared is None else matched(shared)
+
+    @property
+    def micro_batch(self) -> int | None:
+        """How many images go through the encoder at a time; None: all."""
+        return None if self._chunk is None else self._chunk.size
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """The loss of one batch of generated images.
@@ -131,8 +159,8 @@ class MMDLoss(nn.Module):
             Scalar, differentiable in ``images``.
 
         Raises:
-            ValueError: labels given to an unlabelled release or missing for a labelled one, or
-                images the encoder refuses.
+            ValueError: labels given to an unlabelled release or missing for a labelled one, fewer
+                images than a micro-batch, or images the encoder refuses.
         """
         if (labels is not None) != self.labelled:
             raise ValueError(
@@ -140,22 +168,48 @@ class MMDLoss(nn.Module):
                 f"{'labelled' if self.labelled else 'unlabelled'}; "
                 f"{'pass' if self.labelled else 'leave out'} the labels of the images."
             )
-        means, counts = mean_embedding(
-            self.encoder(images),
+        if self._chunk is None:
+            return self._value(*self._embed(images, labels, self.num_classes))
+        n = images.shape[0]
+        if n < self._chunk.size:
+            raise ValueError(
+                f"micro_batch={self._chunk.size}: more than the batch's {n} images; expected at "
+                "most that many, or None for no micro-batches."
+            )
+        if labels is not None:
+            check_labels(labels, images, self.num_classes)
+        return micro_batched(
+            images,
             labels,
             self.num_classes,
-            moments=self.moments,
-            bound=self.bound,
-            clip=self.clip,
-            joint_weight=self.joint_weight,
-            backend=self.backend,
+            embed=self._embed,
+            value=self._value,
+            chunk=self._chunk,
         )
-        return self._value(means, counts)
+
+    def _embed(
+        self, images: Tensor, labels: Tensor | None, num_classes: int
+    ) -> tuple[Tensor, Tensor]:
+        """Mean embedding [M, K, D] and class counts [K] of images."""
+        options: dict[str, Any] = {
+            "moments": self.moments,
+            "bound": self.bound,
+            "clip": self.clip,
+            "joint_weight": self.joint_weight,
+            "backend": self.backend,
+        }
+        if self.inject:
+            return injection.mean_embedding(self.encoder, images, labels, num_classes, **options)
+        return mean_embedding(self.encoder(images), labels, num_classes, **options)
 
     def _value(self, means: Tensor, counts: Tensor) -> Tensor:
         """The loss of a batch's mean embedding [M, K, D] and class counts [K]."""
         if self.process_group is not None:
             means, counts = reduce_means(means, counts, self.process_group)
+        where = self.by_class.target.device
+        return self._loss(means.to(where), counts.to(where)).to(means.device)
+
+    def _loss(self, means: Tensor, counts: Tensor) -> Tensor:
         if self.estimator == "unbiased":
             return self.by_class(means, counts) + self._missing_pairs(means, counts)
         if self.shared is None:

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
 import sys
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -39,6 +51,7 @@ class DataSection(_Section):
     channels: Literal[1, 3] | None = None
     crop: Literal["center"] | None = None
     num_classes: int | None = Field(default=None, ge=1)  # None: unlabelled
+    num_images: int | None = Field(default=None, ge=1)  # what the source must hold, where public
     image_key: str | None = None
     label_key: str | None = None
     workers: int = Field(default=0, ge=0)
@@ -58,11 +71,14 @@ class EncoderSection(_Section):
     taps: list[str] | None = None
     pool: int | None = Field(default=None, ge=1)
     weights: str | None = None
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
 
 
 class ReleaseSection(_Section):
-    """Arguments of `dpmmd.release`. epsilon, delta and adjacency have no default."""
+    """Arguments of `dpmmd.release`. epsilon, delta and adjacency have no default.
+
+    ``epsilon = inf`` adds no noise: the release, the folder and the report say NOT PRIVATE.
+    """
 
     epsilon: float = Field(gt=0)
     delta: float = Field(gt=0, lt=1)
@@ -119,7 +135,9 @@ class TrainSection(_Section):
     """How a generator is trained on a release.
 
     ``lr`` decays to zero over the steps by ``schedule``; ``ema_decay`` averages the weights that
-    images are sampled from (0: the last weights).
+    images are sampled from (0: the last weights). ``graph`` records the whole step once as a CUDA
+    graph and replays it; ``compile`` runs generator and encoder through torch.compile. ``memory``
+    is a budget for a step, such as "8GiB", or a fraction of what is free, "0.8": see `dpmmd.plan`.
     """
 
     steps: int = Field(default=2000, ge=1)
@@ -132,10 +150,13 @@ class TrainSection(_Section):
     estimator_decay: float = Field(default=0.9, ge=0, lt=1)
     estimator_lr: float = Field(default=1e-3, gt=0, lt=1)
     ema_decay: float = Field(default=0.99, ge=0, lt=1)
+    graph: bool = False
+    compile: bool = False
     seed: int = 0
     checkpoint_every: int = Field(default=500, ge=1)
     log_every: int = Field(default=20, ge=1)
     grid_every: int = Field(default=500, ge=1)
+    memory: str | None = Field(default=None, pattern=r"^\s*[\d.]+\s*([KMGT]i?B)?\s*$")
 
 
 class SampleSection(_Section):
@@ -151,6 +172,31 @@ class EvaluateSection(_Section):
 
     classifiers: tuple[str, ...] = ("logistic_regression", "mlp", "cnn")
     num_train: int | None = Field(default=None, ge=1)  # images of each set; None: all
+    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)  # one training of each classifier
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_seed(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping) or "seed" not in given or "seeds" in given:
+            return given
+        warnings.warn(
+            "evaluate.seed is now evaluate.seeds, a list: write seeds = [0]",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        rest = {key: value for key, value in given.items() if key != "seed"}
+        return {**rest, "seeds": (given["seed"],)}
+
+
+class MetricsSection(_Section):
+    """Figures that compare synthetic with real images in feature spaces (`dpmmd.metrics`).
+
+    An encoder that the generator was not trained against is added where ``features`` has none.
+    """
+
+    features: tuple[str, ...] = ("inception-v3",)  # and names of `dpmmd.encoders.available`
+    weights: dict[str, str] = {}  # weight files, by feature extractor, if not found by themselves
+    num_images: int = Field(default=10_000, ge=2)  # at most so many of each set
     seed: int = 0
 
 
@@ -166,6 +212,19 @@ class Recipe(_Section):
     train: TrainSection = TrainSection()
     sample: SampleSection = SampleSection()
     evaluate: EvaluateSection | None = None
+    metrics: MetricsSection | None = None
+
+    @model_validator(mode="after")
+    def _the_number_of_images_may_be_private(self) -> Recipe:
+        if self.data.num_images is None:
+            return self
+        if self.release.adjacency == "add-remove" or self.data.group_by is not None:
+            why = "with data.group_by" if self.data.group_by else "under add-remove adjacency"
+            raise ValueError(
+                f"data.num_images = {self.data.num_images}: the number of images is private {why}, "
+                "and a recipe is public; leave the key out"
+            )
+        return self
 
 
 def names() -> tuple[str, ...]:
@@ -211,6 +270,59 @@ def parse(text: str, name: str = "recipe") -> Recipe:
         raise RecipeError(f"{name}: {problems}") from None
 
 
+def with_changes(text: str, changes: Sequence[str], name: str = "recipe") -> tuple[Recipe, str]:
+    """A recipe with some keys set anew, and its text: the whole of what is run.
+
+    Args:
+        text: the recipe's TOML.
+        changes: ``"section.key=value"``, the value in TOML; a bare word is taken as a string.
+        name: what messages call the recipe.
+
+    Raises:
+        RecipeError: a change without ``=``, or what `parse` refuses.
+    """
+    parse(text, name)
+    content = tomllib.loads(text)
+    for change in changes:
+        path, equals, value = change.partition("=")
+        keys = path.strip().split(".")
+        if not equals or not all(keys):
+            raise RecipeError(f"{change!r}: expected SECTION.KEY=VALUE, e.g. release.epsilon=0.5.")
+        section = content
+        for key in keys[:-1]:
+            section = section.setdefault(key, {})
+            if not isinstance(section, dict):
+                raise RecipeError(f"{change!r}: {key} is a value, not a section.")
+        try:
+            section[keys[-1]] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            section[keys[-1]] = value.strip()
+    written = _toml(content)
+    return parse(written, name), written
+
+
+def _toml(content: Mapping[str, Any]) -> str:
+    """TOML of nested dictionaries of strings, numbers, booleans, and lists of them."""
+
+    def key(name: str) -> str:
+        return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name)
+
+    def value(item: Any) -> str:
+        if isinstance(item, list):
+            return f"[{', '.join(map(value, item))}]"
+        if isinstance(item, dict):
+            return f"{{{', '.join(f'{key(k)} = {value(v)}' for k, v in item.items())}}}"
+        if isinstance(item, float) and not math.isfinite(item):
+            return str(item)  # inf, -inf, nan
+        return json.dumps(item, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+    tables = {k: v for k, v in content.items() if isinstance(v, dict)}
+    lines = [f"{key(k)} = {value(v)}" for k, v in content.items() if k not in tables]
+    for name, table in tables.items():
+        lines += ["", f"[{key(name)}]", *(f"{key(k)} = {value(v)}" for k, v in table.items())]
+    return "\n".join(lines).lstrip("\n") + "\n"
+
+
 def revised(section: _S, changes: Mapping[str, Any]) -> _S:
     """The section with some values changed (None: kept), checked like one from a file.
 
@@ -239,4 +351,6 @@ def _problem(error: Any) -> str:
         return f"unknown key {where!r} (known here: {known})"
     if error["type"] == "missing":
         return f"{where!r} is missing"
+    if error["type"] == "value_error" and not where:  # a rule of the recipe as a whole
+        return str(error["ctx"]["error"])
     return f"{where} = {error['input']!r}: {error['msg'].lower()}"

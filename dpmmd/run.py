@@ -1,23 +1,27 @@
 """A recipe from private images to a report, in one folder, resumable at every stage.
 
 The folder: ``recipe.toml``, ``release.safetensors``, ``privacy.json``, ``checkpoints/``,
-``samples.png``, ``synthetic.npz``, ``report.json``.
+``samples.png``, ``synthetic.npz``, ``README.md`` (the set's card), ``report.json``; and
+``NOT_PRIVATE`` where the release was made without noise or with test noise.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import resource
+import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 
-from dpmmd import encoders, recipe, train
+from dpmmd import encoders, export, metrics, recipe, train
 from dpmmd._memory import return_freed_memory
 from dpmmd.data import open_source
 from dpmmd.encoders import Encoder
@@ -32,8 +36,18 @@ from dpmmd.privacy.report import facts
 Say = Callable[[str], None]
 
 
+# What a release without noise is calibrated to: accounting takes nothing larger. It is stamped NOT
+# PRIVATE like every release made with test noise, and its report promises nothing.
+NO_NOISE_EPSILON = 9999.0
+
+
 class RunError(ValueError):
     """A folder that cannot be used for this run."""
+
+
+def no_noise(n: int, sd: float) -> np.ndarray:
+    """In place of the sampler, for ``epsilon = inf``: nothing is added, NOT PRIVATE."""
+    return np.zeros(n, np.int64)
 
 
 def run(
@@ -41,6 +55,7 @@ def run(
     out: str | Path,
     *,
     say: Say,
+    changes: Sequence[str] = (),
     device: str = "auto",
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -52,6 +67,8 @@ def run(
         recipe_name: the path of a TOML file, or the name of one of `dpmmd.recipe.names()`.
         out: the run's folder; created, or continued if it holds a run of the same recipe.
         say: called with one line of text at each stage.
+        changes: keys to set anew, as `dpmmd.recipe.with_changes` takes them; the folder's
+            ``recipe.toml`` has them in it.
         device: see `choose_device`.
         progress: show progress bars on standard error.
 
@@ -63,6 +80,8 @@ def run(
     """
     where = choose_device(device)
     settings, text = recipe.read(recipe_name)
+    if changes:
+        settings, text = recipe.with_changes(text, changes, str(recipe_name))
     out = Path(out)
     kept = out / "recipe.toml"
     if kept.exists():
@@ -76,6 +95,11 @@ def run(
     _check_before_release(settings)
     encoder = load_encoder(settings.encoder).to(where)
     selection = None if settings.selection is None else load_encoder(settings.selection).to(where)
+    extractors = []
+    if settings.metrics is not None and not (out / "report.json").exists():
+        extractors = load_extractors(
+            settings.metrics, _trained_against(settings), side(settings), where
+        )
 
     new = not kept.exists()
     if new:
@@ -90,8 +114,38 @@ def run(
             out.rmdir()
         raise
     trained = _train(settings, released, encoder, selection, out, measured, say, progress)
-    _sample(settings, trained, out, measured, say, progress)
-    return _evaluate(settings, released, out, measured, say, progress)
+    _sample(settings, released, trained, out, measured, say, progress)
+    return _evaluate(settings, released, extractors, out, measured, say, where, progress)
+
+
+def _trained_against(settings: recipe.Recipe) -> tuple[str, ...]:
+    both = (settings.encoder, settings.selection)
+    return tuple(section.name for section in both if section is not None)
+
+
+def side(settings: recipe.Recipe) -> int:
+    """Side of the synthetic images as far as the recipe tells, else of those the encoder sees."""
+    size = settings.generator.image_size or settings.data.image_size or settings.encoder.image_size
+    return size if isinstance(size, int) else max(size)
+
+
+def load_extractors(
+    settings: recipe.MetricsSection,
+    trained_against: Sequence[str],
+    image_size: int,
+    device: str | torch.device = "cpu",
+) -> list[metrics.Extractor]:
+    """The extractors that ``[metrics]`` asks for, and one that was not trained against."""
+    unused = set(settings.weights) - set(settings.features)
+    if unused:
+        raise RunError(
+            f"metrics.weights: {', '.join(sorted(unused))} is not among metrics.features = "
+            f"{list(settings.features)}."
+        )
+    return [
+        metrics.load(name, image_size=image_size, weights=settings.weights.get(name), device=device)
+        for name in metrics.with_held_out(settings.features, trained_against)
+    ]
 
 
 def _check_before_release(settings: recipe.Recipe) -> None:
@@ -157,6 +211,8 @@ def _release(
             f"release: {data.source} ({data.split}), encoder {encoder.name}, D = {encoder.dim}, "
             f"epsilon = {wanted.epsilon:g}, delta = {wanted.delta:g}, {wanted.adjacency}"
         )
+        if math.isinf(wanted.epsilon):
+            say("release: epsilon = inf adds NO NOISE: NOT PRIVATE, for comparison only")
         with measured.stage("release"):
             source = open_source(
                 data.source,
@@ -166,20 +222,28 @@ def _release(
                 allow_empty=wanted.adjacency == "add-remove",
                 **data.options(),
             )
+            if data.num_images is not None and source.num_images != data.num_images:
+                raise RunError(
+                    f"data.num_images = {data.num_images}: {data.source} ({data.split}) holds "
+                    f"{source.num_images} images; is it the right one, and whole? If so, correct "
+                    "the key or leave it out."
+                )
             generator = settings.generator.completed(source.image_shape)
             train.build_generator(generator, data.num_classes)  # refused before privacy is spent
             side = generator.image_size
             made = (generator.channels, side, side)
-            if settings.evaluate is not None and source.image_shape != made:
+            compared = settings.evaluate is not None or settings.metrics is not None
+            if compared and source.image_shape != made:
                 raise RunError(
                     f"generator: makes images (C, H, W) = {made}, those of {data.source} are "
-                    f"{source.image_shape}; [evaluate] needs them equal. Set image_size and "
+                    f"{source.image_shape}; evaluation needs them equal. Set image_size and "
                     "channels in [generator] or [data]."
                 )
             released = make_release(
                 source,
                 encoder,
-                epsilon=wanted.epsilon,
+                epsilon=min(wanted.epsilon, NO_NOISE_EPSILON),
+                insecure_test_noise=no_noise if math.isinf(wanted.epsilon) else None,
                 delta=wanted.delta,
                 adjacency=wanted.adjacency,
                 num_classes=data.num_classes,
@@ -197,9 +261,17 @@ def _release(
                 out=path,
                 progress=progress,
             )
+    if not released.metadata.private:
+        stamp = f"{facts(released)['promise']}\n"
+        write_atomically(out / "NOT_PRIVATE", stamp.encode(), overwrite=True)
     privacy = json.dumps(facts(released), indent=2) + "\n"
     write_atomically(out / "privacy.json", privacy.encode(), overwrite=True)
     return released
+
+
+def _stated(m: Any) -> float:
+    """The epsilon of a release's metadata; inf where there is no noise."""
+    return math.inf if not m.private and m.epsilon == NO_NOISE_EPSILON else m.epsilon
 
 
 def _check_release(
@@ -212,7 +284,7 @@ def _check_release(
     """Refuses a release that the recipe would not have made."""
     m, wanted = released.metadata, settings.release
     pairs = {
-        "epsilon": (m.epsilon, wanted.epsilon),
+        "epsilon": (_stated(m), wanted.epsilon),
         "delta": (m.delta, wanted.delta),
         "adjacency": (m.adjacency, wanted.adjacency),
         "moments": (m.moments, wanted.moments),
@@ -267,6 +339,7 @@ def _train(
 
 def _sample(
     settings: recipe.Recipe,
+    released: Release,
     trained: train.Trained,
     out: Path,
     measured: _Measured,
@@ -278,6 +351,9 @@ def _sample(
         say(f"sample: found {path}, finished; re-used")
         return
     say(f"sample: {settings.sample.num_images} images")
+    at_once = settings.sample.batch_size
+    if settings.train.memory is not None:
+        at_once = min(at_once, settings.train.batch_size)
     with measured.stage("sample"):
         write_samples(
             trained,
@@ -285,7 +361,9 @@ def _sample(
             settings.sample.num_images,
             settings.data.num_classes,
             picture=out / "samples.png",
-            batch_size=settings.sample.batch_size,
+            card=out / "README.md",
+            release=released,
+            batch_size=at_once,
             seed=settings.sample.seed,
             progress=progress,
         )
@@ -298,14 +376,18 @@ def write_samples(
     num_classes: int | None,
     *,
     picture: Path,
+    card: Path | None = None,
+    release: Release | None = None,
+    format: str = "npz",
     batch_size: int = 500,
     seed: int = 0,
     overwrite: bool = False,
     progress: bool = True,
 ) -> None:
-    """Writes a synthetic set (.npz with x uint8 [n, C, H, W] and y) and a grid of samples (PNG)."""
-    from dpmmd.data import write_npz
+    """Writes a synthetic set (`dpmmd.export.write`), a grid of samples (PNG) and a card (Markdown).
 
+    The card says what ``release`` promises; without it there is none.
+    """
     images, labels = train.sample(
         trained.generator,
         num_images,
@@ -315,16 +397,29 @@ def write_samples(
         progress=progress,
     )
     device = next(trained.generator.parameters()).device
-    train.save_png(picture, train.sample_grid(trained.generator, num_classes, device))
-    write_npz(path, images, labels, overwrite=overwrite)
+    grid = train.sample_grid(trained.generator, num_classes, device, batch_size)
+    train.save_png(picture, grid)
+    if release is not None and card is not None:
+        told = export.card(
+            release,
+            name=path.name,
+            format=format,
+            shape=images.shape,
+            step=trained.selected_step,
+            seed=seed,
+        )
+        write_atomically(card, told.encode(), overwrite=True)
+    export.write(path, images, labels, format=format, overwrite=overwrite)
 
 
 def _evaluate(
     settings: recipe.Recipe,
     released: Release,
+    extractors: list[metrics.Extractor],
     out: Path,
     measured: _Measured,
     say: Say,
+    where: torch.device,
     progress: bool,
 ) -> dict[str, Any]:
     path = out / "report.json"
@@ -332,23 +427,60 @@ def _evaluate(
         say(f"evaluate: found {path}, finished; re-used")
         report: dict[str, Any] = json.loads(path.read_text("utf-8"))
         return report
-    accuracy: dict[str, dict[str, float]] = {}
-    if settings.evaluate is not None:
-        say(f"evaluate: {', '.join(settings.evaluate.classifiers)}, on real test images")
-        data = settings.data
-        with measured.stage("evaluate"):
+    accuracy: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
+    data, test = settings.data, settings.data.test_source or settings.data.source
+    wanted = settings.evaluate is not None or settings.metrics is not None
+    with measured.stage("evaluate") if wanted else contextlib.nullcontext():
+        if settings.evaluate is not None:
+            say(f"evaluate: {', '.join(settings.evaluate.classifiers)}, on real test images")
             accuracy = evaluate_files(
                 out / "synthetic.npz",
-                test=(data.test_source or data.source, data.test_split),
+                test=(test, data.test_split),
                 real=(data.source, data.split),
                 num_classes=data.num_classes,
                 settings=settings.evaluate,
+                device=str(where),
                 progress=progress,
                 **data.options(),
             )
-    report = make_report(released, accuracy, measured)
+        if settings.metrics is not None:
+            say(f"metrics: {', '.join(e.name for e in extractors)}, on real test images")
+            figures = compare_files(
+                out / "synthetic.npz",
+                test=(test, data.test_split),
+                extractors=extractors,
+                settings=settings.metrics,
+                trained_against=_trained_against(settings),
+                progress=progress,
+                **data.options(),
+            )
+    report = make_report(released, accuracy, measured, figures)
     write_atomically(path, (json.dumps(report, indent=2) + "\n").encode())
     return report
+
+
+def release_of(checkpoint: Path, given: Path | None) -> Release | None:
+    """The release that a checkpoint was trained on: the file given, or the run folder's.
+
+    Raises:
+        RunError: the file given is another release.
+    """
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent.parent
+    path = given or folder / "release.safetensors"
+    if given is None and not path.exists():
+        return None
+    file = folder / "checkpoints" / train.CHECKPOINT if checkpoint.is_dir() else checkpoint
+    released = Release.load(path)
+    if released.metadata.array_sha256 != train.load_checkpoint(file)["array_sha256"]:
+        raise RunError(f"{path}: is not the release that {file} was trained on.")
+    return released
+
+
+def encoders_of(path: Path) -> tuple[str, ...]:
+    """Names of the encoders that a release was made with."""
+    m = Release.load(path).metadata
+    return tuple(spec["name"] for spec in (m.encoder, m.selection_encoder) if spec is not None)
 
 
 def evaluate_files(
@@ -358,11 +490,13 @@ def evaluate_files(
     real: tuple[str, str] | None,
     num_classes: int | None,
     settings: recipe.EvaluateSection,
+    device: str = "cpu",
     progress: bool = True,
     **options: Any,
-) -> dict[str, dict[str, float]]:
-    """Accuracies {classifier: {"synthetic", "real"}} on real test images.
+) -> dict[str, dict[str, Any]]:
+    """Accuracies {classifier: {"synthetic", "real"}} on real test images: means over the seeds.
 
+    With several seeds each classifier also has ``"seeds"``: {"synthetic": [...], "real": [...]}.
     Reads real images directly: what it returns is NOT covered by the release's guarantee.
 
     Args:
@@ -370,40 +504,83 @@ def evaluate_files(
         test: source and split of the real test images.
         real: source and split of real training images for comparison, or None.
         num_classes: K.
-        settings: classifiers, sizes, seed.
+        settings: classifiers, sizes, seeds.
+        device: where networks are trained.
         **options: of `dpmmd.data.open_source`, for the real images.
     """
+    sets = (
+        _arrays(synthetic, "train", num_classes),
+        _arrays(*test, num_classes, **options),
+        None if real is None else _arrays(*real, num_classes, **options),
+    )
+    runs = [
+        evaluate(
+            *sets,
+            classifiers=settings.classifiers,
+            num_train=settings.num_train,
+            seed=seed,
+            device=device,
+            progress=progress,
+        )
+        for seed in settings.seeds
+    ]
+    result: dict[str, dict[str, Any]] = {}
+    for name in settings.classifiers:
+        values = {kind: [run[name][kind] for run in runs] for kind in runs[0][name]}
+        result[name] = {kind: sum(each) / len(each) for kind, each in values.items()}
+        if len(runs) > 1:
+            result[name]["seeds"] = values
+    return result
 
-    def arrays(source: str | Path, split: str, **more: Any) -> Any:
-        return open_source(source, split=split, num_classes=num_classes, **more).arrays()
 
-    return evaluate(
-        arrays(synthetic, "train"),
-        arrays(test[0], test[1], **options),
-        None if real is None else arrays(real[0], real[1], **options),
-        classifiers=settings.classifiers,
-        num_train=settings.num_train,
+def compare_files(
+    synthetic: str | Path,
+    *,
+    test: tuple[str, str],
+    extractors: Sequence[metrics.Extractor],
+    settings: recipe.MetricsSection,
+    trained_against: Sequence[str] | None,
+    progress: bool = True,
+    **options: Any,
+) -> dict[str, dict[str, Any]]:
+    """`dpmmd.metrics.compare` of a synthetic set and real images, read like `evaluate_files`."""
+    return metrics.compare(
+        _arrays(synthetic, "train", None)[0],
+        _arrays(*test, None, **options)[0],
+        extractors,
+        num_images=settings.num_images,
         seed=settings.seed,
+        trained_against=trained_against,
+        told={"real": test[0], "split": test[1]},
         progress=progress,
     )
 
 
+def _arrays(source: str | Path, split: str, num_classes: int | None, **options: Any) -> Any:
+    return open_source(source, split=split, num_classes=num_classes, **options).arrays()
+
+
 EVALUATION_NOTE = (
-    "Accuracies, run times and memory come from real images: they are not covered by "
+    "Accuracies, metrics, run times and memory come from real images: they are not covered by "
     "(epsilon, delta), and publishing them says something about those images."
 )
 
 
 def make_report(
-    released: Release, accuracy: dict[str, dict[str, float]], measured: _Measured
+    released: Release,
+    accuracy: dict[str, Any],
+    measured: _Measured,
+    figures: dict[str, Any],
 ) -> dict[str, Any]:
     m = released.metadata
+    privacy = {key: getattr(m, key) for key in ("epsilon", "delta", "mu", "adjacency", "unit")}
+    if math.isinf(_stated(m)):
+        privacy |= {"epsilon": None, "mu": None}  # no noise: there is no number
     return {
         "private": m.private,
-        "privacy": {
-            key: getattr(m, key) for key in ("epsilon", "delta", "mu", "adjacency", "unit")
-        },
+        "privacy": privacy,
         "accuracy": accuracy,
+        "metrics": figures,
         "accuracy_note": EVALUATION_NOTE,
         "seconds": {k: round(v, 2) for k, v in measured.seconds.items()},
         "peak_rss_bytes": measured.peak(),
@@ -450,13 +627,82 @@ class _Stage:
             self.measured.write()
 
 
-def accuracy_rows(accuracy: dict[str, dict[str, float]]) -> list[tuple[str, str, str]]:
+def metric_rows(figures: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
+    """The figures of `dpmmd.metrics.compare`, for a table: the heads, then a line a figure."""
+    kinds = {None: "", True: " (not trained against)", False: " (trained against)"}
+    heads = ("figure", *(f"{name}{kinds[f['held_out']]}" for name, f in figures.items()))
+    return [
+        heads,
+        *(
+            (key.replace("_", " "), *(f"{f[key]:.4g}" for f in figures.values()))
+            for key in _FIGURES
+        ),
+    ]
+
+
+def summarise(folders: Sequence[str | Path]) -> dict[str, Any]:
+    """Mean, standard deviation (n - 1) and n of the figures of several finished runs.
+
+    Each run counts once, with the mean over its classifiers' seeds.
+
+    Args:
+        folders: run folders with the same privacy statement.
+
+    Raises:
+        RunError: no report in a folder, a folder twice, or runs of different (epsilon, delta).
+    """
+    paths = [Path(folder) for folder in folders]
+    if len({path.resolve() for path in paths}) < max(len(paths), 1):
+        raise RunError(f"folders={[str(p) for p in paths]}: expected different run folders.")
+    reports = []
+    for path in paths:
+        if not (path / "report.json").is_file():
+            raise RunError(f"{path}: has no report.json; finish its run first (`dpmmd run`).")
+        reports.append(json.loads((path / "report.json").read_text("utf-8")))
+    first = reports[0]
+    for path, report in zip(paths, reports, strict=True):
+        if (report["private"], report["privacy"]) != (first["private"], first["privacy"]):
+            raise RunError(
+                f"{path}: its privacy is {report['privacy']}, that of {paths[0]} is "
+                f"{first['privacy']}; summarise runs that promise the same."
+            )
+    collected: dict[str, list[float]] = {}
+    for report in reports:
+        for name, figures in {**report["accuracy"], **report.get("metrics", {})}.items():
+            for key, value in figures.items():
+                if key in ("synthetic", "real") or key in _FIGURES:
+                    collected.setdefault(f"{name}.{key}", []).append(value)
+    return {
+        "runs": [str(path) for path in paths],
+        "private": first["private"],
+        "privacy": first["privacy"],
+        "figures": {
+            name: {
+                "mean": statistics.fmean(values),
+                "sd": statistics.stdev(values) if len(values) > 1 else None,
+                "n": len(values),
+            }
+            for name, values in collected.items()
+        },
+        "accuracy_note": EVALUATION_NOTE,
+    }
+
+
+_FIGURES = ("frechet_distance", "kid", "precision", "recall", "density", "coverage")
+
+
+def accuracy_rows(accuracy: dict[str, dict[str, Any]]) -> list[tuple[str, str, str]]:
     """classifier, trained on synthetic, trained on real: for a table."""
 
-    def percent(value: float | None) -> str:
-        return "" if value is None or math.isnan(value) else f"{100 * value:.1f} %"
+    def percent(classifier: dict[str, Any], kind: str) -> str:
+        value = classifier.get(kind)
+        if value is None or math.isnan(value):
+            return ""
+        seeds = classifier.get("seeds", {}).get(kind, ())
+        spread = f" ± {100 * statistics.stdev(seeds):.1f} (n = {len(seeds)})" if seeds else ""
+        return f"{100 * value:.1f}{spread} %"
 
     return [
-        (name.replace("_", " "), percent(a.get("synthetic")), percent(a.get("real")))
+        (name.replace("_", " "), percent(a, "synthetic"), percent(a, "real"))
         for name, a in accuracy.items()
     ]

@@ -6,22 +6,26 @@ import contextlib
 import io
 import math
 import signal
+import sys
 import threading
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
+from dpmmd import plan
+from dpmmd.distributed import Team, require_same, synchronise_batch_norm
 from dpmmd.encoders import Encoder
 from dpmmd.files import write_atomically
 from dpmmd.functional import mean_embedding
@@ -30,9 +34,16 @@ from dpmmd.nn import MMDLoss, check_encoder
 from dpmmd.privacy.release_file import Release
 from dpmmd.recipe import GeneratorSection, TrainSection
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 CHECKPOINT = "last.pt"
 _FORMAT = 1
-_WITHOUT_EFFECT = {"checkpoint_every", "log_every", "grid_every"}  # on the result
+# On the result, but for rounding.
+_WITHOUT_EFFECT = {"checkpoint_every", "log_every", "grid_every", "graph", "compile", "memory"}
+_GRAPHED_ON = ("cuda",)
+_WARM_UP_STEPS = 3
+_AGREE_EVERY = 10  # steps
 
 
 class CheckpointError(ValueError):
@@ -70,6 +81,8 @@ def train(
     generator_settings: GeneratorSection | None = None,
     selection_encoder: Encoder | None = None,
     out: str | Path | None = None,
+    process_group: ProcessGroup | None = None,
+    elastic: bool = False,
     progress: bool = True,
 ) -> Trained:
     """Trains a generator to match a release.
@@ -87,6 +100,12 @@ def train(
             ``settings.checkpoint_every`` steps; the private data are not looked at again.
         out: folder for ``checkpoints/last.pt`` and TensorBoard logs. A checkpoint found there is
             resumed from; on a CPU the result is the same bit for bit as without interruption.
+        process_group: train over all its processes, each of which calls this with the same
+            arguments. They share every batch (``settings.batch_size`` is that of all together), and
+            what is trained is what one process would, up to rounding: class means, batch norms and
+            gradients go over the whole batch. The first process writes ``out``; the others need not
+            see that folder.
+        elastic: go on from a checkpoint that another number of processes has written.
         progress: show a progress bar on standard error.
 
     Returns:
@@ -94,8 +113,12 @@ def train(
 
     Raises:
         CheckpointError: the checkpoint in ``out`` cannot be used.
+        ValueError: ``settings.graph`` elsewhere than on a CUDA device, over several processes or
+            with ``settings.memory``, a batch of fewer images than processes, or processes that
+            were not started alike.
         TypeError: ``generator`` has no attribute ``z_dim``.
         PrivacyError: release and encoder do not belong together.
+        PlanError: ``settings.memory`` is not enough for a step.
         KeyboardInterrupt: after a checkpoint has been written.
     """
     settings = settings or TrainSection()
@@ -103,6 +126,18 @@ def train(
         release.metadata.image_shape
     )
     device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
+    team = Team(process_group, device)
+    _check_team(team, release, encoder, settings, generator_settings)
+    if settings.graph and device.type not in _GRAPHED_ON:
+        raise ValueError(
+            f"settings.graph=True with the encoder on {device}: only CUDA devices have graphs; "
+            "move the encoder there, or leave graph out."
+        )
+    if settings.graph and settings.memory is not None:
+        raise ValueError(
+            f"settings.graph=True with settings.memory={settings.memory!r}: micro-batches are cut "
+            "on the host, which a graph leaves out; choose one of the two."
+        )
     num_classes = release.num_classes if release.metadata.labelled else None
     rng = torch.Generator().manual_seed(settings.seed)
     if generator is None:
@@ -117,26 +152,79 @@ def train(
             )
         record = {"name": type(generator).__qualname__}
     generator = generator.to(device).train()
+    planned: dict[str, Any] = {}
+    if settings.memory is not None:
+        statement = {key: getattr(release.metadata, key) for key in plan.STATEMENT}
+        own = settings.model_copy(update={"batch_size": settings.batch_size // team.size})
+        chosen = plan.make(settings.memory, encoder, generator, statement, own)
+        if progress and team.rank == 0:
+            print(chosen, file=sys.stderr)
+        planned = {"micro_batch": chosen.micro_batch, "state": chosen.state}
+        if chosen.recompute:
+            generator.recompute = True  # type: ignore[assignment]
     loss = MMDLoss(
         release,
         encoder,
         estimator=settings.estimator,
         decay=settings.estimator_decay,
         lr=settings.estimator_lr,
+        process_group=process_group,
+        **planned,
     ).train()
-    optimizer = torch.optim.Adam(
-        generator.parameters(), lr=settings.lr, betas=settings.betas, foreach=True
-    )
+    optimizer = _adam(generator, settings, device)
     selection = None
     if selection_encoder is not None:
         selection = _Selection(release, selection_encoder, device)
-    run = _Run(generator, optimizer, loss, rng, settings, release, record, selection)
+        if "micro_batch" in planned:
+            selection.at_once = min(selection.at_once, planned["micro_batch"])
+    run = _Run(generator, optimizer, loss, rng, settings, release, record, selection, team)
     folder = None if out is None else Path(out) / "checkpoints"
-    if folder is not None and (folder / CHECKPOINT).exists():
-        run.restore(load_checkpoint(folder / CHECKPOINT))
+    if folder is not None:
+        state = team.from_first(lambda: _found(folder / CHECKPOINT))
+        if state is not None:
+            run.restore(state, elastic=elastic)
     if run.step < settings.steps:
-        _loop(run, device, num_classes, folder, progress)
+        run.spread()
+        with _compiled([generator, encoder.backbone] if settings.compile else []):
+            _loop(run, device, num_classes, folder, progress)
     return run.result()
+
+
+def _check_team(
+    team: Team,
+    release: Release,
+    encoder: Encoder,
+    settings: TrainSection,
+    generator_settings: GeneratorSection,
+) -> None:
+    """Refuses, in every process, processes that would not train one thing together."""
+    if team.group is None:
+        return
+    import dpmmd
+
+    alike = {
+        "version": dpmmd.__version__,
+        "release": release.metadata.array_sha256,
+        "encoder": encoder.spec(),
+        "settings": settings.model_dump(mode="json"),
+        "generator_settings": generator_settings.model_dump(mode="json"),
+    }
+    for name, value in alike.items():
+        require_same(name, value, team.group)
+    if settings.batch_size < team.size:
+        raise ValueError(
+            f"settings.batch_size={settings.batch_size}: expected at least one image for each of "
+            f"the {team.size} processes; start fewer, or use larger batches."
+        )
+    if settings.graph:
+        raise ValueError(
+            f"settings.graph=True with {team.size} processes: a graph holds the step of one "
+            "process alone; leave graph out, or train in one process."
+        )
+
+
+def _found(checkpoint: Path) -> dict[str, Any] | None:
+    return load_checkpoint(checkpoint) if checkpoint.exists() else None
 
 
 def build_generator(settings: GeneratorSection, num_classes: int | None) -> nn.Module:
@@ -169,6 +257,33 @@ def rate(settings: TrainSection, step: int) -> float:
     return settings.lr * factor
 
 
+def _adam(
+    generator: nn.Module, settings: TrainSection, device: torch.device
+) -> torch.optim.Optimizer:
+    """Adam; for a graph, whose replays read the rate from the device, with a tensor as rate."""
+    parameters = generator.parameters()
+    if not settings.graph:
+        return torch.optim.Adam(parameters, lr=settings.lr, betas=settings.betas, foreach=True)
+    return torch.optim.Adam(
+        parameters,
+        lr=torch.tensor(settings.lr, device=device),
+        betas=settings.betas,
+        capturable=device.type == "cuda",
+    )
+
+
+@contextlib.contextmanager
+def _compiled(modules: list[nn.Module]) -> Iterator[None]:
+    """Within the block the modules run compiled by torch.compile."""
+    for module in modules:
+        module.compile(dynamic=False)
+    try:
+        yield
+    finally:
+        for module in modules:
+            module._compiled_call_impl = None
+
+
 def balanced_labels(n: int, num_classes: int, offset: int = 0) -> Tensor:
     """int64 [n]: the classes in turn, starting with ``offset``."""
     return (torch.arange(n) + offset) % num_classes
@@ -181,7 +296,9 @@ def _loop(
     folder: Path | None,
     progress: bool,
 ) -> None:
-    settings = run.settings
+    settings, team = run.settings, run.team
+    if team.rank:  # the first process alone writes
+        folder, progress = None, False
     logs = _Logs(None if folder is None else folder.parent / "tensorboard", run.step)
     started, before = perf_counter(), run.seconds
     bar = tqdm(
@@ -191,23 +308,32 @@ def _loop(
         unit="step",
         disable=not progress,
     )
+    run.prepare(device, num_classes)
     with bar, logs, _seeded_state(run), _deferred_interrupt() as interrupted:
-        while run.step < settings.steps and not interrupted:
-            value = run.advance(device, num_classes)
+        if team.rank:  # each its own, for dropout in a user's generator
+            torch.manual_seed(settings.seed + 1_000_003 * team.rank + run.step)
+        stop = False
+        while run.step < settings.steps and not stop:
+            value = run.advance()
             bar.update()
+            due = run.step == settings.steps or run.step % settings.checkpoint_every == 0
+            # Processes stop at the same step, or those left would wait for the others.
+            if team.size == 1 or run.step % _AGREE_EVERY == 0 or due:
+                stop = team.any(bool(interrupted))
             if run.step % settings.log_every == 0:
                 number = value.item()
                 bar.set_postfix(loss=f"{number:.4f}", refresh=False)
                 logs.scalars(run.step, loss=number, lr=rate(settings, run.step - 1))
             if run.step % settings.grid_every == 0 and logs.active:
-                logs.grid(run.step, sample_grid(run.averaged.module, num_classes, device))
+                at_once = settings.batch_size if settings.memory is not None else None
+                logs.grid(run.step, sample_grid(run.averaged.module, num_classes, device, at_once))
             run.seconds = before + perf_counter() - started
-            due = run.step == settings.steps or run.step % settings.checkpoint_every == 0
             if due and run.selection is not None:
                 logs.scalars(run.step, selection=run.compare())
-            if folder is not None and (due or interrupted):
+            if folder is not None and (due or stop):
                 run.save(folder)
-    if interrupted:
+    team.wait()  # for the checkpoint
+    if stop:
         raise KeyboardInterrupt
 
 
@@ -221,16 +347,20 @@ class _Selection:
         self.target, self.encoder = target[None].to(device), encoder  # [1, K, D']
         self.num_classes = release.num_classes
         self.labelled = release.metadata.labelled
+        self.at_once = 250  # images through the encoder; twice as many through the generator
 
     @torch.no_grad()
     def score(self, generator: nn.Module, per_class: int = 200) -> float:
         """The same latent points at every call: differences are the generator's."""
         n = per_class * self.num_classes
-        images, y = sample(generator, n, self.num_classes if self.labelled else None, seed=1)
+        classes = self.num_classes if self.labelled else None
+        images, y = sample(generator, n, classes, batch_size=2 * self.at_once, seed=1)
         labels = torch.zeros(n, dtype=torch.int64) if y is None else torch.from_numpy(y)
         sums, device = torch.zeros_like(self.target), self.target.device
         for x, part in zip(
-            torch.from_numpy(images).split(250), labels.to(device).split(250), strict=True
+            torch.from_numpy(images).split(self.at_once),
+            labels.to(device).split(self.at_once),
+            strict=True,
         ):
             features = self.encoder(x.to(device).float() / 255)
             means, counts = mean_embedding(features, part, self.num_classes)
@@ -251,8 +381,10 @@ class _Run:
         release: Release,
         record: dict[str, Any],
         selection: _Selection | None,
+        team: Team,
     ) -> None:
         self.generator, self.optimizer, self.loss = generator, optimizer, loss
+        self.model, self.team = generator, team
         self.averaged = AveragedModel(generator, multi_avg_fn=self._average, use_buffers=True)
         self.rng, self.settings = rng, settings
         self.metadata, self.record = release.metadata, record
@@ -284,32 +416,124 @@ class _Run:
             self.step if self.best is None else self.best["step"],
         )
 
-    def advance(self, device: torch.device, num_classes: int | None) -> Tensor:
+    def spread(self) -> None:
+        """Makes the generator that of all processes, whose weights are equal."""
+        group = self.team.group
+        if group is None:
+            return
+        synchronise_batch_norm(self.generator, group)
+        with _seeded_state(self):  # DistributedDataParallel may draw
+            self.model = DistributedDataParallel(
+                self.generator, process_group=group, broadcast_buffers=False
+            )
+
+    def prepare(self, device: torch.device, num_classes: int | None) -> None:
+        """Before the first call of `advance`: places for a step's inputs, and its graph."""
+        n = self.settings.batch_size
+        whole = torch.zeros(n, int(self.generator.z_dim))  # type: ignore[arg-type]
+        self.whole = whole.shape
+        self.z = self.team.share(whole).to(device)
+        self.y = None
+        if num_classes is not None:
+            self.y = self.team.share(balanced_labels(n, num_classes)).to(device)
+        self.num_classes = num_classes
+        self.decay = torch.zeros((), device=device)  # of the weights' average, in a graph
+        self.value = torch.zeros((), device=device)
+        self.work = self._work
+        if self.settings.graph:
+            self.work = self._captured()
+
+    def advance(self) -> Tensor:
         """One step; returns the loss, on its device."""
         settings, n = self.settings, self.settings.batch_size
         for group in self.optimizer.param_groups:
-            group["lr"] = rate(settings, self.step)
-        z = torch.randn(n, int(self.generator.z_dim), generator=self.rng).to(device)  # type: ignore[arg-type]
-        y = None
-        if num_classes is not None:
-            y = balanced_labels(n, num_classes, offset=self.step * n).to(device)
-        self.optimizer.zero_grad(set_to_none=True)
-        value = self.loss(self.generator(z, y), y)
-        value.backward()
-        self.optimizer.step()
-        self.averaged.update_parameters(self.generator)
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate(settings, self.step))
+            else:
+                group["lr"] = rate(settings, self.step)
+        self._fill(self.z, torch.randn(self.whole, generator=self.rng))
+        if self.y is not None and self.num_classes is not None:
+            self._fill(self.y, balanced_labels(n, self.num_classes, offset=self.step * n))
+        first = int(self.averaged.n_averaged) == 0
+        self.decay.fill_(0.0 if first else self._decay())
+        self.work()
+        if self.settings.graph:
+            self.averaged.n_averaged += 1
         self.step += 1
         self.global_rng = torch.get_rng_state()
-        return value.detach()
+        return self.value
+
+    def _fill(self, place: Tensor, whole: Tensor) -> None:
+        """Copies from the host without waiting: pinned memory is not reused before it is read."""
+        values = self.team.share(whole)
+        if place.is_cuda:
+            values = values.pin_memory()
+        place.copy_(values, non_blocking=True)
+
+    def _work(self) -> None:
+        """What the device does in a step: the same kernels each time, and no reads by the host."""
+        self.optimizer.zero_grad(set_to_none=True)
+        value = self.loss(self.model(self.z, self.y), self.y)
+        value.backward()
+        self.optimizer.step()
+        if self.settings.graph:
+            self._average_on_device()
+        else:
+            self.averaged.update_parameters(self.generator)
+        self.value.copy_(value.detach())
+
+    def _captured(self) -> Callable[[], None]:
+        """`_work` as one graph, whose warm-up leaves no trace."""
+        held = [
+            *self.generator.parameters(),
+            *self.generator.buffers(),
+            *self.averaged.module.parameters(),
+            *self.averaged.module.buffers(),
+            *(t for k, t in self.loss.state_dict().items() if not k.startswith("encoder.")),
+        ]
+        before = [t.detach().clone() for t in held]
+        moments = {
+            p: {k: v.clone() for k, v in self.optimizer.state[p].items()}
+            for p in self.optimizer.state
+        }
+        _warm_up(self._work, self.z.device)
+        with torch.no_grad():
+            for tensor, value in zip(held, before, strict=True):
+                tensor.copy_(value)
+            for p, state in self.optimizer.state.items():
+                for key, tensor in state.items():
+                    tensor.copy_(moments[p][key] if p in moments else torch.zeros_like(tensor))
+        self.optimizer.zero_grad(set_to_none=True)
+        return _record(self._work)
+
+    def _decay(self) -> float:
+        """Of the moving average, whose memory is short at first: (1 + t) / (10 + t)."""
+        return min(self.settings.ema_decay, (1 + self.step) / (10 + self.step))
 
     @torch.no_grad()
     def _average(self, averaged: Any, current: Any, _: Any) -> None:
-        """Exponential moving average whose memory is short at first: decay (1 + t) / (10 + t)."""
-        decay = min(self.settings.ema_decay, (1 + self.step) / (10 + self.step))
+        """Exponential moving average."""
         if averaged[0].is_floating_point():
-            torch._foreach_lerp_(averaged, current, 1 - decay)
+            torch._foreach_lerp_(averaged, current, 1 - self._decay())
         else:  # batch norm's counters
             for a, c in zip(averaged, current, strict=True):
+                a.copy_(c)
+
+    @torch.no_grad()
+    def _average_on_device(self) -> None:
+        """The same with the decay that is on the device."""
+        theirs, ours = (
+            [*module.parameters(), *module.buffers()]
+            for module in (self.averaged.module, self.generator)
+        )
+        numbers = [(a, c) for a, c in zip(theirs, ours, strict=True) if a.is_floating_point()]
+        averaged, current = ([pair[i] for pair in numbers] for i in (0, 1))
+        distance = torch._foreach_sub(averaged, current)
+        torch._foreach_mul_(distance, self.decay)
+        torch._foreach_add_(distance, current)
+        torch._foreach_copy_(averaged, distance)
+        for a, c in zip(theirs, ours, strict=True):
+            if not a.is_floating_point():
                 a.copy_(c)
 
     def save(self, folder: Path) -> None:
@@ -321,6 +545,7 @@ class _Run:
             "format": _FORMAT,
             "step": self.step,
             "seconds": self.seconds,
+            "processes": self.team.size,
             "private": self.metadata.private,
             "array_sha256": self.metadata.array_sha256,
             "num_classes": self.metadata.num_classes if self.labelled else None,
@@ -339,7 +564,14 @@ class _Run:
         torch.save(state, temporary)
         temporary.replace(folder / CHECKPOINT)
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Any], *, elastic: bool = False) -> None:
+        written_by = state.get("processes", 1)
+        if written_by != self.team.size and not elastic:
+            raise CheckpointError(
+                f"checkpoint: written by {written_by} process(es), now there are "
+                f"{self.team.size}; start as many, or pass elastic=True (--elastic) to go on with "
+                "another number."
+            )
         if state["array_sha256"] != self.metadata.array_sha256:
             raise CheckpointError(
                 "checkpoint: it belongs to another release; train in another folder, or remove "
@@ -366,12 +598,43 @@ class _Run:
             )
         _load(self.generator, state["generator"])
         _load(self.averaged, state["averaged"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self._restore_optimizer(state["optimizer"])
         self.loss.load_state_dict(state["loss"], strict=False)
         self.best = state["best"] if self.selection is not None else None
         self.rng.set_state(state["rng"])
         self.global_rng = state["global_rng"]
         self.step, self.seconds = int(state["step"]), float(state["seconds"])
+
+    def _restore_optimizer(self, state: Mapping[str, Any]) -> None:
+        """Moments and steps from the checkpoint; how Adam runs stays as it is here."""
+        own = [dict(group) for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(dict(state))
+        for group, kept in zip(self.optimizer.param_groups, own, strict=True):
+            group.update({key: kept[key] for key in ("lr", "capturable", "foreach")})
+            for p in group["params"]:
+                if p in self.optimizer.state:
+                    held = self.optimizer.state[p]
+                    held["step"] = held["step"].to(p.device if group["capturable"] else "cpu")
+
+
+def _warm_up(work: Callable[[], None], device: torch.device) -> None:
+    """Runs a step some times on a side stream: libraries choose kernels and allocate then."""
+    random = torch.cuda.get_rng_state(device)
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(_WARM_UP_STEPS):
+            work()
+    torch.cuda.current_stream(device).wait_stream(side)
+    torch.cuda.set_rng_state(random, device)
+
+
+def _record(work: Callable[[], None]) -> Callable[[], None]:
+    """Captures a step in a CUDA graph, without running it; returns what runs it."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -491,11 +754,16 @@ def sample(
 
 
 def sample_grid(
-    generator: nn.Module, num_classes: int | None, device: torch.device, columns: int = 10
+    generator: nn.Module,
+    num_classes: int | None,
+    device: torch.device,
+    at_once: int | None = None,
+    columns: int = 10,
 ) -> np.ndarray:
     """uint8 [C, H', W']: a row per class (or ten rows), the same latent points on every call.
 
-    Leaves the generator's mode and torch's global random state as they are.
+    ``at_once`` images go through the generator together; None: all. The generator's mode and
+    torch's global random state stay as they are.
     """
     rows = num_classes or 10
     rng = torch.Generator().manual_seed(0)
@@ -506,7 +774,12 @@ def sample_grid(
     training = generator.training
     generator.eval()
     with torch.no_grad(), _seeded(0):
-        images = generator(z, y).clamp(0, 1).mul(255).round().to(torch.uint8).cpu().numpy()
+        size = at_once or len(z)
+        parts = [
+            generator(part, None if y is None else y[i * size : (i + 1) * size])
+            for i, part in enumerate(z.split(size))
+        ]
+        images = torch.cat(parts).clamp(0, 1).mul(255).round().to(torch.uint8).cpu().numpy()
     generator.train(training)
     return tile(images, columns)
 

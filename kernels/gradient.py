@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,10 +16,15 @@ from dpmmd.kernels.schedule import count_tiles, image_at, tile_at
 from dpmmd.kernels.taps import TYPES, Taps, brief, find_block, launch, load_tile, tap_address
 
 
-@triton.jit(do_not_specialize=["addresses", "gradients", "n", "dim", "blocks", "num_classes"])
+@triton.jit(
+    do_not_specialize=[
+        "addresses", "gradients", "incoming", "n", "dim", "blocks", "num_classes", "ceiling",
+    ]
+)  # fmt: skip
 def gradient_kernel(
     addresses,
     gradients,
+    incoming,
     records,
     upstream,
     schedule,
@@ -29,6 +35,7 @@ def gradient_kernel(
     blocks,
     num_classes,
     weight,
+    ceiling,
     TYPE: tl.constexpr,
     OUT: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -36,6 +43,7 @@ def gradient_kernel(
     NORMS: tl.constexpr,
     PER_TAP: tl.constexpr,
     LABELLED: tl.constexpr,
+    RECTIFIED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -44,6 +52,9 @@ def gradient_kernel(
     Rows without use (s = 0) are not loaded, for they may hold NaN; their gradient is zero. A
     program has one block and one tile of images of the same class. Grid [blocks of the launch,
     tiles].
+
+    RECTIFIED: f = max(x, 0), and the gradient is that of x: (incoming + df) [f > 0]. Bit 1: there
+    is what comes in from the layers behind, [n, d_l]; bit 2: f = min(max(x, 0), ceiling).
     Shapes: features and gradients [n, d_l] a tap; scale, coefficients float32 [N, n, B]; G float32
     [M, K, D].
     Bytes: the features once, the gradients once, 4 M D a tile (from cache). Deterministic.
@@ -67,7 +78,12 @@ def gradient_kernel(
             at += n.to(tl.int64) * blocks
             two = tl.load(scale + at, mask=live, other=0.0)
             e_two = tl.load(coefficients + at, mask=live, other=0.0)
-        f = load_tile(pointer, stride, images, (one != 0) | (two != 0), rest, BLOCK)
+        used = (one != 0) | (two != 0)
+        if RECTIFIED:
+            value = load_tile(pointer, stride, images, live, rest, BLOCK)
+            f = tl.where(used[:, None], value, 0.0)
+        else:
+            f = load_tile(pointer, stride, images, used, rest, BLOCK)
         df = tl.zeros([ROWS, BLOCK], tl.float32)
         if MOMENTS & 1:
             df = (one * share)[:, None] * g - e_one[:, None] * f
@@ -86,8 +102,19 @@ def gradient_kernel(
             width = tl.multiple_of(width, VECTOR)
             start = tl.multiple_of(start, 16)
         columns = tl.arange(0, BLOCK)
-        out = start + begin + images[:, None] * width + columns[None, :]
-        tl.store(out, df.to(OUT), mask=live[:, None] & (columns < rest)[None, :])
+        place = begin + images[:, None] * width + columns[None, :]
+        mask = live[:, None] & (columns < rest)[None, :]
+        if RECTIFIED:
+            if RECTIFIED & 2:
+                come = tap_address(incoming, tap).to(tl.pointer_type(TYPE))
+                if VECTOR > 1:
+                    come = tl.multiple_of(come, 16)
+                df += tl.load(come + place, mask=mask, other=0.0).to(tl.float32)
+            passes = value > 0
+            if RECTIFIED & 4:
+                passes = passes & (value < tl.cast(ceiling, tl.float32))
+            df = tl.where(passes, df, 0.0)
+        tl.store(start + place, df.to(OUT), mask=mask)
 
 
 def gradient_into(
@@ -122,8 +149,88 @@ def gradient_into(
             raise ValueError(
                 f"gradients[{i}]: {brief(gradient)}, expected the shape of {brief(tap)}."
             )
+    _launch(
+        taps,
+        schedule,
+        scale,
+        coefficients,
+        upstream,
+        moments=moments,
+        joint_weight=joint_weight,
+        gradients=gradients,
+        dtype=dtype,
+    )
+
+
+def rectified_gradient(
+    taps: Taps,
+    column: int,
+    f: Tensor,
+    incoming: Tensor | None,
+    ceiling: float | None,
+    schedule: Tensor,
+    scale: Tensor,
+    coefficients: Tensor,
+    upstream: Tensor,
+    *,
+    moments: Sequence[int],
+    joint_weight: float | None,
+) -> Tensor:
+    """Gradient of the x of which tap number ``column`` is f = min(max(x, 0), ceiling), one launch.
+
+    Args:
+        taps: all taps, of which f alone need be alive.
+        f: [n, C, H, W], channels-last.
+        incoming: what comes in from the layers behind, like f, or None.
+        schedule, scale, coefficients, upstream: as in `gradient_into`.
+    """
+    out = empty_gradient(f)
+    if taps.n == 0 or f.numel() == 0:
+        return out
+    addresses = list(taps.addresses)
+    addresses[column] = f.data_ptr()
+    taps.addresses = tuple(addresses)
+    if incoming is not None:
+        incoming = incoming.to(f.dtype).contiguous(memory_format=torch.channels_last)
+        if incoming.stride() != out.stride() or incoming.data_ptr() % 16:
+            incoming = torch.empty_like(out).copy_(incoming)
+    gradients: list[Tensor | None] = [None] * len(addresses)
+    gradients[column] = out
+    _launch(
+        taps,
+        schedule,
+        scale,
+        coefficients,
+        upstream,
+        moments=moments,
+        joint_weight=joint_weight,
+        gradients=gradients,
+        dtype=out.dtype,
+        incoming=incoming,
+        ceiling=ceiling,
+        rectified=True,
+    )
+    return out
+
+
+def _launch(
+    taps: Taps,
+    schedule: Tensor,
+    scale: Tensor,
+    coefficients: Tensor,
+    upstream: Tensor,
+    *,
+    moments: Sequence[int],
+    joint_weight: float | None,
+    gradients: Sequence[Tensor | None],
+    dtype: torch.dtype,
+    incoming: Tensor | None = None,
+    ceiling: float | None = None,
+    rectified: bool = False,
+) -> None:
     num_classes, labelled = upstream.shape[1], int(schedule.numel() > 0)
     config = table.lookup("gradient", taps.device, taps.dtype, taps.dim)
+    flags = 1 + 2 * (incoming is not None) + 4 * (ceiling is not None) if rectified else 0
     for piece in taps.launches(config.block, gradients):
         launch(
             gradient_kernel,
@@ -131,6 +238,7 @@ def gradient_into(
             taps.device,
             piece.addresses,
             piece.partners,
+            piece.partners if incoming is None else (incoming.data_ptr(),),
             piece.records,
             upstream,
             schedule,
@@ -141,6 +249,7 @@ def gradient_into(
             scale.shape[2],
             num_classes,
             1.0 if joint_weight is None else joint_weight,
+            0.0 if ceiling is None else ceiling,
             TYPE=taps.type,
             OUT=TYPES[dtype],
             VECTOR=piece.vector,
@@ -148,6 +257,7 @@ def gradient_into(
             NORMS=scale.shape[0],
             PER_TAP=int(scale.shape[2] > 1),
             LABELLED=labelled,
+            RECTIFIED=flags,
             ROWS=config.rows,
             BLOCK=config.block,
             num_warps=config.num_warps,

@@ -13,7 +13,7 @@ from torch import Tensor
 from dpmmd.kernels import schedule as schedules
 from dpmmd.kernels import table
 from dpmmd.kernels.schedule import clear_tiles, place_class, place_image
-from dpmmd.kernels.taps import Taps, check_buffer, find_block, launch, load_tile
+from dpmmd.kernels.taps import TYPES, Taps, check_buffer, find_block, launch, load_tile
 
 PARTS = tl.constexpr(256)
 
@@ -56,6 +56,53 @@ def partial_statistics(
         at += n.to(tl.int64) * parts
     if MOMENTS & 2:
         tl.store(at, tl.sum(square * square, axis=1), mask=live)
+
+
+@triton.jit(do_not_specialize=["n", "parts"])
+def rectify_kernel(
+    x,
+    bias,
+    partials,
+    n,
+    columns,
+    channels,
+    parts,
+    ceiling,
+    TYPE: tl.constexpr,
+    BIAS: tl.constexpr,
+    CEILING: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """f = min(max(x + bias, 0), ceiling) in the place of x, and partials as `partial_statistics`.
+
+    The statistics are of f as it is stored. NaN stays NaN. Grid [parts, tiles of images].
+    Shapes: x [n, columns], one tap in channels-last order; bias [channels]; partials float32
+    [M, n, parts], parts the blocks of this tap.
+    Bytes: x in, f out, 4 M n parts. Deterministic. Saved for backward: f alone.
+    """
+    images = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = (images < n)[:, None] & (at < columns)[None, :]
+    where = x + images.to(tl.int64)[:, None] * columns + at[None, :]
+    f = tl.load(where, mask=mask, other=0.0).to(tl.float32)
+    if BIAS:
+        f += tl.load(bias + at % channels, mask=at < columns, other=0.0).to(tl.float32)[None, :]
+    f = tl.where(f < 0, 0.0, f)
+    if CEILING:
+        most = tl.cast(ceiling, tl.float32)
+        f = tl.where(f > most, most, f)
+    stored = f.to(TYPE)
+    tl.store(where, stored, mask=mask)
+    f = tl.where(mask, stored.to(tl.float32), 0.0)
+    square = f * f
+    to = partials + images.to(tl.int64) * parts + tl.program_id(0)
+    if MOMENTS & 1:
+        tl.store(to, tl.sum(square, axis=1), mask=images < n)
+        to += n.to(tl.int64) * parts
+    if MOMENTS & 2:
+        tl.store(to, tl.sum(square * square, axis=1), mask=images < n)
 
 
 @triton.jit
@@ -173,16 +220,41 @@ def row_statistics_into(
     check_buffer("schedule", schedule, (length,), taps.device, torch.int32)
     check_buffer("counts", counts, (num_classes,), taps.device)
     config = table.lookup("row_statistics", taps.device, taps.dtype, taps.dim)
-    parts = taps.blocks(config.block)
-    if taps.n == 0 or parts == 0:
+    if taps.n == 0 or taps.dim == 0:
         for buffer in (scale, projection):
             buffer.zero_()
         counts.zero_()
         schedule.zero_()
         if taps.n == 0:
             return
+    partials = partial_statistics_of(taps, config, moments, schedule, num_classes, labels)
+    finish_into(
+        taps,
+        labels,
+        partials,
+        config.block,
+        moments=moments,
+        bound=bound,
+        clip=clip,
+        joint_weight=joint_weight,
+        scale=scale,
+        projection=projection,
+        counts=counts,
+        schedule=schedule,
+    )
+
+
+def partial_statistics_of(
+    taps: Taps,
+    config: table.Config,
+    moments: Sequence[int],
+    schedule: Tensor,
+    num_classes: int = 1,
+    labels: Tensor | None = None,
+) -> Tensor:
+    """float32 [M, n, blocks of all taps], by one launch; with labels it clears the schedule."""
+    parts = taps.blocks(config.block)
     partials = torch.empty(len(moments), taps.n, parts, dtype=torch.float32, device=taps.device)
-    bits, labelled = sum(moments), int(labels is not None)
     for piece in taps.launches(config.block):
         launch(
             partial_statistics,
@@ -197,19 +269,42 @@ def row_statistics_into(
             num_classes,
             TYPE=taps.type,
             VECTOR=piece.vector,
-            MOMENTS=bits,
-            LABELLED=labelled,
+            MOMENTS=sum(moments),
+            LABELLED=int(labels is not None),
             ROWS=config.rows,
             BLOCK=config.block,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
+    return partials
+
+
+def finish_into(
+    taps: Taps,
+    labels: Tensor | None,
+    partials: Tensor,
+    block: int,
+    *,
+    moments: Sequence[int],
+    bound: str,
+    clip: float,
+    joint_weight: float | None,
+    scale: Tensor,
+    projection: Tensor,
+    counts: Tensor,
+    schedule: Tensor,
+) -> None:
+    """One launch, from partial statistics in blocks of so many columns; as `row_statistics_into`.
+
+    The tiles of ``schedule`` are clear.
+    """
+    blocks, num_classes, labelled = scale.shape[2], counts.shape[0], int(labels is not None)
     launch(
         finish_statistics,
         (taps.n * blocks + (num_classes if labelled else 0),),
         taps.device,
         partials,
-        taps.ranges(config.block, per_tap),
+        taps.ranges(block, bound.endswith("-per-tap")),
         labels if labels is not None else schedule,
         scale,
         projection,
@@ -217,18 +312,61 @@ def row_statistics_into(
         schedule,
         taps.n,
         blocks,
-        parts,
+        partials.shape[2],
         num_classes,
         clip / math.sqrt(blocks),
         1.0 if joint_weight is None else joint_weight,
-        MOMENTS=bits,
-        JOINT=int(joint),
+        MOMENTS=sum(moments),
+        JOINT=int(joint_weight is not None),
         BALL=int(bound.startswith("ball")),
         LABELLED=labelled,
         num_warps=table.FINISH_WARPS,
         debug=bool(labelled),
         sanitize_overflow=False,
     )
+
+
+def rectify(
+    x: Tensor, bias: Tensor | None, ceiling: float | None, moments: Sequence[int], dim: int
+) -> Tensor:
+    """f = min(max(x + bias, 0), ceiling) in the place of x; returns f's partial statistics.
+
+    Args:
+        x: [n, C, H, W], float32 or bfloat16, channels-last.
+        bias: [C] in x's dtype, or None.
+        ceiling: None for none.
+        dim: D, the features of all taps, which decides the size of blocks.
+
+    Returns:
+        float32 [M, n, blocks of this tap].
+    """
+    (n, channels), columns = x.shape[:2], x[0].numel() if x.shape[0] else 0
+    config = table.lookup("row_statistics", x.device, x.dtype, dim)
+    parts = triton.cdiv(columns, config.block)
+    partials = torch.empty(len(moments), n, parts, dtype=torch.float32, device=x.device)
+    if n and columns:
+        launch(
+            rectify_kernel,
+            (parts, triton.cdiv(n, config.rows)),
+            x.device,
+            x,
+            partials if bias is None else bias,
+            partials,
+            n,
+            columns,
+            channels,
+            parts,
+            0.0 if ceiling is None else ceiling,
+            TYPE=TYPES[x.dtype],
+            BIAS=int(bias is not None),
+            CEILING=int(ceiling is not None),
+            MOMENTS=sum(moments),
+            ROWS=config.rows,
+            BLOCK=config.block,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    return partials
 
 
 def row_statistics(

@@ -52,6 +52,8 @@ def whole(path: str, marked: str = "not long") -> Callable[[], None]:
                 "no:xdist",
                 "-p",
                 "no:cacheprovider",
+                "-m",
+                marked,
                 path,
             ],
             env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},

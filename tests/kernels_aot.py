@@ -30,6 +30,7 @@ from dpmmd.kernels import (
     class_sums,
     difference,
     gradient,
+    injection,
     mean_embedding,
     row_dots,
     row_statistics,
@@ -192,6 +193,51 @@ def _calls(quick: bool) -> Iterator[tuple[list[Any], Callable[[], None]]]:
                 )
 
             yield [dtype, aligned], embed
+
+            def inject(
+                features: list[torch.Tensor] = features,
+                bound: str = bound,
+                moments: tuple[int, ...] = moments,
+                joint: float | None = joint,
+                k: int = k,
+            ) -> None:
+                labels = torch.zeros(32, dtype=torch.int64) if k > 1 else None
+                options = {"moments": moments, "joint_weight": joint}
+                dim = sum(f[0].numel() for f in features)
+                maps = [f for f in features if f.ndim == 4]
+                kinds = list(itertools.product((True, False), (None, 6.0)))
+                for f, (behind, ceiling) in itertools.product(maps, kinds):
+                    bias = f[0, :, 0, 0] if behind else None
+                    row_statistics.rectify(f, bias, ceiling, moments, dim)
+                means, _, *statistics = injection.forward(
+                    features, [None] * len(features), labels, k, bound=bound, clip=1.0, **options
+                )
+                scale, projection, schedule = statistics
+                taps, coefficients, _ = injection.backward(
+                    features,
+                    labels,
+                    scale=scale,
+                    projection=projection,
+                    schedule=schedule,
+                    upstream=means,
+                    needed=[False] * len(features),
+                    **options,
+                )
+                for f, (behind, ceiling) in itertools.product(maps, kinds):
+                    gradient.rectified_gradient(
+                        taps,
+                        [f is g for g in features].index(True),
+                        f,
+                        f if behind else None,
+                        ceiling,
+                        schedule,
+                        scale,
+                        coefficients,
+                        means,
+                        **options,
+                    )
+
+            yield [dtype, aligned], inject
         for bound, moments, shared in itertools.product(
             bounds if everything else bounds[:1],
             ((1,), (2,), (1, 2)) if everything else ((1, 2),),

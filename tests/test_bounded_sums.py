@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpmmd import _cpu, backends
 from dpmmd.bounds import BOUNDS
@@ -203,3 +204,62 @@ def test_no_images() -> None:
         moments=(1,), joint_weight=1.0, bound="sphere", clip=1.0, nonnegative=True,
     )  # fmt: skip
     assert torch.equal(ours, expected)
+
+
+class _Operations(TorchDispatchMode):
+    """Names of the operations that run, and whether a division was by a Python number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+        self.by_number = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.names.add(name)
+        if name in ("div", "div_", "true_divide", "reciprocal"):
+            self.by_number |= len(args) < 2 or not isinstance(args[1], Tensor)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_the_definition_rounds_alike_on_every_device(bound: str) -> None:
+    """Floats pass through operations that IEEE 754 fixes, or that are exact, alone.
+
+    On CUDA, PyTorch's division by a Python number is a product with its reciprocal.
+    """
+    fs = rows(9, [5, 33], torch.float32)
+    sums = PrivateSums(3, 2 * 38)
+    inputs = (labels(9, 3), torch.ones(9, dtype=torch.bool), torch.full((9,), LIMIT))
+    with backends.use("torch"), _Operations() as seen:
+        sums.add(
+            fs,
+            *inputs,
+            moments=(1, 2),
+            joint_weight=0.3,
+            bound=bound,
+            clip=1.7,
+            nonnegative=True,
+        )
+    assert "div" in seen.names
+    assert not seen.by_number
+    rounded = {"mul", "mul_", "div", "sqrt_", "pow"}  # pow is the estimate's square
+    exact = {
+        *("abs", "amax", "amin", "maximum", "minimum", "frexp", "ceil_", "trunc_", "neg", "view"),
+        *(
+            "sum",
+            "add",
+            "add_",
+            "index_add_",
+            "where",
+            "_to_copy",
+            "ge",
+            "gt",
+            "le",
+            "lt",
+            "select",
+        ),
+        *("bitwise_and", "bitwise_and_", "__and__", "__iand__", "__lshift__", "slice", "unsqueeze"),
+        *("zeros", "zeros_like", "ones_like", "full", "new_full", "scalar_tensor", "detach"),
+    }
+    assert seen.names <= rounded | exact, seen.names - rounded - exact

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -34,6 +35,7 @@ RUN_FILES = {
     "checkpoints/last.pt",
     "samples.png",
     "synthetic.npz",
+    "README.md",
     "report.json",
     "measured.json",
 }
@@ -243,10 +245,20 @@ def test_release_train_sample_evaluate_privacy(call: Call, folder: Path) -> None
     with Image.open(sampled.json["picture"]) as picture:
         assert picture.size == (2 * 10 * 8, 2 * 3 * 8)  # ten columns, a row for each class
 
+    assert sampled.json["card"] is None  # `train` keeps no release in its folder
+    for name, options in (("f", []), ("p.parquet", []), ("b.npz", ["--format", "npz-float"])):
+        command = ["sample", folder / "t", "--out", folder / name, "--num-images", 30, *options]
+        told = call(*command, "--release", path, "--json").json
+        assert told["format"] == (options or {"f": ["folder"], "p.parquet": ["parquet"]}[name])[-1]
+        assert len(dpmmd.data.open_source(folder / name).arrays()[0]) == 30
+        assert "(5, 0.001)-differentially private" in Path(told["card"]).read_text()
+        refused(call(*command), "exists")
+
     evaluated = call(
         "evaluate", folder / "train.npz", "--test", folder / "test.npz", "--real",
         folder / "s.npz", "--num-classes", 3, "--classifiers", "logistic_regression, cnn", "--json",
     )  # fmt: skip
+    assert evaluated.json["metrics"] == {}
     accuracy = evaluated.json["accuracy"]
     assert set(accuracy) == {"logistic_regression", "cnn"}
     assert accuracy["logistic_regression"]["synthetic"] > 0.9 > accuracy["cnn"]["real"]
@@ -291,6 +303,19 @@ def test_budgets_are_given_whole(call: Call, folder: Path) -> None:
 def test_quiet_is_quiet(call: Call, folder: Path) -> None:
     assert call(*release_arguments(folder, encoder_size=32), "--quiet", "--json").err == ""
     assert call("run", folder / "mine.toml", "--out", folder / "run", "-q", "--json").err == ""
+
+
+def test_the_card_is_that_of_the_release_trained_on(call: Call, folder: Path) -> None:
+    out = folder / "run"
+    assert call("run", folder / "mine.toml", "--out", out, "--quiet").code == 0
+    assert "(5, 0.001)-differentially private" in (out / "README.md").read_text()
+    sampled = call("sample", out, "--out", folder / "s.npz", "--num-images", 9)
+    assert str(folder / "s.md") in sampled.err
+    assert "# 9 synthetic images" in (folder / "s.md").read_text()
+    other = call(*release_arguments(folder, out=folder / "other.safetensors"), "--json")
+    command = ["sample", out, "--out", folder / "t.npz", "--release", other.json["out"]]
+    refused(call(*command), "other.safetensors: is not the release")
+    assert not (folder / "t.npz").exists()
 
 
 @pytest.mark.parametrize("command", ["sample", "release"])
@@ -355,6 +380,41 @@ def test_run_and_run_again(call: Call, folder: Path) -> None:
     assert "logistic regression" in table.out
     assert "not covered by (epsilon, delta)" in table.err
     assert str(out / "synthetic.npz") in table.err
+
+
+def test_a_run_with_changes_says_so_in_its_recipe(call: Call, folder: Path) -> None:
+    out = folder / "run"
+    command = [
+        "run",
+        folder / "mine.toml",
+        "--out",
+        out,
+        "--epsilon",
+        0.5,
+        "--set",
+        "train.steps=3",
+    ]
+    assert call(*command, "--set", "train.betas=[0.4, 0.9]").code == 0
+    kept = dpmmd.recipe.read(out / "recipe.toml")[0]
+    assert (kept.release.epsilon, kept.train.steps, kept.train.betas) == (0.5, 3, (0.4, 0.9))
+    assert Release.load(out / "release.safetensors").metadata.epsilon == 0.5
+    again = call("run", out / "recipe.toml", "--out", out)  # the folder's recipe is the whole of it
+    assert again.code == 0
+    assert "no further privacy is spent" in again.err
+    refused(call("run", folder / "mine.toml", "--out", out), "another recipe")
+    for bad in ("train.step=3", "train", "release.epsilon=-1"):
+        refused(call(*command[:3], folder / "new", "--set", bad), bad.partition("=")[0])
+    assert not (folder / "new").exists()
+
+
+def test_an_infinite_epsilon_is_not_private(call: Call, folder: Path) -> None:
+    out = folder / "run"
+    result = call("run", folder / "mine.toml", "--out", out, "--epsilon", "inf")
+    assert result.code == 0
+    assert "NO NOISE: NOT PRIVATE" in result.err
+    assert result.err.count("NOT PRIVATE") >= 2
+    assert (out / "NOT_PRIVATE").exists()
+    assert "NOT PRIVATE" in call("privacy", out / "release.safetensors").out
 
 
 def test_a_run_spends_once(call: Call, folder: Path) -> None:
@@ -550,7 +610,7 @@ BAD_RECIPES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "generator": ("[generator]", '[generator]\nname = "gan"', ("generator 'gan'", "resnet")),
     "generator size": ("image_size = 8", "image_size = 9", ("image_size=9", "multiple of 4")),
     "other size": ("image_size = 8", "image_size = 12", ("(1, 12, 12)", "(1, 8, 8)")),
-    "classifier": ("[evaluate]", '[evaluate]\nclassifiers = ["svm"]', ("svm", "mlp, cnn")),
+    "classifier": ("[evaluate]", '[evaluate]\nclassifiers = ["svm"]', ("svm", "mlp, ", "cnn, ")),
     "classes": ("num_classes = 3", "num_classes = 2", ("label", "2")),
     "no classes": ("num_classes = 3", "", ("data.num_classes",)),
     "source": ("train.npz", "absent.npz", ("absent.npz", "does not exist")),
@@ -590,8 +650,155 @@ def test_corrupt_files_are_refused(call: Call, folder: Path) -> None:
     refused(result, "last.pt", "not a readable checkpoint", "remove it")
     refused(call("sample", folder / "absent", "--out", folder / "s.npz"), "no such checkpoint")
     refused(call("sample", folder / "t", "--out", folder / "s.png"), "--out", ".npz")
+    arguments = ["sample", folder / "t", "--out", folder / "s", "--format", "npz"]
+    refused(call(*arguments), "--format npz", "expected a name with .npz")
     refused(call("sample", folder / "t", "--out", folder / "s.npz", "--num-images", 0), "0")
     assert files(folder) == before
+
+
+def test_summarise(call: Call, folder: Path) -> None:
+    """Mean and spread over releases; each run counts once."""
+    text = (folder / "mine.toml").read_text()
+    short = text.replace("[evaluate]", '[evaluate]\nclassifiers = ["gaussian_nb"]\nseeds = [0, 1]')
+    (folder / "mine.toml").write_text(short)
+    out = [folder / f"run{i}" for i in range(3)]
+    values = []
+    for i, each in enumerate(out):
+        call("run", folder / "mine.toml", "--out", each, "--set", f"train.seed={i}", "--quiet")
+        report = json.loads((each / "report.json").read_text())
+        accuracy = report["accuracy"]["gaussian_nb"]
+        accuracy["synthetic"] = 0.5 + i / 10
+        report["metrics"] = {"vgg19": {"frechet_distance": float(i), "seed": 0, "held_out": True}}
+        (each / "report.json").write_text(json.dumps(report))
+        values.append(accuracy["real"])
+    told = call("summarise", *out, "--json").json
+    figures = told["figures"]
+    assert figures["gaussian_nb.synthetic"] == {
+        "mean": pytest.approx(0.6), "sd": pytest.approx(0.1), "n": 3
+    }  # fmt: skip
+    assert figures["gaussian_nb.real"]["mean"] == pytest.approx(np.mean(values))
+    assert figures["vgg19.frechet_distance"] == {"mean": 1.0, "sd": 1.0, "n": 3}
+    assert set(figures) == {"gaussian_nb.synthetic", "gaussian_nb.real", "vgg19.frechet_distance"}
+    assert told["privacy"]["epsilon"] == 5.0
+    assert "not covered" in told["accuracy_note"]
+    assert call("summarise", out[0], "--json").json["figures"]["gaussian_nb.real"]["sd"] is None
+    assert "vgg19.frechet_distance" in call("summarise", *out).out
+
+    refused(call("summarise", out[0], out[0]), "different run folders")
+    refused(call("summarise", out[0], folder), "no report.json")
+    report = json.loads((out[1] / "report.json").read_text())
+    report["privacy"]["epsilon"] = 4.0
+    (out[1] / "report.json").write_text(json.dumps(report))
+    refused(call("summarise", *out), "run1", "summarise runs that promise the same")
+
+
+def test_several_seeds_are_a_mean_and_a_spread(call: Call, folder: Path) -> None:
+    arguments = [
+        "evaluate",
+        folder / "train.npz",
+        "--test",
+        folder / "test.npz",
+        "--num-classes",
+        3,
+    ]
+    arguments += ["--classifiers", "decision_tree"]
+    three = call(*arguments, "--seeds", "0,1,2", "--json").json["accuracy"]["decision_tree"]
+    each = [
+        call(*arguments, "--seed", i, "--json").json["accuracy"]["decision_tree"] for i in range(3)
+    ]
+    assert three["seeds"]["synthetic"] == [one["synthetic"] for one in each]
+    assert three["synthetic"] == pytest.approx(np.mean(three["seeds"]["synthetic"]))
+    assert "n = 3" in call(*arguments, "--seeds", "0,1,2").out
+    refused(call(*arguments, "--seeds", "0,x"), "--seeds '0,x'")
+
+
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("torch_fidelity", "prdc")),
+    reason="the metrics' packages are not installed",
+)
+def test_metrics_stand_beside_the_accuracies(call: Call, folder: Path) -> None:
+    assert call(*release_arguments(folder), "--quiet").code == 0
+    arguments = ["evaluate", folder / "train.npz", "--test", folder / "test.npz"]
+    arguments += ["--features", "squeezenet1.1", "--num-compared", 30]
+    unknown = call(*arguments, "--json").json
+    assert unknown["accuracy"] == {}
+    assert set(unknown["metrics"]) == {"squeezenet1.1"}
+    assert unknown["metrics"]["squeezenet1.1"]["held_out"] is None
+    against = [*arguments, "--release", folder / "r.safetensors"]
+    known = call(*against, "--json").json["metrics"]
+    assert {k: f["held_out"] for k, f in known.items()} == {
+        "squeezenet1.1": False, "efficientnet-lite0": True
+    }  # fmt: skip
+    printed = call(*against)
+    assert "efficientnet-lite0" in printed.out
+    assert "30 synthetic and 30 real images" in printed.err
+    assert "torch-fidelity" in printed.err
+    refused(call(*arguments[:-4], "--json"), "--num-classes", "--features")
+    bad = [*arguments, "--weights", "squeezenet1.1=absent.pkl"]
+    refused(call(*bad), "absent.pkl", "no such file")
+    refused(call(*arguments, "--weights", "vgg19=x"), "vgg19", "metrics.features")
+
+
+BEFORE_THE_DATA: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "weights of the encoder": ("[encoder]", '[encoder]\nweights = "no.pkl"', ("no.pkl", "pip")),
+    "weights of Inception": (
+        "[sample]",
+        '[metrics]\nweights = {inception-v3 = "no.pth"}\n[sample]',
+        ("no.pth", "download https", "leave out"),
+    ),
+    "weights of no feature": (
+        "[sample]",
+        '[metrics]\nfeatures = ["squeezenet1.1"]\nweights = {vgg19 = "x"}\n[sample]',
+        ("metrics.weights: vgg19 is not among",),
+    ),
+    "features": ("[sample]", '[metrics]\nfeatures = ["vgg"]\n[sample]', ("vgg19", "['vgg']")),
+    "key of metrics": ("[sample]", "[metrics]\nfid = 1\n[sample]", ("'metrics.fid'", "features")),
+    "classifier": ("[evaluate]", '[evaluate]\nclassifiers = ["svc"]', ("'svc'", "linear_svm")),
+    "key": ("[train]", "[train]\nstep = 2", ("unknown key 'train.step'",)),
+    "images that may not be counted": (
+        'adjacency = "replace-one"\n',
+        'adjacency = "add-remove"\n[data]\nnum_images = 240\n',
+        ("data.num_images = 240", "leave the key out"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("old", "new", "phrases"), BEFORE_THE_DATA.values(), ids=BEFORE_THE_DATA)
+def test_bad_input_is_refused_before_private_data_are_opened(
+    call: Call,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    old: str,
+    new: str,
+    phrases: tuple[str, ...],
+) -> None:
+    def opened(*_: object, **__: object) -> None:
+        raise AssertionError("private data were opened")
+
+    monkeypatch.setattr(runs, "open_source", opened)
+    text = (folder / "mine.toml").read_text()
+    assert old in text
+    if "\n[data]\n" in new:  # a key of a section that is there already
+        text = text.replace("num_classes = 3", "num_classes = 3\nnum_images = 240")
+        new = new.partition("[data]")[0]
+    (folder / "bad.toml").write_text(text.replace(old, new))
+    before = files(folder)
+    refused(call("run", folder / "bad.toml", "--out", folder / "run"), *phrases)
+    assert files(folder) == before
+
+
+def test_a_data_set_of_another_size_is_refused_before_privacy_is_spent(
+    call: Call, folder: Path
+) -> None:
+    text = (folder / "mine.toml").read_text()
+    ledger = f'ledger = "{folder}/ledger"\n[generator]'
+    text = text.replace("[generator]", ledger).replace("[data]", "[data]\nnum_images = 241")
+    (folder / "mine.toml").write_text(text)
+    before = files(folder)
+    command = ["run", folder / "mine.toml", "--out", folder / "run"]
+    refused(call(*command), "data.num_images = 241", "holds 240 images", "correct the key")
+    assert files(folder) == before
+    assert call(*command, "--set", "data.num_images=240", "--quiet").code == 0
 
 
 def test_evaluate_refuses(call: Call, folder: Path) -> None:
@@ -605,7 +812,7 @@ def test_evaluate_refuses(call: Call, folder: Path) -> None:
             "evaluate", folder / name, "--test", folder / "test.npz", "--num-classes", 3, *more
         )
 
-    refused(evaluate("train.npz", "--classifiers", "svm"), "'svm'", "mlp, cnn")
+    refused(evaluate("train.npz", "--classifiers", "svm"), "'svm'", "mlp, ", "cnn, ")
     refused(evaluate("train.npz", "--num-train", 0), "num_train")
     refused(evaluate("plain.npz"), "plain.npz", "label")
     refused(evaluate("large.npz"), "(1, 16, 16)", "image_size")

@@ -609,6 +609,49 @@ def test_npz_names_and_splits(tmp_path):
     )
 
 
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("images", [IMAGES, IMAGES / 255, np.asfortranarray(IMAGES)], ids=str)
+def test_large_npz_arrays_are_streamed(tmp_path, monkeypatch, save, images):
+    path = tmp_path / "x.npz"
+    save(path, x=images, y=LABELS)
+    held = collect(open_source(path))
+    monkeypatch.setattr("dpmmd.data.rows._STREAMED", 1)
+    source = open_source(path)
+    assert (source._source is None) == np.isfortran(images)
+    for _ in range(2):
+        streamed = collect(source)
+        for a, b in zip(held, streamed, strict=True):
+            assert all(torch.equal(getattr(a, n), getattr(b, n)) for n in vars(a))
+    assert torch.equal(source.arrays()[0], open_source(path).arrays()[0])
+    last = len(held) - 1
+    (batch,) = source.part(BATCH, range(last, last + 1))
+    assert torch.equal(batch.images, held[last].images)
+
+
+def test_a_damaged_npz_is_refused_before_it_is_streamed(tmp_path, monkeypatch):
+    monkeypatch.setattr("dpmmd.data.rows._STREAMED", 1)
+    path = tmp_path / "x.npz"
+    np.savez(path, x=IMAGES)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"not a readable \.npz"):
+        open_source(path)
+
+
+def test_parquet_is_read_some_rows_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("dpmmd.data.parquet._ROWS", 3)
+    path = make("parquet", tmp_path)
+    source = open_source(path)
+    whole = collect(source)
+    check_batches(whole, source)
+    for number in (len(whole) - 1, 0):
+        (batch,) = source.part(BATCH, range(number, number + 1))
+        assert torch.equal(batch.images, whole[number].images)
+    cells = source._cells
+    assert cells is None  # each iteration has its own
+
+
 def test_npz_never_unpickles(tmp_path):
     class Trap:
         def __reduce__(self):

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,8 +22,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dpmmd
 from dpmmd import distributed
+from dpmmd import train as training
 from dpmmd.generators import ConvGenerator
 from dpmmd.nn import ESTIMATORS, MMDLoss
+from dpmmd.recipe import TrainSection
+from dpmmd.train import CheckpointError
 from tests.conftest import images, small_encoder
 
 RELEASES: dict[str, dict[str, Any]] = {
@@ -30,16 +39,17 @@ RELEASES: dict[str, dict[str, Any]] = {
 N = 13  # not a multiple of the number of ranks
 
 
-def run(world: int, work: Callable[[int, int], None], tmp_path: Path) -> None:
-    """work(rank, world) in so many processes of one group."""
-    mp.spawn(_process, (world, work, str(tmp_path / "store")), nprocs=world)  # type: ignore[no-untyped-call]
+def run(world: int, work: Callable[[int, int, Path], None], folder: Path) -> None:
+    """work(rank, world, folder) in so many processes of one group."""
+    mp.spawn(_process, (world, work, folder), nprocs=world)  # type: ignore[no-untyped-call]
 
 
-def _process(rank: int, world: int, work: Callable[[int, int], None], store: str) -> None:
+def _process(rank: int, world: int, work: Callable[[int, int, Path], None], folder: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=world)
+    store = f"file://{folder / 'store'}"
+    dist.init_process_group("gloo", store, rank=rank, world_size=world)
     try:
-        work(rank, world)
+        work(rank, world, folder)
     except BaseException:
         traceback.print_exc()
         raise
@@ -148,7 +158,71 @@ def what_differs_is_refused_everywhere(rank: int, world: int) -> None:
         distributed.require_same("release", "ab"[min(rank, 1)], dist.group.WORLD)
 
 
-def everything(rank: int, world: int) -> None:
+class Double(nn.Module):
+    """A generator in float64: what rounding makes of a gradient that is zero does not move it."""
+
+    z_dim = 5
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            inner = ConvGenerator(num_classes=3, image_size=8, channels=1, z_dim=5, base_channels=2)
+        self.inner = inner.double()
+
+    def forward(self, z: Tensor, y: Tensor | None) -> Tensor:
+        return self.inner(z.double(), y)
+
+
+def trained(folder: Path, steps: int, **options: Any) -> training.Trained:
+    encoder = small_encoder().double()
+    release = dpmmd.Release.load(folder / "release.safetensors")
+    settings = TrainSection(
+        steps=steps, batch_size=N, lr=1e-2, checkpoint_every=2, schedule="constant"
+    )
+    return training.train(
+        release, encoder, Double(), settings, progress=False, **{"out": None, **options}
+    )
+
+
+def training_is_that_of_one_process(rank: int, world: int, folder: Path) -> None:
+    group = dist.group.WORLD
+    expected = trained(folder, 6).generator.state_dict()
+    start = Double().state_dict()
+    out = folder / "run"
+    found = trained(folder, 6, process_group=group, out=out)
+    assert found.step == 6
+    for name, value in found.generator.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-9, msg=name)
+    moved = found.generator.state_dict()["inner.to_image.weight"] - start["inner.to_image.weight"]
+    assert float(moved.abs().max()) > 1e-3
+    assert (out / "checkpoints" / "last.pt").is_file()
+
+    with pytest.raises(ValueError, match=r"settings: rank 1 has .* rank 0 has"):
+        trained(folder, 6 + min(rank, 1), process_group=group)
+    if rank == 0:
+        (folder / "damaged" / "checkpoints").mkdir(parents=True)
+        (folder / "damaged" / "checkpoints" / "last.pt").write_bytes(b"PK")
+    dist.barrier()
+    with pytest.raises(CheckpointError, match="not a readable checkpoint"):  # in every process
+        trained(folder, 6, process_group=group, out=folder / "damaged")
+
+    # Begun by one process, gone on with by all.
+    if rank == 0:
+        trained(folder, 4, out=folder / "alone")
+        state = training.load_checkpoint(folder / "alone" / "checkpoints" / "last.pt")
+        state["settings"]["steps"] = 6
+        torch.save(state, folder / "alone" / "checkpoints" / "last.pt")
+    dist.barrier()
+    with pytest.raises(CheckpointError, match=rf"written by 1 process.*now there are {world}"):
+        trained(folder, 6, process_group=group, out=folder / "alone")
+    resumed = trained(folder, 6, process_group=group, out=folder / "alone", elastic=True)
+    for name, value in resumed.generator.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-9, msg=name)
+
+
+def everything(rank: int, world: int, folder: Path) -> None:
+    training_is_that_of_one_process(rank, world, folder)
     loss_is_that_of_the_whole_batch(rank, world)
     generator_is_that_of_the_whole_batch(rank, world)
     what_differs_is_refused_everywhere(rank, world)
@@ -156,6 +230,16 @@ def everything(rank: int, world: int) -> None:
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_together_are_one_process(world: int, tmp_path: Path) -> None:
+    dpmmd.release(
+        images(60),
+        small_encoder().double(),
+        epsilon=5.0,
+        delta=1e-3,
+        adjacency="replace-one",
+        num_classes=3,
+        progress=False,
+        out=tmp_path / "release.safetensors",
+    )
     run(world, everything, tmp_path)
 
 
@@ -168,3 +252,64 @@ def test_a_group_needs_to_be_initialised() -> None:
         MMDLoss(release, encoder, process_group=object())  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="start it with torchrun"):
         distributed.synchronise_batch_norm(nn.BatchNorm2d(3), None)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    dpmmd.release(
+        images(30),
+        dpmmd.encoders.load("squeezenet1.1", taps=["conv1"]),
+        epsilon=5.0,
+        delta=1e-3,
+        adjacency="replace-one",
+        num_classes=3,
+        progress=False,
+        out=tmp_path / "release.safetensors",
+    )
+    (tmp_path / "recipe.toml").write_text(
+        "[data]\nsource = 'unused'\n[release]\nepsilon = 5\ndelta = 1e-3\nadjacency = 'replace-one'"
+        "\n[generator]\nbase_channels = 2\n[train]\ncheckpoint_every = 20\n"
+    )
+    return tmp_path
+
+
+def torchrun(folder: Path, *options: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node=2", "-m", "dpmmd", "train", str(folder / "release.safetensors")]
+    command += ["--recipe", str(folder / "recipe.toml"), "--out", str(folder / "run"), "--json"]
+    command += map(str, options)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_torchrun_trains_and_the_first_process_alone_speaks(toy: Path) -> None:
+    job = torchrun(toy, "--steps", 3, "--batch-size", 8)
+    out, err = job.communicate(timeout=120)
+    assert job.returncode == 0, err
+    assert json.loads(out)["step"] == 3
+    assert training.load_checkpoint(toy / "run" / "checkpoints" / "last.pt")["processes"] == 2
+    job = torchrun(toy, "--steps", 3, "--batch-size", 1)
+    _, err = job.communicate(timeout=120)
+    assert job.returncode != 0
+    assert "batch_size=1: expected at least one image for each of the 2 processes" in err
+
+
+def test_a_killed_process_stops_them_all(toy: Path) -> None:
+    job = torchrun(toy, "--steps", 100_000, "--batch-size", 8)
+    children: list[psutil.Process] = []
+    deadline = time.monotonic() + 90
+    while len(children) < 2 or not (toy / "run" / "checkpoints" / "last.pt").exists():
+        assert time.monotonic() < deadline
+        assert job.poll() is None
+        time.sleep(0.2)
+        children = psutil.Process(job.pid).children()
+    children[-1].kill()
+    job.communicate(timeout=90)
+    assert job.returncode != 0
+    assert not any(child.is_running() for child in children)
+    training.load_checkpoint(toy / "run" / "checkpoints" / "last.pt")  # whole

@@ -310,7 +310,9 @@ def frozen(kernel, padding, stride, groups, dtype=torch.float64):
     torch.manual_seed(0)
     weight = torch.randn(12, 6 // groups, kernel, kernel, dtype=dtype)
     layer = layers.Convolution(weight, torch.randn(12, dtype=dtype), stride=stride, groups=groups)
-    return lambda x: layer.convolve(x, padding if isinstance(padding, tuple) else (padding,) * 2)
+    return lambda x: layer.convolve(
+        x, layer.bias, padding if isinstance(padding, tuple) else (padding,) * 2
+    )
 
 
 @pytest.mark.parametrize("options", CONVOLUTIONS)
@@ -456,8 +458,72 @@ def test_precision_of_release_and_training_must_agree():
         dpmmd.nn.MMDLoss(release, load("squeezenet1.1", taps=["conv1"]))
 
 
+class OnCuda(torch.Tensor):
+    """A tensor on the CPU that says it is on CUDA."""
+
+    is_cuda = True
+
+
+@pytest.fixture(params=[True, False])
+def allowed(request):
+    """PyTorch's own settings allow TF32, or do not."""
+    modules = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [module.allow_tf32 for module in modules]
+    for module in modules:
+        module.allow_tf32 = request.param
+    yield request.param
+    for module, value in zip(modules, before, strict=True):
+        module.allow_tf32 = value
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32"])
+def test_float32_products_on_cuda_are_what_the_encoder_says(precision, allowed):
+    """Whatever PyTorch's own settings, which are left as they were, also after an error."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    encoder = load("squeezenet1.1", precision=precision, taps=["conv1"])
+    assert encoder.spec()["precision"] == encoder.precision == precision
+    assert dpmmd.encoders.from_spec(encoder.spec()).precision == precision
+    assert encoder.double().precision == "float64"
+    encoder.float()
+    seen = []
+
+    def settings():
+        if hasattr(cudnn, "conv"):
+            return [cudnn.conv.fp32_precision == "tf32", matmul.fp32_precision == "tf32"]
+        return [cudnn.allow_tf32, matmul.allow_tf32]
+
+    def look(module, inputs):
+        seen.append(settings())
+
+    encoder.backbone.register_forward_pre_hook(look)
+    encoder(torch.rand(1, 3, 32, 32).as_subclass(OnCuda))
+    assert seen == [[precision == "tf32"] * 2]
+    assert [cudnn.allow_tf32, matmul.allow_tf32] == [allowed] * 2
+
+    def fail(module, inputs):
+        raise RuntimeError("planted")
+
+    encoder.backbone.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="planted"):
+        encoder(torch.rand(1, 3, 32, 32).as_subclass(OnCuda))
+    assert [cudnn.allow_tf32, matmul.allow_tf32] == [allowed] * 2
+
+
+def test_tf32_and_float32_do_not_go_together():
+    release = dpmmd.release(
+        (np.zeros((4, 1, 8, 8), np.uint8), np.zeros(4, np.int64)),
+        load("squeezenet1.1", precision="tf32", taps=["conv1"]),
+        epsilon=1.0,
+        delta=1e-3,
+        adjacency="replace-one",
+        progress=False,
+    )
+    with pytest.raises(dpmmd.privacy.PrivacyError, match=r"precision is 'float32'.*'tf32'"):
+        dpmmd.nn.MMDLoss(release, load("squeezenet1.1", taps=["conv1"]))
+
+
 def test_refuses_precision_it_cannot_compute(monkeypatch):
-    with pytest.raises(ValueError, match="precision='bf16': expected one of float32, bfloat16"):
+    with pytest.raises(ValueError, match=r"precision=.bf16.: expected one of float32, tf32"):
         load("squeezenet1.1", precision="bf16")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)

@@ -28,6 +28,9 @@ def latents(n: int, seed: int = 0) -> torch.Tensor:
         ("conv", 8, 1),
         ("conv", 28, 1),
         ("conv", 32, 3),
+        ("dcgan", 32, 3),
+        ("dcgan", 64, 1),
+        ("dcgan", 128, 3),
         ("resnet", 32, 3),
         ("resnet", 64, 1),
         ("resnet", 128, 3),
@@ -93,7 +96,7 @@ def test_it_can_learn_an_image_for_each_class(name: str) -> None:
         targets[k, :, 10 * k : 10 * k + 10] = 1.0
     optimizer = torch.optim.Adam(generator.parameters(), lr=1e-2)
     y = torch.arange(12) % 3
-    for step in range(40):
+    for step in range(120 if name == "dcgan" else 40):
         loss = (generator(latents(12, step), y) - targets[y]).square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -105,6 +108,17 @@ def test_it_can_learn_an_image_for_each_class(name: str) -> None:
 def test_the_initial_weights_follow_the_seed(name: str) -> None:
     first, again = small(name).state_dict(), small(name).state_dict()
     assert all(torch.equal(first[key], again[key]) for key in first)
+
+
+def test_dcgan_is_radfords() -> None:
+    """From 4 x 4 to the image in four doublings, each output pixel from 2 x 2 inputs."""
+    generator = build("dcgan", num_classes=None, image_size=64, channels=3)
+    convolutions = [m for m in generator.modules() if isinstance(m, nn.ConvTranspose2d)]
+    assert [m.in_channels for m in convolutions] == [512, 256, 128, 64]
+    assert convolutions[-1].out_channels == 3
+    for layer in convolutions:
+        spread = float(layer.weight.detach().std()) * (4 * layer.in_channels / 2) ** 0.5
+        assert abs(spread - 1) < 5 / layer.weight.numel() ** 0.5
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -135,7 +149,12 @@ def test_labels_are_required_exactly_where_there_are_classes(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "size", "expected"),
-    [("conv", 30, "multiple of 4"), ("conv", 4, "at least 8"), ("resnet", 28, "32, 64, 128")],
+    [
+        ("conv", 30, "multiple of 4"),
+        ("conv", 4, "at least 8"),
+        ("dcgan", 28, "32, 64 or 128"),
+        ("resnet", 28, "32, 64, 128"),
+    ],
 )
 def test_a_size_it_cannot_make_is_refused(name: str, size: int, expected: str) -> None:
     with pytest.raises(ValueError, match=f"image_size={size}.*{expected}"):
@@ -143,13 +162,14 @@ def test_a_size_it_cannot_make_is_refused(name: str, size: int, expected: str) -
 
 
 def test_an_unknown_name_lists_the_known() -> None:
-    with pytest.raises(ValueError, match=r"'stylegan'.*conv, resnet"):
+    with pytest.raises(ValueError, match=r"'stylegan'.*conv, dcgan, resnet"):
         small("stylegan")
 
 
 def test_the_registry_names_what_it_exports() -> None:
-    assert set(NAMES) == {"conv", "resnet"}
+    assert set(NAMES) == {"conv", "dcgan", "resnet"}
     assert isinstance(small("conv"), generators.ConvGenerator)
+    assert isinstance(small("dcgan"), generators.DCGANGenerator)
     assert isinstance(small("resnet"), generators.ResNetGenerator)
 
 

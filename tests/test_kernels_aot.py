@@ -29,8 +29,15 @@ FEATURES = {
     "partial_certificate",
     "add_sums",
     "step_kernel",
+    "rectify_kernel",
 }
-STORES = {"gradient_kernel": 128, "step_kernel": 128, "class_sums_kernel": 64, "add_sums": 64}
+STORES = {
+    "gradient_kernel": 128,
+    "rectify_kernel": 128,
+    "step_kernel": 128,
+    "class_sums_kernel": 64,
+    "add_sums": 64,
+}
 
 
 def check(case: Case, result: Compiled, architecture: int) -> None:

@@ -215,7 +215,8 @@ __device__ inline void sums_of(
 
 // Grid [blocks of columns, classes].
 template <class T>
-__global__ void __launch_bounds__(threads) class_sums(const __grid_constant__ ClassSums p) {
+// Three blocks a multiprocessor: left to itself ptxas keeps to 64 registers for sm_100, and spills.
+__global__ void __launch_bounds__(threads, 3) class_sums(const __grid_constant__ ClassSums p) {
     __shared__ float shares[warps][sums_block<T>];
     const Part& tap = find_part(p.table);
     const Index begin =

@@ -7,6 +7,7 @@ an invalid row of zeros: it is never reported, never stops a run and never chang
 
 from dpmmd.data.arrays import ArraySource
 from dpmmd.data.fetch import fetch_fashion_mnist
+from dpmmd.data.loader import prefetch
 from dpmmd.data.npz import write_npz
 from dpmmd.data.open import SOURCE_NAMES, open_source
 from dpmmd.data.source import Batch, ImageSource, source_identity
@@ -18,6 +19,7 @@ __all__ = [
     "ImageSource",
     "fetch_fashion_mnist",
     "open_source",
+    "prefetch",
     "source_identity",
     "write_npz",
 ]

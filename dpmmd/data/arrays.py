@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from dpmmd.data.labels import as_groups, as_labels
 from dpmmd.data.pixels import Geometry, to_float
+from dpmmd.data.rows import StreamedRows
 from dpmmd.data.source import (
     Batch,
     ImageSource,
@@ -61,8 +63,10 @@ class ArraySource(ImageSource):
         self.name = name
         self.identity = identity or source_identity("arrays", name)
         self.class_names = class_names
-        self._images = _channels_first(images, name)  # [N, C, h, w], a view where possible
-        self.num_images = self._images.shape[0]
+        self._source = images if isinstance(images, StreamedRows) else None
+        held = images if self._source is None else self._source[:0]
+        self._images = _channels_first(held, name)  # [N, C, h, w], a view where possible
+        self.num_images = len(images) if self._source is not None else self._images.shape[0]
         self._labels = None if labels is None else as_labels(labels, self.num_images, name)
         self.labelled = self._labels is not None
         if groups is not None and group_by is not None:
@@ -79,12 +83,17 @@ class ArraySource(ImageSource):
         check_source_labels(self._labels, num_classes, self.name)
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
-        check_batch_size(batch_size)
-        return self._batches(batch_size)
+        return self._part(batch_size, range(self.num_batches(batch_size)))
 
-    def _batches(self, batch_size: int) -> Iterator[Batch]:
-        for start in range(0, self.num_images, batch_size):
-            raw = self._images[start : start + batch_size]  # [n, C, h, w]
+    def part(self, batch_size: int, numbers: range) -> Iterator[Batch]:
+        check_batch_size(batch_size)
+        return self._part(batch_size, numbers)
+
+    def _part(self, batch_size: int, numbers: range) -> Iterator[Batch]:
+        source = copy.copy(self._source)  # with a file of its own
+        for start in (number * batch_size for number in numbers):
+            rows = slice(start, start + batch_size)
+            raw = self._images[rows] if source is None else _channels_first(source[rows], self.name)
             n, missing = raw.shape[0], batch_size - raw.shape[0]
             pixels = to_float(raw)
             valid = torch.ones(n, dtype=torch.bool)
@@ -93,7 +102,7 @@ class ArraySource(ImageSource):
                 pixels = pixels.masked_fill(~valid[:, None, None, None], 0)
             labels = torch.zeros(n, dtype=torch.int64)
             if self._labels is not None:
-                labels = self._labels[start : start + batch_size] * valid
+                labels = self._labels[rows] * valid
             if missing:
                 pixels = F.pad(pixels, (0, 0, 0, 0, 0, 0, 0, missing))
                 valid, labels = F.pad(valid, (0, missing)), F.pad(labels, (0, missing))
@@ -102,7 +111,7 @@ class ArraySource(ImageSource):
 
     def arrays(self, batch_size: int = 256) -> tuple[Tensor, Tensor]:
         unchanged = self.image_shape == tuple(self._images.shape[1:])
-        if self._images.dtype == torch.uint8 and unchanged:
+        if self._images.dtype == torch.uint8 and unchanged and self._source is None:
             labels = self._labels
             if labels is None:
                 labels = torch.zeros(self.num_images, dtype=torch.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -114,11 +115,15 @@ class ItemSource(ImageSource):
         return images, labels, valid
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
-        check_batch_size(batch_size)
-        return self._batches(batch_size)
+        return self._part(batch_size, range(self.num_batches(batch_size)))
 
-    def _batches(self, batch_size: int) -> Iterator[Batch]:
-        reader = _BatchReader(self, batch_size)
+    def part(self, batch_size: int, numbers: range) -> Iterator[Batch]:
+        check_batch_size(batch_size)
+        return self._part(batch_size, numbers)
+
+    def _part(self, batch_size: int, numbers: range) -> Iterator[Batch]:
+        # A copy: of two iterations, each has its own place in a file.
+        reader = _BatchReader(copy.copy(self), batch_size, numbers)
         if self._workers == 0:
             for index in range(len(reader)):
                 yield _unpack(reader[index], self.name)
@@ -153,17 +158,17 @@ class ItemSource(ImageSource):
 
 
 class _BatchReader(Dataset[Any]):
-    """Batch number -> tensors, or a Refusal as a value: exceptions would carry a traceback."""
+    """Position -> a batch's tensors, or a Refusal as a value: exceptions carry a traceback."""
 
-    def __init__(self, source: ItemSource, batch_size: int) -> None:
-        self.source, self.batch_size = source, batch_size
+    def __init__(self, source: ItemSource, batch_size: int, numbers: range) -> None:
+        self.source, self.batch_size, self.numbers = source, batch_size, numbers
 
     def __len__(self) -> int:
-        return -(-self.source.num_images // self.batch_size)
+        return len(self.numbers)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor] | Refusal:
         try:
-            return self.source.read_batch(index * self.batch_size, self.batch_size)
+            return self.source.read_batch(self.numbers[index] * self.batch_size, self.batch_size)
         except Refusal as refusal:
             return refusal
 

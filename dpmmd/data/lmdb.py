@@ -49,6 +49,9 @@ class LmdbSource(EncodedSource):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_environments": None}
 
+    def __copy__(self) -> LmdbSource:
+        return self  # an environment must not be opened twice in a process, and takes any thread
+
     def _open(self) -> list[Any]:
         # An environment must not be used across a fork, so each process opens its own.
         if self._environments is None or self._environments[0] != os.getpid():

@@ -180,23 +180,24 @@ def _digits(request: Request) -> ImageSource:
 
 @dataclass(frozen=True)
 class Named:
-    """A named data set: its splits and how to open it."""
+    """A named data set: its splits, how to open it, and (C, H, W) where all images have one."""
 
     splits: tuple[str, ...]
     open: Callable[[Request], ImageSource]
+    shape: tuple[int, int, int] | None = None
 
 
 # "all" of CelebA and other overlapping splits are left out: the ledger tells data sets apart by
 # name and split, so the splits of one name must not share records.
 NAMED: dict[str, Named] = {
-    "fashion-mnist": Named(("train", "test"), _fashion_mnist),
-    "mnist": Named(("train", "test"), _mnist),
-    "cifar10": Named(("train", "test"), _cifar10),
-    "svhn": Named(("train", "test", "extra"), _svhn),
+    "fashion-mnist": Named(("train", "test"), _fashion_mnist, (1, 28, 28)),
+    "mnist": Named(("train", "test"), _mnist, (1, 28, 28)),
+    "cifar10": Named(("train", "test"), _cifar10, (3, 32, 32)),
+    "svhn": Named(("train", "test", "extra"), _svhn, (3, 32, 32)),
     "celeba": Named(("train", "valid", "test"), _celeba),
     "lsun": Named(("train", "val"), _lsun),
-    "mnist5k": Named(("train", "test"), _mnist5k),
-    "digits": Named(("train", "test"), _digits),
+    "mnist5k": Named(("train", "test"), _mnist5k, (1, 28, 28)),
+    "digits": Named(("train", "test"), _digits, (1, 8, 8)),
 }
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from dpmmd.data.arrays import ArraySource
 from dpmmd.data.labels import as_labels
 from dpmmd.data.pixels import Geometry
+from dpmmd.data.rows import StreamedRows
 from dpmmd.data.source import check_not_empty, file_identity
 
 _SPLITS = ("train", "test", "val", "valid", "validation")
@@ -54,7 +55,9 @@ def open_npz(
             if part:
                 default_labels = (f"y_{part}", f"labels_{part}")
             label_name = _pick(names, label_key, "label_key", default_labels, path, split)
-            images = file[image_name]
+            images: Any = StreamedRows.of(path, image_name)
+            if images is None:
+                images = file[image_name]
             labels = file[label_name] if label_name else None
             groups = None
             if group_by is not None:

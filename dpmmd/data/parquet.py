@@ -1,4 +1,4 @@
-"""Parquet files of encoded images, as HuggingFace writes them, read a row group at a time."""
+"""Parquet files of encoded images, as HuggingFace writes them, read some rows at a time."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from dpmmd.data.source import file_identity
 
 _SHARD = re.compile(r"(train|test|val|valid|validation)[-_.]", re.IGNORECASE)
 _IMAGE_COLUMNS = ("image", "img", "images", "x")
+_ROWS = 64  # read at a time
+_BUFFER = 1 << 20  # bytes read ahead; pyarrow's defaults read a row group's column whole
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "y")
 
 
@@ -29,7 +31,7 @@ class ParquetSource(EncodedSource):
 
     The image column is ``binary`` or ``struct{bytes, path}``; a cell with a path and no bytes
     is read from that path, relative to the shard. Labels, if any, are an integer column, read
-    when the source is opened; images stream by row group.
+    when the source is opened; images stream, whatever the size of the row groups.
     """
 
     def __init__(
@@ -84,7 +86,7 @@ class ParquetSource(EncodedSource):
                     "download it again."
                 ) from None
         self._ends = list(itertools.accumulate(counts))
-        self._cached: tuple[int, Any] | None = None
+        self._cells: _Cells | None = None
         super().__init__(
             name=path.name + (f"/{part}" if part else ""),
             identity=file_identity("parquet", path, part),
@@ -98,32 +100,50 @@ class ParquetSource(EncodedSource):
             group_by=group_by,
         )
         self._settle_shape()
-        self._cached = None
+        self._cells = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cached": None}
+        return {**self.__dict__, "_cells": None}
 
     def encoded(self, indices: Sequence[int]) -> Iterator[Encoded]:
         for index in indices:
             group = bisect.bisect_right(self._ends, index)
-            column = self._read_group(group)
             row = index - (self._ends[group - 1] if group else 0)
+            if self._cells is None or not self._cells.can_reach(group, row):
+                self._cells = None  # frees the last rows before others are read
+                self._cells = _Cells(*self._groups[group], group, self._column)
             try:
-                yield _cell(column[row].as_py(), self._groups[group][0].parent)
+                yield _cell(self._cells[row], self._groups[group][0].parent)
             except Exception:
                 yield None
 
-    def _read_group(self, group: int) -> Any:
-        if self._cached is None or self._cached[0] != group:
-            self._cached = None  # frees the last group before the next is read
-            file, number = self._groups[group]
-            try:
-                with _pyarrow_parquet().ParquetFile(file) as parquet:
-                    table = parquet.read_row_group(number, columns=[self._column])
-                self._cached = (group, table.column(self._column))
-            except Exception:
-                self._cached = (group, None)  # a damaged group: its records are invalid
-        return self._cached[1]
+
+class _Cells:
+    """The cells of one row group's column, in order, of which a few rows are held."""
+
+    def __init__(self, file: Path, number: int, group: int, column: str) -> None:
+        self._group, self._start = group, 0
+        self._rows: Any = ()
+        self._pieces = self._read(file, number, column)
+
+    def can_reach(self, group: int, row: int) -> bool:
+        return group == self._group and row >= self._start
+
+    def __getitem__(self, row: int) -> Any:
+        """Raises for rows from where the group is damaged on."""
+        while row >= self._start + len(self._rows):
+            self._start += len(self._rows)
+            self._rows = ()
+            self._rows = next(self._pieces)
+        return self._rows[row - self._start].as_py()
+
+    @staticmethod
+    def _read(file: Path, number: int, column: str) -> Iterator[Any]:
+        options = {"buffer_size": _BUFFER, "pre_buffer": False}
+        with _pyarrow_parquet().ParquetFile(file, **options) as parquet:
+            for piece in parquet.iter_batches(_ROWS, row_groups=[number], columns=[column]):
+                yield piece.column(0)
+                del piece
 
 
 class _SchemaError(ValueError):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,6 +73,22 @@ class ImageSource(ABC):
         Args:
             batch_size: rows of a batch, at least 1.
         """
+
+    def part(self, batch_size: int, numbers: range) -> Iterator[Batch]:
+        """Those of `batches` with these numbers, from 0 on, in steps of 1: the same bits.
+
+        By default it reads past the others; sources that can go to a batch directly do so.
+        """
+        return itertools.islice(self.batches(batch_size), numbers.start, numbers.stop)
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "batches" in cls.__dict__ and "part" not in cls.__dict__:
+            cls.part = ImageSource.part  # type: ignore[method-assign]  # of its own `batches`
+
+    def num_batches(self, batch_size: int) -> int:
+        """How many batches `batches` yields; as private as `num_images`."""
+        return -(-self.num_images // check_batch_size(batch_size))
 
     def check_labels(self, num_classes: int) -> None:
         """Raise ValueError when a label lies outside 0..num_classes-1.

@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 
 from dpmmd.encoders import efficientnet_lite, squeezenet, torchvision_models
 from dpmmd.encoders.base import Encoder, StagedBackbone, Tap, suggestion
+from dpmmd.encoders.layers import Rectified
 from dpmmd.encoders.weights import StrPath, WeightsError, WeightsNotFoundError
 
 __all__ = [
     "Encoder",
+    "Rectified",
     "StagedBackbone",
     "Tap",
     "WeightsError",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -12,9 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dpmmd.encoders.layers import Rectified, Rectify
+
 SIGNS = ("nonnegative", "signed")
 PRECISIONS = {
     "float32": torch.float32,
+    "tf32": torch.float32,  # on the matrix units of a GPU
     "bfloat16": torch.bfloat16,
     "float64": torch.float64,
     "float16": torch.float16,
@@ -91,11 +95,15 @@ class StagedBackbone(nn.Module):
                 setattr(self, key, exact.view(1, 3, 1, 1))
         return self
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, images: Tensor, rectify: Mapping[str, Rectify] | None = None
+    ) -> dict[str, Tensor]:
+        """The taps; ``rectify`` does the work of the ReLUs of these `Rectified` stages."""
         x = ((images - self.mean) / self.std).to(_dtype(self))
         taps = {}
         for name, stage in zip(self.names, self.stages, strict=True):
-            taps[name] = x = stage(x)
+            given = None if rectify is None else rectify.get(name)
+            taps[name] = x = stage(x) if given is None else stage(x, given)
         return taps
 
 
@@ -125,10 +133,13 @@ class Encoder(nn.Module):
         taps: names of the taps to hand out, in this order; None for all that tap_signs lists.
         pool: None, or p: a tap larger than p x p is averaged down to p x p (adaptive average
             pooling, each side on its own).
-        precision: "float32", "bfloat16", "float64" or "float16": what the backbone is converted to,
-            computes in and hands out; None for its own. A release records it. "bfloat16" needs a
-            CPU with AVX-512 (or ARM with bf16), or a GPU; it keeps 8 bits of a feature and halves
-            its memory.
+        precision: "float32", "tf32", "bfloat16", "float64" or "float16": what the backbone is
+            converted to, computes in and hands out; None for its own. A release records it.
+            "bfloat16" needs a CPU with AVX-512 (or ARM with bf16), or a GPU; it keeps 8 bits of a
+            feature and halves its memory. "tf32" is float32 whose products may run on a GPU's
+            matrix units, which round factors to 11 bits; "float32" is IEEE's, also where PyTorch's
+            settings allow TF32 (in convolutions they do by default). This holds for the features;
+            their gradient follows PyTorch's settings.
 
     Raises:
         ValueError: an unknown tap, a tap without a sign, an image too small for the backbone, a
@@ -137,6 +148,7 @@ class Encoder(nn.Module):
     """
 
     taps: tuple[Tap, ...]
+    rectified: tuple[str, ...]  # taps that are the very output of a `Rectified` stage
 
     def __init__(
         self,
@@ -162,6 +174,7 @@ class Encoder(nn.Module):
                 raise ValueError(f"backbone has no tap {unknown[0]!r}; it has {backbone.names}")
             backbone = backbone.truncated(names)
         _refuse_batch_statistics(backbone)
+        self._tf32 = precision == "tf32"
         if precision is not None:
             backbone = backbone.to(_usable_dtype(precision))
         self.backbone = backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -177,6 +190,13 @@ class Encoder(nn.Module):
         """D, the number of features of one image: the sum of the taps' sizes."""
         return sum(tap.size for tap in self.taps)
 
+    @property
+    def precision(self) -> str:
+        """One of PRECISIONS."""
+        dtype = _dtype(self.backbone)
+        single = dtype == torch.float32
+        return "tf32" if single and self._tf32 else str(dtype).removeprefix("torch.")
+
     def spec(self) -> dict[str, Any]:
         """What a release records of this encoder: JSON-able, and enough for `from_spec`."""
         return {
@@ -190,20 +210,22 @@ class Encoder(nn.Module):
             "layout": "NHWC-per-tap",
             "resize": "bilinear",
             "pixel_range": "[0,1] RGB",
-            "precision": str(_dtype(self.backbone)).removeprefix("torch."),
+            "precision": self.precision,
         }
 
     def train(self, mode: bool = True) -> Encoder:
         """Stay in evaluation mode, whatever `mode` a surrounding model is put in."""
         return super().train(False)
 
-    def forward(self, images: Tensor) -> list[Tensor]:
+    def forward(self, images: Tensor, rectify: Mapping[str, Rectify] | None = None) -> list[Tensor]:
         """Feature maps of images.
 
         Args:
             images: [n, 3, H, W] RGB or [n, 1, H, W] grey (repeated to three channels),
                 floating point in [0, 1]. Computed in the encoder's own precision; under autocast,
                 in autocast's.
+            rectify: names in `rectified` -> function that does the work of that tap's ReLU (see
+                `Rectified`).
 
         Returns:
             One tensor [n, C, h, w] per tap, channels-last in memory, in the order of `taps`.
@@ -216,16 +238,19 @@ class Encoder(nn.Module):
         _check_images(images)
         if any(module.training for module in self._modules_kept_in_eval):
             self.train(False)
-        return self._maps(images)
+        if not images.is_cuda:
+            return self._maps(images, rectify)
+        with _float32_products("tf32" if self._tf32 else "ieee"):
+            return self._maps(images, rectify)
 
-    def _maps(self, images: Tensor) -> list[Tensor]:
+    def _maps(self, images: Tensor, rectify: Mapping[str, Rectify] | None = None) -> list[Tensor]:
         x = images.to(self._input_dtype())
         if tuple(x.shape[-2:]) != self.image_size:
             x = F.interpolate(
                 x, self.image_size, mode="bilinear", align_corners=False, antialias=False
             )
         x = x.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
-        maps = self.backbone(x)
+        maps = self.backbone(x, rectify) if rectify else self.backbone(x)
         return [self._pooled(maps[name]) for name in self._names]
 
     def _pooled(self, fmap: Tensor) -> Tensor:
@@ -294,7 +319,16 @@ class Encoder(nn.Module):
                     f"image_size={self.image_size}: tap {name!r} of {self.name!r} is empty; try "
                     "a larger image_size or only the shallower taps"
                 )
-        return [self._pooled(maps[name]) for name in self._names]
+        handed = [self._pooled(maps[name]) for name in self._names]
+        stages: dict[str, nn.Module] = {}
+        if isinstance(self.backbone, StagedBackbone):
+            stages = dict(zip(self.backbone.names, self.backbone.stages, strict=True))
+        self.rectified = tuple(
+            name
+            for name, fmap in zip(self._names, handed, strict=True)
+            if fmap is maps[name] and isinstance(stages.get(name), Rectified)
+        )
+        return handed
 
     def extra_repr(self) -> str:
         height, width = self.image_size
@@ -342,6 +376,30 @@ def _usable_dtype(precision: str) -> torch.dtype:
             "there is no GPU; use precision='float32', with a release that was made so"
         )
     return PRECISIONS[precision]
+
+
+@contextmanager
+def _float32_products(how: str) -> Iterator[None]:
+    """Within the block products of float32 numbers on CUDA are "ieee" or may be "tf32"."""
+    switches: list[tuple[Any, str, Any]]
+    if hasattr(torch.backends.cudnn, "conv"):  # PyTorch 2.9 and newer
+        switches = [
+            (torch.backends.cudnn.conv, "fp32_precision", how),
+            (torch.backends.cuda.matmul, "fp32_precision", how),
+        ]
+    else:
+        switches = [
+            (torch.backends.cudnn, "allow_tf32", how == "tf32"),
+            (torch.backends.cuda.matmul, "allow_tf32", how == "tf32"),
+        ]
+    before = [getattr(where, name) for where, name, _ in switches]
+    try:
+        for where, name, value in switches:
+            setattr(where, name, value)
+        yield
+    finally:
+        for (where, name, _), value in zip(switches, before, strict=True):
+            setattr(where, name, value)
 
 
 def _cpu_has_bfloat16() -> bool:

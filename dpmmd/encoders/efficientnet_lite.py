@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpmmd.encoders.base import StagedBackbone, fold_batch_norm
-from dpmmd.encoders.layers import Convolution
+from dpmmd.encoders.layers import Convolution, Rectified
 from dpmmd.encoders.weights import EFFICIENTNET_LITE0, StrPath, load_state_dict
 
 _MEAN = (127 / 255, 127 / 255, 127 / 255)
@@ -45,7 +45,9 @@ SIGNS = {
 class SameConvolution(Convolution):
     """A convolution with TensorFlow's 'SAME' padding: ceil(n / stride) outputs per side."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def convolve(
+        self, x: Tensor, bias: Tensor | None, padding: tuple[int, int] | None = None
+    ) -> Tensor:
         kernel, stride = self.kernel_size[0], self.stride[0]
         rows, columns = (
             max((-(-side // stride) - 1) * stride + kernel - side, 0) for side in x.shape[-2:]
@@ -53,7 +55,7 @@ class SameConvolution(Convolution):
         if rows % 2 or columns % 2:  # uneven: more at the end
             x = F.pad(x, (columns // 2, -(-columns // 2), rows // 2, -(-rows // 2)))
             rows = columns = 0
-        return self.convolve(x, (rows // 2, columns // 2))
+        return super().convolve(x, bias, padding or (rows // 2, columns // 2))
 
 
 class InvertedResidual(nn.Module):
@@ -94,11 +96,11 @@ def build(path: StrPath | None = None) -> tuple[StagedBackbone, str]:
         )
 
     stages: dict[str, nn.Module] = {
-        "stem": nn.Sequential(convolution("_conv_stem", "_bn0", stride=2), nn.ReLU6())
+        "stem": Rectified(convolution("_conv_stem", "_bn0", stride=2), ceiling=6.0)
     }
     for i, (stride, expands) in enumerate(_STRIDES):
         stages[f"block{i}"] = block(f"_blocks.{i}", stride, expands)
-    stages["head"] = nn.Sequential(convolution("_conv_head", "_bn1"), nn.ReLU6())
+    stages["head"] = Rectified(convolution("_conv_head", "_bn1"), ceiling=6.0)
     return StagedBackbone(stages, mean=_MEAN, std=_STD), digest
 
 

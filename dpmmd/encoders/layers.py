@@ -7,6 +7,7 @@ alive anyway; behind a pooling or a padding it is not.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _Pair = tuple[int, int]
+Rectify = Callable[[Tensor, "Tensor | None", "float | None"], Tensor]
 
 
 class Convolution(nn.Conv2d):
@@ -40,11 +42,16 @@ class Convolution(nn.Conv2d):
         self.bias = nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.convolve(x, cast(_Pair, self.padding))
+        return self.convolve(x, self.bias)
 
-    def convolve(self, x: Tensor, padding: _Pair) -> Tensor:
-        """The convolution with another zero padding (rows, columns) than its own."""
-        stride, weight, bias = cast(_Pair, self.stride), self.weight, self.bias
+    def unbiased(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The output without its bias, and the bias."""
+        return self.convolve(x, None), self.bias
+
+    def convolve(self, x: Tensor, bias: Tensor | None, padding: _Pair | None = None) -> Tensor:
+        """With this bias, and zero padding (rows, columns) where it is not the layer's own."""
+        stride, weight = cast(_Pair, self.stride), self.weight
+        padding = cast(_Pair, self.padding) if padding is None else padding
         if weight.requires_grad or (bias is not None and bias.requires_grad):
             return F.conv2d(x, weight, bias, stride, padding, 1, self.groups)
         return _FrozenConvolution.apply(x, weight, bias, stride, padding, self.groups)
@@ -81,6 +88,36 @@ class _FrozenConvolution(torch.autograd.Function):
             grad, weight.to(grad.dtype), None, ctx.stride, ctx.padding, rest, ctx.groups
         )
         return dx, None, None, None, None, None
+
+
+class Rectified(nn.Module):
+    """A stage that ends in a ReLU: min(max(body(x), 0), ceiling); it overwrites the body's output.
+
+    Another function may do the ReLU's work: ``rectify(pre, bias, ceiling)``, for ``pre`` the body's
+    output without the bias [C] that is still to be added (None: none), which it may overwrite too.
+    A body has its bias left to it where its last module has a method ``unbiased(x)`` that returns
+    the two, as `Convolution` has.
+    """
+
+    def __init__(self, body: nn.Module, ceiling: float | None = None) -> None:
+        super().__init__()
+        self.body, self.ceiling = body, ceiling
+
+    def forward(self, x: Tensor, rectify: Rectify | None = None) -> Tensor:
+        if rectify is not None:
+            return rectify(*_unbiased(self.body, x), self.ceiling)
+        y = self.body(x)
+        return y.relu_() if self.ceiling is None else F.hardtanh(y, 0.0, self.ceiling)
+
+
+def _unbiased(body: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    if isinstance(body, nn.Sequential) and len(body):
+        for module in list(body)[:-1]:
+            x = module(x)
+        return _unbiased(body[-1], x)
+    if hasattr(body, "unbiased"):
+        return cast(Any, body).unbiased(x)
+    return body(x), None
 
 
 class MaxPool(nn.MaxPool2d):

@@ -7,12 +7,14 @@ blue-green-red order, 0 to 255, less a mean per channel.
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dpmmd.encoders.base import StagedBackbone
-from dpmmd.encoders.layers import Convolution, MaxPool
+from dpmmd.encoders.layers import Convolution, MaxPool, Rectified
 from dpmmd.encoders.weights import SQUEEZENET, StrPath, load_array_pickle
 
 _MEAN = (123.68 / 255, 116.779 / 255, 103.939 / 255)  # red, green, blue
@@ -24,9 +26,9 @@ _POOL_BEFORE = ("fire2", "fire4", "fire6")
 
 
 class Fire(nn.Module):
-    """Squeeze to few channels, then expand by 1x1 and 3x3 convolutions side by side."""
+    """Squeeze to few channels, then expand by 1x1 and 3x3 convolutions; the last ReLU is left."""
 
-    def __init__(self, squeeze: nn.Module, expand1x1: nn.Module, expand3x3: nn.Module) -> None:
+    def __init__(self, squeeze: nn.Module, expand1x1: Convolution, expand3x3: Convolution) -> None:
         super().__init__()
         self.squeeze = squeeze
         self.expand1x1 = expand1x1
@@ -34,7 +36,13 @@ class Fire(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.squeeze(x).relu_()
-        return torch.cat((self.expand1x1(x), self.expand3x3(x)), dim=1).relu_()
+        return torch.cat((self.expand1x1(x), self.expand3x3(x)), dim=1)
+
+    def unbiased(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The output without its bias, and the bias."""
+        x = self.squeeze(x).relu_()
+        (narrow, one), (wide, three) = self.expand1x1.unbiased(x), self.expand3x3.unbiased(x)
+        return torch.cat((narrow, wide), dim=1), torch.cat((cast(Tensor, one), cast(Tensor, three)))
 
 
 def read_weights(path: StrPath | None = None) -> dict[str, tuple[Tensor, Tensor]]:
@@ -60,9 +68,7 @@ def read_weights(path: StrPath | None = None) -> dict[str, tuple[Tensor, Tensor]
 def build(path: StrPath | None = None) -> tuple[StagedBackbone, str]:
     """The backbone and the sha256 of its weights."""
     layers = read_weights(path)
-    stages: dict[str, nn.Module] = {
-        "conv1": nn.Sequential(Convolution(*layers["conv1"], stride=2), nn.ReLU(inplace=True))
-    }
+    stages: dict[str, nn.Module] = {"conv1": Rectified(Convolution(*layers["conv1"], stride=2))}
     for name in list(SIGNS)[1:]:
         fire = Fire(
             Convolution(*layers[f"{name}/squeeze1x1"]),
@@ -70,5 +76,5 @@ def build(path: StrPath | None = None) -> tuple[StagedBackbone, str]:
             Convolution(*layers[f"{name}/expand3x3"], padding=1),
         )
         pooled = name in _POOL_BEFORE
-        stages[name] = nn.Sequential(MaxPool(3, 2), fire) if pooled else fire
+        stages[name] = Rectified(nn.Sequential(MaxPool(3, 2), fire) if pooled else fire)
     return StagedBackbone(stages, mean=_MEAN, std=_STD), SQUEEZENET.sha256

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dpmmd._torchvision import import_torchvision
 from dpmmd.encoders.base import StagedBackbone, fold_batch_norm
-from dpmmd.encoders.layers import Convolution, MaxPool
+from dpmmd.encoders.layers import Convolution, MaxPool, Rectified
 from dpmmd.encoders.weights import StrPath, WeightsError, download, existing_file, load_state_dict
 
 _MEAN = (0.485, 0.456, 0.406)
@@ -63,7 +63,7 @@ RANDOM = "random"
 
 
 class Residual(nn.Module):
-    """A ResNet block: convolutions with ReLUs between, the skip added, and a last ReLU."""
+    """A ResNet block without its last ReLU: convolutions with ReLUs between, the skip added."""
 
     def __init__(self, convolutions: list[nn.Module], skip: nn.Module) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Residual(nn.Module):
         y = x
         for i, convolution in enumerate(self.convolutions):
             y = convolution(y.relu_() if i else y)
-        return (y + self.skip(x)).relu_()
+        return y + self.skip(x)
 
 
 def build(name: str, weights: StrPath | None = None) -> tuple[StagedBackbone, str]:
@@ -140,7 +140,7 @@ def _vgg_stages(name: str, model: nn.Module) -> dict[str, nn.Module]:
     pending: list[nn.Module] = []
     for module in cast(nn.Sequential, model.features):
         if isinstance(module, nn.ReLU):
-            stages[next(names)] = nn.Sequential(*pending, nn.ReLU(inplace=True))
+            stages[next(names)] = Rectified(nn.Sequential(*pending))
             pending = []
         elif isinstance(module, nn.Conv2d):
             pending.append(_frozen(module.weight, cast(Tensor, module.bias), module))
@@ -151,15 +151,12 @@ def _vgg_stages(name: str, model: nn.Module) -> dict[str, nn.Module]:
 
 def _resnet_stages(name: str, model: nn.Module) -> dict[str, nn.Module]:
     stages: dict[str, nn.Module] = {
-        "relu1": nn.Sequential(
-            _folded(cast(nn.Conv2d, model.conv1), cast(nn.BatchNorm2d, model.bn1)),
-            nn.ReLU(inplace=True),
-        )
+        "relu1": Rectified(_folded(cast(nn.Conv2d, model.conv1), cast(nn.BatchNorm2d, model.bn1)))
     }
     for tap in list(SIGNS[name])[1:]:
         block = _residual(model.get_submodule(tap))
         first = tap == "layer1.0"
-        stages[tap] = nn.Sequential(MaxPool(3, 2, 1), block) if first else block
+        stages[tap] = Rectified(nn.Sequential(MaxPool(3, 2, 1), block) if first else block)
     return stages
 
 

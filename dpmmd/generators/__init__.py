@@ -15,9 +15,10 @@ from typing import Protocol
 from torch import nn
 
 from dpmmd.generators.conv import ConvGenerator
+from dpmmd.generators.dcgan import DCGANGenerator
 from dpmmd.generators.resnet import ResNetGenerator
 
-__all__ = ["NAMES", "ConvGenerator", "ResNetGenerator", "build"]
+__all__ = ["NAMES", "ConvGenerator", "DCGANGenerator", "ResNetGenerator", "build"]
 
 
 class _Builder(Protocol):
@@ -32,7 +33,11 @@ class _Builder(Protocol):
     ) -> nn.Module: ...
 
 
-_REGISTRY: dict[str, _Builder] = {"conv": ConvGenerator, "resnet": ResNetGenerator}
+_REGISTRY: dict[str, _Builder] = {
+    "conv": ConvGenerator,
+    "dcgan": DCGANGenerator,
+    "resnet": ResNetGenerator,
+}
 NAMES = tuple(_REGISTRY)
 
 
@@ -48,8 +53,8 @@ def build(
     """A generator by name.
 
     Args:
-        name: ``"conv"`` (small, 28 or 32 px and other multiples of 4) or ``"resnet"`` (the paper's,
-            32 to 256 px).
+        name: ``"conv"`` (small, 28 or 32 px and other multiples of 4), ``"dcgan"`` (32, 64 or 128
+            px) or ``"resnet"`` (the paper's, 32 to 256 px).
         num_classes: K for a class-conditional generator, None for an unconditional one.
         image_size: side of the images in pixels.
         channels: 1 or 3.

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class LatentInput(nn.Module):
@@ -49,6 +53,44 @@ class UpsampledConv(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         kernel = torch.einsum("ku,oiuv,lv->iokl", self.spread, self.weight, self.spread)
         return F.conv_transpose2d(x, kernel, stride=2, padding=1)
+
+
+def recomputed(block: nn.Module, x: Tensor) -> Tensor:
+    """block(x), of which backward keeps x alone and computes the rest again, with the same result.
+
+    Running statistics of batch norms move once.
+    """
+    again = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    out: Tensor = checkpoint(
+        block,
+        x,
+        use_reentrant=False,
+        context_fn=lambda: (contextlib.nullcontext(), _statistics_stay(again)),
+    )
+    return out
+
+
+@contextlib.contextmanager
+def _statistics_stay(norms: list[nn.modules.batchnorm._BatchNorm]) -> Iterator[None]:
+    """Within the block batch norms in training mode leave their running statistics as they are.
+
+    By weight 0 for what is new: without running statistics they would save other tensors than in
+    the first pass, which torch's checkpoint refuses.
+    """
+    kept = [
+        (norm, norm.momentum, norm.num_batches_tracked.clone())
+        for norm in norms
+        if norm.num_batches_tracked is not None
+    ]
+    for norm, _, _ in kept:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum, count in kept:
+            norm.momentum = momentum
+            assert norm.num_batches_tracked is not None
+            norm.num_batches_tracked.copy_(count)
 
 
 def initialise(module: nn.Module) -> None:

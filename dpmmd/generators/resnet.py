@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpmmd.generators.layers import LatentInput, UpsampledConv, initialise
+from dpmmd.generators.layers import LatentInput, UpsampledConv, initialise, recomputed
 
 
 class ResNetGenerator(nn.Module):
@@ -17,6 +17,9 @@ class ResNetGenerator(nn.Module):
 
     The width is ``base_channels`` at full resolution and doubles with every halving of the side,
     up to eight times.
+
+    With ``recompute`` set to True, backward keeps the inputs of the blocks and computes what is
+    inside of them again: the same result in less memory and more time.
 
     Args:
         num_classes: K, or None for no labels.
@@ -41,7 +44,7 @@ class ResNetGenerator(nn.Module):
         super().__init__()
         if image_size not in (32, 64, 128, 256):
             raise ValueError(f"image_size={image_size}: expected 32, 64, 128 or 256.")
-        self.z_dim, self.num_classes = z_dim, num_classes
+        self.z_dim, self.num_classes, self.recompute = z_dim, num_classes, False
         self.image_size, self.channels = image_size, channels
         doublings = image_size.bit_length() - 3  # from 4 x 4
         widths = [base_channels * min(8, 1 << i) for i in range(doublings, -1, -1)]
@@ -54,7 +57,12 @@ class ResNetGenerator(nn.Module):
 
     def forward(self, z: Tensor, y: Tensor | None = None) -> Tensor:
         """z [n, z_dim], y int64 [n] or None, to images [n, channels, image_size, image_size]."""
-        h = self.blocks(self.latent(z, y))
+        h = self.latent(z, y)
+        if self.recompute and self.training and torch.is_grad_enabled():
+            for block in self.blocks:
+                h = recomputed(block, h)
+        else:
+            h = self.blocks(h)
         return torch.sigmoid(self.to_image(F.relu(self.norm(h))))
 
 

@@ -11,10 +11,10 @@ mu = Delta / sd exactly, in every dimension, with Delta from `sensitivity` in th
 
 from __future__ import annotations
 
-import itertools
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -165,7 +165,7 @@ def release(
         UserWarning: delta > 1 / N, which allows to publish somebody's image outright.
     """
     import dpmmd
-    from dpmmd.data import open_source
+    from dpmmd.data import open_source, prefetch
 
     if isinstance(encoder, str):
         raise TypeError(f"encoder={encoder!r}: expected dpmmd.encoders.load({encoder!r}).")
@@ -207,6 +207,7 @@ def release(
     sd = noise_level.sd_over_sensitivity * moved
 
     device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
+    sizes = None if sizes is None else sizes.to(device)
     raw = [PrivateSums(classes, part.dim, part.shared, device) for part in parts]
     raw_counts = None if counts_block is None else PrivateSums(classes, 1, device=device)
     held = raw if raw_counts is None else [*raw, raw_counts]
@@ -257,10 +258,9 @@ def release(
             unit=metadata.unit,
             private=private,
         )
-    batches = itertools.islice(enumerate(images.batches(batch_size)), done, None)
+    numbers = range(done, images.num_batches(batch_size))
     bar = tqdm(
-        batches,
-        total=-(-images.num_images // batch_size),
+        total=numbers.stop,
         initial=done,
         desc="release",
         unit="batch",
@@ -268,10 +268,11 @@ def release(
     )
     whole = True  # whether the sums are those of whole batches
     try:
-        with torch.inference_mode():
-            for index, batch in bar:
+        batches = prefetch(images.part(batch_size, numbers), device)
+        with closing(batches), bar, torch.inference_mode():
+            for batch in batches:
                 pixels, labels, valid = _harmless(batch, classes, labelled, device)
-                share = _shares(sizes, index * batch_size, batch_size).to(device)
+                share = _shares(sizes, done * batch_size, batch_size, device)
                 features = {
                     key: [f.permute(0, 2, 3, 1).flatten(1) for f in used(pixels)]
                     for key, used in encoders.items()
@@ -292,8 +293,9 @@ def release(
                     )
                 if raw_counts is not None and counts_block is not None:
                     raw_counts.add_counts(labels, valid, int(counts_block.bound) // share)
-                done, whole = index + 1, True
+                done, whole = done + 1, True
                 del batch, pixels, labels, valid, features
+                bar.update()
                 if store is not None:
                     store.store_if_due(done, spend, held)
     except BaseException:
@@ -408,9 +410,9 @@ def _group_sizes(images: ImageSource) -> Tensor | None:
     return torch.bincount(images.groups)[images.groups]
 
 
-def _shares(sizes: Tensor | None, start: int, batch_size: int) -> Tensor:
+def _shares(sizes: Tensor | None, start: int, batch_size: int, device: torch.device) -> Tensor:
     """int64 [B]: among how many images each one's bound is shared; 1 for padding."""
-    shares = torch.ones(batch_size, dtype=torch.int64)
+    shares = torch.ones(batch_size, dtype=torch.int64, device=device)
     if sizes is not None:
         part = sizes[start : start + batch_size]
         shares[: len(part)] = part

@@ -21,14 +21,24 @@ features.
 
 Steps 1 to 3 are for usefulness; the sensitivity rests on step 4 alone, whatever the encoder did.
 
-On the CPU the same steps run in csrc/cpu/bounded_sums.cpp, which tests compare with the code below,
-their definition, bit for bit; ``DPMMD_BACKEND=torch`` runs the definition itself.
+On the CPU the same steps run in csrc/cpu/bounded_sums.cpp, and on request on a CUDA device in
+kernels/bounded_sums.py or csrc/cuda/; tests compare them with the code below, their definition, bit
+for bit. ``DPMMD_BACKEND=torch`` runs the definition itself, which is what runs on a CUDA device
+without a request.
+
+The definition has the same bits on every device because it rounds in products, quotients and roots
+of float64 alone, which IEEE 754 fixes, each an operation of its own (nothing that a compiler could
+contract to a fused multiply-add). Maxima, frexp, ceil, trunc and sums of int64 are exact, in any
+order: index_add_ on CUDA adds by atomics, of integers. The one trap: PyTorch divides a CUDA tensor
+by a Python number as a product with its reciprocal, so divisors are tensors. The estimate in
+`certify` is a float sum, whose order matters only far above every limit.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO, NoReturn
 
 import torch
@@ -38,6 +48,7 @@ from dpmmd import _cpu, backends
 
 GRID_BITS = 30
 GUARD = 1.0 - 2.0**-20
+_ON_CUDA = {"triton": "dpmmd.kernels.bounded_sums", "cuda": "dpmmd._cuda"}  # on request
 _CHUNK_ELEMENTS = 1 << 19  # rows are taken so many numbers at a time: temporaries stay in cache
 
 
@@ -108,7 +119,9 @@ def _quantise(group: list[Tensor], limits: Tensor, ball: bool, clip: float) -> l
     norm = (square.double() * 2.0**-bits).sqrt_()
     rate = limits * GUARD / norm
     if ball:
-        rate = torch.minimum(rate, limits * GUARD * _power_of_two(exponent) / clip)
+        # A tensor, for CUDA divides by a Python number as if it multiplied by its reciprocal.
+        divisor = limits.new_full((), clip)
+        rate = torch.minimum(rate, limits * GUARD * _power_of_two(exponent) / divisor)
     rate = torch.where(usable, rate, 0.0)[:, None]
     return [g.mul_(rate).trunc_().to(torch.int64) for g in unit]
 
@@ -118,9 +131,12 @@ def _power_of_two(exponent: Tensor) -> Tensor:
     return ((exponent + 1023) << 52).view(torch.float64)
 
 
-def _runs_native(features: Sequence[Tensor]) -> bool:
-    like = features[0]
-    return like.dtype in _cpu.SUMMED and backends.resolve("auto", like.device.type) == "cpu"
+def _implementation(like: Tensor) -> Callable[..., None] | None:
+    """What adds bounded sums of features such as these; None for the definition in torch."""
+    chosen = backends.resolve("auto", like.device.type)
+    if chosen in _ON_CUDA:
+        return importlib.import_module(_ON_CUDA[chosen]).bounded_sums
+    return _cpu.bounded_sums if chosen == "cpu" and like.dtype in _cpu.SUMMED else None
 
 
 class PrivateSums:
@@ -177,8 +193,8 @@ class PrivateSums:
         """
         if self._sums is None:
             raise RuntimeError("PrivateSums: the sums have been taken.")
-        if _runs_native(features):
-            _cpu.bounded_sums(
+        if (bounded_sums := _implementation(features[0])) is not None:
+            bounded_sums(
                 features,
                 labels,
                 valid,

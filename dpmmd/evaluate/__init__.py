@@ -7,22 +7,19 @@ and nothing in training looks at them.
 from __future__ import annotations
 
 import importlib.util
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor, nn
 from tqdm import tqdm
+
+from dpmmd.evaluate.classical import MODELS, PACKAGES, Predictor, fit
+from dpmmd.evaluate.networks import NETWORKS
 
 Labelled = tuple[NDArray[Any], NDArray[np.int64]]
 
-LOGISTIC_ITERATIONS = 100
-MLP_EPOCHS = 20
-CNN_EPOCHS = 5
+CLASSIFIERS = (*MODELS, *NETWORKS)
 
 
 def evaluate(
@@ -33,6 +30,7 @@ def evaluate(
     classifiers: Sequence[str] = ("logistic_regression", "mlp", "cnn"),
     num_train: int | None = None,
     seed: int = 0,
+    device: str = "cpu",
     progress: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Test accuracy on real images of classifiers trained on synthetic and on real ones.
@@ -42,12 +40,14 @@ def evaluate(
         test: real test images and labels; images of another side are compared at the synthetic
             images' (an error says so).
         real: real training images, for comparison, or None.
-        classifiers: of ``"logistic_regression"`` and ``"mlp"`` (scikit-learn, on pixels / 255:
-            L-BFGS with C = 1 and at most 100 iterations; 100 hidden units, Adam, 20 epochs) and
-            ``"cnn"`` (two convolutional layers, Adam, 5 epochs).
+        classifiers: of `CLASSIFIERS`: the suite of twelve on pixels / 255 (`classical`; logistic
+            regression with at most 100 iterations, an MLP of 100 hidden units for 20 epochs, ...),
+            ``"cnn"`` (two convolutional layers, Adam, 5 epochs) and ``"wrn28_10"`` (50 epochs; for
+            a GPU).
         num_train: draw so many training images from each set (without replacement, as drawn by
             ``seed``); None: all.
         seed: of the draw and of the classifiers.
+        device: where the networks are trained.
         progress: show a progress bar on standard error.
 
     Returns:
@@ -56,7 +56,7 @@ def evaluate(
     Raises:
         ValueError: unknown classifier, unlabelled or empty data, image shapes that differ,
             ``num_train`` below 1.
-        ImportError: scikit-learn is not installed.
+        ImportError: scikit-learn, or xgboost where it is asked for, is not installed.
     """
     check_classifiers(classifiers)
     if num_train is not None and num_train < 1:
@@ -73,7 +73,7 @@ def evaluate(
     with tqdm(total=len(jobs), desc="evaluate", unit="classifier", disable=not progress) as bar:
         for name, kind in jobs:
             bar.set_postfix_str(f"{name} on {kind}")
-            predict = CLASSIFIERS[name](*sets[kind], seed)
+            predict = _trained(name, *sets[kind], seed, device)
             result[name][kind] = float((predict(test[0]) == test[1]).mean())
             bar.update()
     return result
@@ -85,11 +85,23 @@ def check_classifiers(classifiers: Sequence[str]) -> None:
         raise ValueError(
             f"classifiers={list(classifiers)}: expected some of {', '.join(CLASSIFIERS)}."
         )
-    if set(classifiers) != {"cnn"} and importlib.util.find_spec("sklearn") is None:
-        raise ImportError(
-            f"classifiers={list(classifiers)}: all but cnn need scikit-learn; "
-            "try: pip install scikit-learn"
-        )
+    for name in classifiers:
+        if name in NETWORKS:
+            continue
+        for module, distribution in (("sklearn", "scikit-learn"), PACKAGES.get(name, (None, ""))):
+            if module is not None and importlib.util.find_spec(module) is None:
+                raise ImportError(
+                    f"classifiers={list(classifiers)}: {name} needs {distribution}; "
+                    f"try: pip install {distribution}"
+                )
+
+
+def _trained(
+    name: str, images: NDArray[Any], labels: NDArray[np.int64], seed: int, device: str
+) -> Predictor:
+    if name in NETWORKS:
+        return NETWORKS[name](images, labels, seed, device)
+    return fit(name, images, labels, seed)
 
 
 def _check(
@@ -116,84 +128,3 @@ def _arrays(pair: Labelled) -> Labelled:
 def _draw(pair: Labelled, n: int, seed: int) -> Labelled:
     chosen = np.random.default_rng(seed).permutation(len(pair[1]))[:n]
     return pair[0][chosen], pair[1][chosen]
-
-
-Predictor = Callable[[NDArray[Any]], NDArray[np.int64]]
-
-
-def _pixels(images: NDArray[Any]) -> NDArray[np.float32]:
-    return images.reshape(len(images), -1).astype(np.float32) / np.float32(255)
-
-
-def _logistic_regression(images: NDArray[Any], labels: NDArray[np.int64], seed: int) -> Predictor:
-    from sklearn.linear_model import LogisticRegression
-
-    model = LogisticRegression(max_iter=LOGISTIC_ITERATIONS, random_state=seed)
-    return _fitted(model, images, labels)
-
-
-def _mlp(images: NDArray[Any], labels: NDArray[np.int64], seed: int) -> Predictor:
-    from sklearn.neural_network import MLPClassifier
-
-    model = MLPClassifier(hidden_layer_sizes=(100,), max_iter=MLP_EPOCHS, random_state=seed)
-    return _fitted(model, images, labels)
-
-
-def _fitted(model: Any, images: NDArray[Any], labels: NDArray[np.int64]) -> Predictor:
-    from sklearn.exceptions import ConvergenceWarning
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the caps on iterations are meant
-        model.fit(_pixels(images), labels)
-    return lambda test: model.predict(_pixels(test))
-
-
-class _CNN(nn.Module):
-    def __init__(self, channels: int, num_classes: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, 32, 3, padding=1)
-        self.conv2 = nn.Conv2d(32, 64, 3, padding=1)
-        self.hidden = nn.Linear(64 * 16, 128)
-        self.out = nn.Linear(128, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = F.max_pool2d(F.relu(self.conv1(x)), 2)
-        h = F.adaptive_max_pool2d(F.relu(self.conv2(h)), 4).flatten(1)
-        return self.out(F.dropout(F.relu(self.hidden(h)), 0.3, self.training))
-
-
-def _cnn(images: NDArray[Any], labels: NDArray[np.int64], seed: int) -> Predictor:
-    x, y = torch.from_numpy(images), torch.from_numpy(labels)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = _CNN(x.shape[1], int(y.max()) + 1).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        batch = 128
-        steps = CNN_EPOCHS * -(-len(x) // batch)
-        optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-        model.train()
-        for _ in range(CNN_EPOCHS):
-            for part in torch.randperm(len(x)).split(batch):
-                optimizer.zero_grad(set_to_none=True)
-                F.cross_entropy(model(_as_input(x[part])), y[part]).backward()
-                optimizer.step()
-                schedule.step()
-    model.eval()
-
-    @torch.no_grad()
-    def predict(test: NDArray[Any]) -> NDArray[np.int64]:
-        parts = torch.from_numpy(test).split(1000)
-        return torch.cat([model(_as_input(p)).argmax(dim=1) for p in parts]).numpy()
-
-    return predict
-
-
-def _as_input(images: Tensor) -> Tensor:
-    return images.float().div_(255).contiguous(memory_format=torch.channels_last)
-
-
-CLASSIFIERS: dict[str, Callable[[NDArray[Any], NDArray[np.int64], int], Predictor]] = {
-    "logistic_regression": _logistic_regression,
-    "mlp": _mlp,
-    "cnn": _cnn,
-}

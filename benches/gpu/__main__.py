@@ -1,0 +1,198 @@
+"""python3 -m benches.gpu: checks, timings, one table and benches/results/<card>.json.
+
+Exit codes: 0 done, 1 a check or the library's own code failed, 2 wrong use or no CUDA device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benches.gpu import ambient
+
+SECTIONS = ("checks", "sanitizer", "copy", "kernels", "loss", "steps", "release", "cores")
+CHECK_PROCESSES = 6
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python3 -m benches.gpu", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="smallest sizes: for a dry run")
+    parser.add_argument("--budget", type=float, default=420.0, metavar="SECONDS")
+    parser.add_argument(
+        "--sections", default=",".join(SECTIONS), metavar="A,B", help=f"of {', '.join(SECTIONS)}"
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        metavar="FOLDER",
+        help="where to write <card>.json; default: nowhere",
+    )
+    parser.add_argument(
+        "--sweep", action="store_true", help="search launch parameters instead, print a table"
+    )
+    parser.add_argument("--part", help=argparse.SUPPRESS)  # K/N/START or "sanitize": a worker
+    found = parser.parse_args(argv)
+    found.sections = [name for name in found.sections.split(",") if name]
+    for name in found.sections:
+        if name not in SECTIONS:
+            parser.error(f"--sections: {name!r}, expected of {', '.join(SECTIONS)}")
+    if found.device == "cpu" and not found.tiny:
+        parser.error("--device cpu: a dry run; give --tiny too, the other sizes would take hours")
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = arguments(argv)
+    if options.device == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+    stood_in = ambient.prepare()
+    import torch
+
+    from benches.gpu import device as devices
+
+    device: Any
+    if options.device == "cpu":
+        device = devices.Host()
+    elif torch.cuda.is_available():
+        device = devices.Cuda()
+    else:
+        print(
+            f"--device cuda: no CUDA device (torch {torch.__version__}). Run it on a machine "
+            "with a GPU, with a Python whose PyTorch is built for CUDA; `python3 -m benches.gpu "
+            "--device cpu --tiny` is a dry run that measures nothing.",
+            file=sys.stderr,
+        )
+        return 2
+    if options.results is not None and device.dry:
+        from benches.gpu import report
+
+        if options.results.resolve() == report.RESULTS:
+            print(f"--results {options.results}: not for dry runs.", file=sys.stderr)
+            return 2
+    if options.part is not None:
+        return worker(device, options)
+    if options.sweep:
+        return sweep(device, options)
+    return run(device, options, stood_in)
+
+
+def worker(device: Any, options: argparse.Namespace) -> int:
+    """Runs a share of the checks in this process, which another one has begun."""
+    from benches.gpu import checks, inputs
+
+    sanitized = options.part == "sanitize"
+    # There only what launches kernels of ours: torch's own are not ours, and take minutes to patch.
+    names = inputs.BACKENDS[1:] if sanitized else inputs.BACKENDS
+    present, _ = inputs.library(device.device, names)
+    all_of_them = checks.all_checks(device, present, options.tiny)
+    if sanitized:
+        selection = [c for c in all_of_them if c.short][::5]
+        return int(checks.share(selection, 0, 1, 0, sys.stdout) > 0)
+    part, parts, start = map(int, options.part.split("/"))
+    checks.share(all_of_them, part, parts, start, sys.stdout)
+    return 0
+
+
+def sweep(device: Any, options: argparse.Namespace) -> int:
+    from benches.gpu import inputs
+    from benches.gpu import sweep as sweeps
+    from benches.gpu.budget import Budget
+
+    present, missing = inputs.library(device.device)
+    if "triton" not in present:
+        print(f"--sweep: needs Triton: {missing['triton']}", file=sys.stderr)
+        return 2
+    budget = Budget(options.budget)
+    scale = inputs.TINY if options.tiny else inputs.FULL
+    print(sweeps.sweep(device, budget, scale, lambda line: print(line, flush=True)))
+    for what in budget.skipped:
+        print(f"left out: {what}")
+    return 0
+
+
+def run(device: Any, options: argparse.Namespace, stood_in: Sequence[str] = ()) -> int:
+    """All sections; returns the exit code."""
+    from benches.gpu import checks, inputs, operations, released, report, sanitizer, steps
+    from benches.gpu.budget import Budget, Section
+    from benches.gpu.measure import Measure
+
+    scale = inputs.TINY if options.tiny else inputs.FULL
+    budget = Budget(options.budget)
+    measure = Measure(device, budget, scale.rounds, scale.seconds)
+    present, missing = inputs.library(device.device)
+    for name, why in missing.items():
+        budget.skip(name, f"backend {name}: {why}")
+        if not why.startswith("ValueError"):  # it is there, and breaks
+            measure.errors.append(f"backend {name}: {why}")
+    if stood_in:
+        budget.skip("", f"not installed, stood in for: {', '.join(stood_in)}")
+    results: dict[str, Any] = {
+        "machine": device.describe(),
+        "rows": measure.rows,
+        "checks": {"passed": 0},
+        "sanitizer": {},
+        "errors": measure.errors,
+        "skipped": budget.skipped,
+        "seconds": budget.took,
+    }
+    broken: set[tuple[str, str]] = set()
+    same = ["--device", options.device, *(["--tiny"] if options.tiny else [])]
+
+    def check() -> None:
+        wanted = checks.all_checks(device, present, options.tiny)
+        left = lambda: budget.left  # noqa: E731
+        if options.tiny:
+            outcome = checks.here(wanted, left)
+        else:
+            processes = min(CHECK_PROCESSES, max(1, (os.cpu_count() or 2) - 2))
+            outcome = checks.spread(wanted, processes, same, left)
+        broken.update(outcome.broken)
+        results["checks"] = {
+            "passed": outcome.passed, "failed": outcome.failed, "missed": outcome.missed
+        }  # fmt: skip
+
+    def sanitize() -> None:
+        results["sanitizer"], errors = sanitizer.sanitize(same, lambda: budget.left)
+        measure.errors.extend(f"compute-sanitizer {error}" for error in errors)
+
+    def kernels() -> None:
+        if "triton" in present:
+            operations.pieces(measure, scale, broken)
+        else:
+            budget.skip("all of it", "no Triton")
+
+    sections = {
+        "checks": Section("checks", 100, check),
+        "sanitizer": Section("sanitizer", 45, sanitize),
+        "copy": Section("copy", 10, lambda: operations.copy(measure, scale)),
+        "kernels": Section("kernels", 60, kernels),
+        "loss": Section("loss", 110, lambda: operations.loss(measure, scale, present, broken)),
+        "steps": Section("steps", 100, lambda: steps.steps(measure, scale, present, broken)),
+        "release": Section(
+            "release", 40, lambda: released.released(measure, scale, present, broken)
+        ),
+        "cores": Section("cores", 50, lambda: operations.cores(measure, scale, present, broken)),
+    }
+    written: list[Path] = []
+
+    def write() -> None:
+        name, seconds = list(budget.took.items())[-1]
+        print(f"{name}: {seconds:.0f} s, {budget.spent:.0f} in all", file=sys.stderr, flush=True)
+        if options.results is not None:
+            written[:] = [report.save(options.results, results)]
+
+    budget.run([sections[name] for name in SECTIONS if name in options.sections], write)
+    print(report.text(results))
+    print(f"\n{budget.spent:.0f} s" + "".join(f", written: {path}" for path in written))
+    return int(any((results["checks"].get("failed"), measure.errors, budget.failed)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""All that touches CUDA: events, graphs, memory statistics, the card. A CPU for dry runs."""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from benches.gpu import ambient
+
+
+class NoGraph(RuntimeError):
+    """A function that cannot be captured, and why."""
+
+
+class Cuda:
+    """The current CUDA device, as it is found: nothing of its settings is changed."""
+
+    dry = False
+
+    def __init__(self) -> None:
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        found = torch.cuda.get_device_properties(self.device)
+        self.cache_bytes = int(found.L2_cache_size)
+        self.memory_bytes = int(found.total_memory)
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.device)
+
+    def seconds(self, run: Callable[[], Any]) -> float:
+        """Of the device's time, from before the first to after the last of the call's kernels."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    def capture(self, run: Callable[[], Any]) -> Callable[[], Any]:
+        """A function that replays what `run` does as a CUDA graph and returns its (same) result.
+
+        Raises:
+            NoGraph: it cannot be captured.
+        """
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                result = run()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            self.synchronize()
+            raise NoGraph(brief(error)) from error
+
+        def replay() -> Any:
+            graph.replay()
+            return result
+
+        return replay
+
+    def allocated(self) -> int:
+        return torch.cuda.memory_allocated(self.device)
+
+    def peak(self, run: Callable[[], Any]) -> int:
+        """The most memory that tensors had while `run` ran."""
+        self.synchronize()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        run()
+        self.synchronize()
+        return torch.cuda.max_memory_allocated(self.device)
+
+    def free(self) -> None:
+        """Gives memory without an owner back."""
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    def describe(self) -> dict[str, Any]:
+        found = torch.cuda.get_device_properties(self.device)
+        return {
+            "gpu": found.name,
+            "capability": f"{found.major}.{found.minor}",
+            "multiprocessors": found.multi_processor_count,
+            "memory_gb": round(found.total_memory / 1e9),
+            "l2_mb": round(self.cache_bytes / 1e6),
+            "driver": _driver(),
+            "cuda": torch.version.cuda or "",
+            **_software(),
+        }
+
+
+class Host:
+    """A CPU in the place of the device: a wall clock, no graphs, no memory statistics."""
+
+    dry = True
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+        self.cache_bytes = 0
+        self.memory_bytes = 1 << 30
+
+    def synchronize(self) -> None:
+        pass
+
+    def seconds(self, run: Callable[[], Any]) -> float:
+        start = perf_counter()
+        run()
+        return perf_counter() - start
+
+    def capture(self, run: Callable[[], Any]) -> Callable[[], Any]:
+        raise NoGraph("a CPU has no CUDA graphs")
+
+    def allocated(self) -> int:
+        return 0
+
+    def peak(self, run: Callable[[], Any]) -> int | None:
+        run()
+        return None
+
+    def free(self) -> None:
+        gc.collect()
+
+    def describe(self) -> dict[str, Any]:
+        return {"gpu": "none, a dry run on a CPU", "dry_run": True, **_software()}
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Within the block float32 convolutions and products may, or may not, use TF32."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Within the block memory that nothing was written to is NaN, or the greatest integer."""
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = before[2]  # type: ignore[attr-defined]
+
+
+def brief(error: BaseException) -> str:
+    """An error on one line, without the names of places on this machine."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    text = text.replace(str(ambient.ROOT), ".").replace(os.path.expanduser("~"), "~")
+    text = re.sub(r"(?<![\w.])/(?:[\w.+-]+/)+", "", text)
+    return f"{type(error).__name__}: {text}"[:200]
+
+
+def _software() -> dict[str, str]:
+    return {
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "python": platform.python_version(),
+    }
+
+
+def _version(package: str) -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _driver() -> str:
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return (done.stdout.split() or [""])[0]

@@ -1,0 +1,119 @@
+"""Throughput of a release: the encoder alone, with integer sums on the device, and whole."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import dpmmd
+from benches.gpu.checks import bounded_sums_of
+from benches.gpu.device import brief
+from benches.gpu.inputs import Scale
+from benches.gpu.measure import Call, Measure, Row
+from benches.gpu.steps import encoder_of, no_noise
+from dpmmd import backends, reference
+from dpmmd.privacy.sums import PrivateSums
+
+RELEASE, WHOLE = "release, encoder and sums", "dpmmd.release, images in memory"
+ALONE = "encoder alone"
+
+
+def serves(backend: str, device: torch.device) -> bool:
+    """Whether `PrivateSums` takes a backend's kernel where that backend is asked for."""
+    if backend == "torch":
+        return True
+    function = bounded_sums_of(backend)
+    features, one = [torch.ones(1, 8, device=device)], torch.ones(1, device=device).long()
+    with mock.patch(f"{function.__module__}.bounded_sums", wraps=function) as called:
+        with backends.use(backend):
+            PrivateSums(1, 8, device=device).add(
+                features, one * 0, one.bool(), one, moments=(1,), joint_weight=1.0,
+                bound="sphere", clip=1.0, nonnegative=True,
+            )  # fmt: skip
+        return called.called
+
+
+def released(
+    measure: Measure, scale: Scale, present: Sequence[str], broken: set[tuple[str, str]]
+) -> None:
+    sound = [b for b in present if (b, "sums") not in broken]
+    for precision in scale.precisions:
+        if measure.budget.fits(f"{RELEASE}, {precision}"):
+            _released(measure, scale, precision, sound)
+        measure.device.free()
+
+
+def _released(measure: Measure, scale: Scale, precision: str, sound: Sequence[str]) -> None:
+    device = measure.device
+    pixels, batch, count = scale.release
+    encoder = encoder_of(scale, pixels, precision, device.device)
+    batches = [torch.rand(batch, 3, pixels, pixels, device=device.device) for _ in range(2)]
+    y = (torch.arange(batch) % scale.classes).to(device.device)
+    valid = torch.ones(batch, dtype=torch.bool, device=device.device)
+    limits = torch.full((batch,), 1 << 30, device=device.device)
+    options: dict[str, Any] = {
+        "moments": (1,), "joint_weight": 1.0, "bound": "sphere", "clip": 1.0, "nonnegative": True
+    }  # fmt: skip
+
+    def loop(add: Callable[[list[Tensor]], None] | None) -> None:
+        with torch.inference_mode():
+            for index in range(count):
+                maps = encoder(batches[index % 2])
+                if add is not None:
+                    add(reference.flatten(maps))
+
+    variants: dict[str, list[Call]] = {ALONE: [functools.partial(loop, None)]}
+    for backend in sound:
+        if backend == "torch":
+            private = PrivateSums(scale.classes, encoder.dim, device=device.device)
+
+            def add(features: list[Tensor], private: PrivateSums = private) -> None:
+                with backends.use("torch"):
+                    private.add(features, y, valid, limits, **options)
+        else:
+            into = torch.zeros(scale.classes, encoder.dim, dtype=torch.int64, device=device.device)
+            add = functools.partial(
+                bounded_sums_of(backend),
+                labels=y, valid=valid, limits=limits, sums=into, **options,
+            )  # fmt: skip
+        variants[backend] = [functools.partial(loop, add)]
+    shape = f"{scale.encoder} {pixels} px, n={batch}, K={scale.classes}, moments 1"
+    measure(RELEASE, shape, precision, variants, graph=False, items=batch * count)
+
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (2 * batch * count, 3, pixels, pixels), dtype=np.uint8)
+
+    def whole(n: int) -> None:
+        dpmmd.release(
+            (images[:n], np.arange(n) % scale.classes), encoder, epsilon=1.0, delta=1e-5,
+            adjacency="replace-one", num_classes=scale.classes, batch_size=batch, progress=False,
+            insecure_test_noise=no_noise,
+        )  # fmt: skip
+
+    for backend in sound:
+        if not serves(backend, device.device):
+            measure.budget.skip(f"{WHOLE}, {backend}", "a release does not use its sums")
+            continue
+        if not measure.budget.fits(f"{WHOLE}, {backend}"):
+            continue
+        try:
+            with backends.use(backend):
+                whole(batch)
+                half = device.seconds(lambda: whole(batch * count))
+                seconds = max(device.seconds(lambda: whole(2 * batch * count)) - half, 0.0)
+        except Exception as error:
+            measure.keep(Row(WHOLE, shape, precision, backend, note=brief(error)))
+            measure.errors.append(f"{WHOLE}, {backend}: {brief(error)}")
+            continue
+        measure.keep(
+            Row(
+                WHOLE, shape, precision, backend, seconds, seconds, 1, "launches",
+                items=batch * count,
+            )
+        )  # fmt: skip

@@ -1,0 +1,229 @@
+"""A synthetic set as files that others read: .npz, a folder of images, Parquet; and its card."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from dpmmd.data import write_npz
+from dpmmd.files import refuse_existing
+from dpmmd.privacy import Release
+from dpmmd.privacy.report import facts, rows
+
+FORMATS = ("npz", "npz-float", "folder", "parquet")
+_ROW_GROUP = 1000  # images
+
+
+def format_of(path: Path, given: str | None = None) -> str:
+    """The format to write: the one ``given``, or what the name's ending says.
+
+    Raises:
+        ValueError: an unknown format, or a name that does not go with it.
+        ImportError: Parquet without pyarrow.
+    """
+    if given is not None and given not in FORMATS:
+        raise ValueError(f"--format {given}: expected one of {', '.join(FORMATS)}.")
+    found = {".npz": "npz", ".parquet": "parquet", "": "folder"}.get(path.suffix)
+    chosen = given or found
+    if chosen is None:
+        raise ValueError(
+            f"--out {path}: expected a name ending in .npz or .parquet, or a folder's name."
+        )
+    if chosen.partition("-")[0] != found:
+        ending = "no ending, a folder" if chosen == "folder" else f".{chosen.partition('-')[0]}"
+        raise ValueError(f"--out {path} --format {chosen}: expected a name with {ending}.")
+    if chosen == "parquet":
+        _pyarrow()
+    return chosen
+
+
+def write(
+    path: Path,
+    images: NDArray[np.uint8],
+    labels: NDArray[np.int64] | None,
+    *,
+    format: str,
+    overwrite: bool = False,
+) -> None:
+    """Writes a synthetic set; the file or folder appears whole or not at all.
+
+    Args:
+        path: where to.
+        images: uint8 [n, C, H, W].
+        labels: int64 [n], or None.
+        format: ``"npz"`` (x uint8 [n, C, H, W], y int64 [n]), ``"npz-float"`` (x float32 in
+            [0, 1], as DPImageBench reads it), ``"folder"`` (CLASS/00000000.png) or ``"parquet"``
+            (columns image {bytes, path} and label, as Hugging Face's datasets reads it).
+        overwrite: replace a file that exists; a folder is never replaced.
+
+    Raises:
+        FileExistsError: it exists.
+    """
+    if format == "folder":
+        with _appearing(path) as folder:
+            _write_folder(folder, images, labels)
+    elif format == "parquet":
+        refuse_existing(path, overwrite=overwrite)
+        _write_parquet(path, images, labels)
+    else:
+        x: NDArray[Any] = images
+        if format == "npz-float":
+            x = images.astype(np.float32) / np.float32(255)
+        write_npz(path, x, labels, overwrite=overwrite)
+
+
+@contextlib.contextmanager
+def _appearing(path: Path) -> Iterator[Path]:
+    """A folder to fill, that gets its name when it is full."""
+    refuse_existing(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield temporary
+        os.chmod(temporary, 0o755)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def class_name(label: int, num_classes: int) -> str:
+    """ "00" .. "99": in alphabetical order the classes are in their own."""
+    return f"{label:0{len(str(num_classes - 1))}d}"
+
+
+def _write_folder(
+    folder: Path, images: NDArray[np.uint8], labels: NDArray[np.int64] | None
+) -> None:
+    classes = 0 if labels is None else int(labels.max()) + 1
+    for k in range(classes):
+        (folder / class_name(k, classes)).mkdir()
+    for i, image in enumerate(images):
+        inside = folder if labels is None else folder / class_name(int(labels[i]), classes)
+        (inside / f"{i:08d}.png").write_bytes(_png(image))
+
+
+def _write_parquet(path: Path, images: NDArray[np.uint8], labels: NDArray[np.int64] | None) -> None:
+    pa, pq = _pyarrow()
+    cell = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    fields, features = [pa.field("image", cell)], {"image": {"_type": "Image"}}
+    if labels is not None:
+        classes = int(labels.max()) + 1
+        names = [class_name(k, classes) for k in range(classes)]
+        fields.append(pa.field("label", pa.int64()))
+        features["label"] = {"names": names, "_type": "ClassLabel"}  # type: ignore[dict-item]
+    told = json.dumps({"info": {"features": features}})
+    schema = pa.schema(fields, metadata={"huggingface": told})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(descriptor)
+    try:
+        with pq.ParquetWriter(temporary, schema) as writer:
+            for start in range(0, len(images), _ROW_GROUP):
+                part = images[start : start + _ROW_GROUP]
+                columns = [
+                    pa.array(
+                        [
+                            {"bytes": _png(image), "path": f"{start + i:08d}.png"}
+                            for i, image in enumerate(part)
+                        ],
+                        cell,
+                    )
+                ]
+                if labels is not None:
+                    columns.append(pa.array(labels[start : start + _ROW_GROUP], pa.int64()))
+                writer.write_batch(pa.record_batch(columns, schema=schema))
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _png(image: NDArray[np.uint8]) -> bytes:
+    data = io.BytesIO()
+    Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(data, "PNG")
+    return data.getvalue()
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise ImportError(
+            "format 'parquet' needs the package pyarrow: pip install pyarrow (or another format)."
+        ) from None
+    return pa, pq
+
+
+def card(
+    release: Release,
+    *,
+    name: str,
+    format: str,
+    shape: tuple[int, ...],
+    step: int,
+    seed: int,
+) -> str:
+    """A data set's card in Markdown: what it holds and what was promised about its origin.
+
+    Args:
+        release: what the generator was trained on.
+        name: of the file or folder.
+        format: of `FORMATS`.
+        shape: [n, C, H, W] of the images.
+        step: training step of the generator's weights.
+        seed: of the latent points.
+    """
+    f, m = facts(release), release.metadata
+    n, channels, height, width = shape
+    kind = "RGB" if channels == 3 else "grey"
+    labels = f"labels 0 to {m.num_classes - 1}, in equal parts" if m.labelled else "no labels"
+    lines = [
+        f"# {'' if m.private else 'NOT PRIVATE: '}{n:,} synthetic images",
+        "",
+        f"`{name}`: {n:,} {kind} images of {height} x {width} px, {labels}. Made by dpmmd "
+        f"{f['version']}: a generator, trained for {step:,} steps on a noised mean embedding of "
+        f"private images ({f['source']}; encoder {f['encoder']}); latent seed {seed}.",
+        "",
+        _HOW[format],
+        "",
+        "## Privacy",
+        "",
+        f["promise"],
+        "",
+    ]
+    if m.private:
+        lines += [
+            "The images follow from the release alone, so that this holds for all of them together"
+            " and for any number of further ones.",
+            "",
+            "| what | value |",
+            "| --- | --- |",
+            *(f"| {key} | {value} |" for key, value in rows(f)),
+            "",
+            "Not covered:",
+            "",
+            *(f"- {line}" for line in f["not_covered"]),
+            "",
+        ]
+    return "\n".join(lines)
+
+
+_HOW = {
+    "npz": "`x` is uint8 [n, C, H, W], `y` int64 [n]: `numpy.load(FILE)`.",
+    "npz-float": "`x` is float32 [n, C, H, W] in [0, 1], `y` int64 [n]: `numpy.load(FILE)`.",
+    "folder": "One PNG an image, one folder a class: `torchvision.datasets.ImageFolder(FOLDER)`.",
+    "parquet": 'Columns `image` (PNG) and `label`: `datasets.load_dataset("parquet", '
+    "data_files=FILE)`.",
+}

@@ -1,0 +1,241 @@
+"""The loss through the encoder's own ReLUs: what plain autograd gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dpmmd
+from dpmmd import injection
+from dpmmd.bounds import BOUNDS
+from dpmmd.encoders import Encoder, Rectified, StagedBackbone
+from dpmmd.encoders.layers import Convolution, MaxPool
+from dpmmd.nn import ESTIMATORS, MMDLoss
+from tests.conftest import images, no_noise, small_encoder
+
+KINDS = ("vgg", "fire", "residual", "relu6")
+
+
+class Concatenated(nn.Module):
+    """Two convolutions side by side, whose bias may be left out."""
+
+    def __init__(self, first: Convolution, second: Convolution) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat((self.first(x), self.second(x)), dim=1)
+
+    def unbiased(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        (a, b), (c, d) = self.first.unbiased(x), self.second.unbiased(x)
+        assert b is not None
+        assert d is not None
+        return torch.cat((a, c), dim=1), torch.cat((b, d))
+
+
+class Added(nn.Module):
+    def __init__(self, convolution: Convolution) -> None:
+        super().__init__()
+        self.convolution = convolution
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.convolution(x)
+
+
+def encoder_of(kind: str, **options: Any) -> Encoder:
+    """Four stages: a ReLU, one behind a pooling, one that is not a ReLU, and a last ReLU."""
+    rng = torch.Generator().manual_seed(3)
+
+    def convolution(inputs: int, outputs: int, kernel: int = 3) -> Convolution:
+        weight = torch.randn(outputs, inputs, kernel, kernel, generator=rng) / (inputs**0.5 * 2)
+        bias = torch.randn(outputs, generator=rng) * 0.2
+        return Convolution(weight, bias, padding=kernel // 2)
+
+    middle: nn.Module = convolution(4, 4)
+    if kind == "fire":
+        middle = Concatenated(convolution(4, 2), convolution(4, 2, 1))
+    if kind == "residual":
+        middle = Added(convolution(4, 4))
+    ceiling = 0.4 if kind == "relu6" else None
+    stages: dict[str, nn.Module] = {
+        "one": Rectified(convolution(3, 4), ceiling),
+        "two": Rectified(nn.Sequential(MaxPool(2, 2), middle), ceiling),
+        "linear": convolution(4, 4, 1),
+        "three": Rectified(convolution(4, 5), ceiling),
+    }
+    backbone = StagedBackbone(stages, mean=(0.5, 0.4, 0.3), std=(0.3, 0.3, 0.3))
+    signs = dict.fromkeys(stages, "nonnegative") | {"linear": "signed"}
+    arguments: dict[str, Any] = {"name": kind, "weights_sha256": "0" * 64, "image_size": 8}
+    return Encoder(backbone, tap_signs=signs, **{**arguments, **options}).double()
+
+
+def release_of(encoder: Encoder, **options: Any) -> dpmmd.Release:
+    arguments: dict[str, Any] = {"epsilon": 5.0, "delta": 1e-3, "adjacency": "replace-one"}
+    return dpmmd.release(
+        images(60),
+        encoder,
+        progress=False,
+        insecure_test_noise=no_noise,
+        **{**arguments, "num_classes": 3, **options},
+    )
+
+
+def step(loss: MMDLoss, labels: Tensor | None, n: int = 7) -> tuple[Tensor, Tensor]:
+    x = torch.rand(n, 3, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x.requires_grad_()
+    value = loss(x, labels)
+    value.backward()
+    assert x.grad is not None
+    return value.detach(), x.grad
+
+
+LABELS = torch.tensor([0, 2, 2, 0, 2, 0, 0])
+
+
+def compare(
+    encoder: Encoder, release: dpmmd.Release, labels: Tensor | None, **options: Any
+) -> None:
+    plain = MMDLoss(release, encoder, backend="torch", **options).double()
+    ours = MMDLoss(release, encoder, backend="torch", inject=True, **options).double()
+    for _ in range(2):
+        (value, gradient), (expected, truth) = step(ours, labels), step(plain, labels)
+        torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-14)
+        assert float(truth.flatten(1).norm(dim=1).min()) > 0
+        assert float((gradient - truth).norm()) <= 1e-12 * float(truth.norm())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_encoders_say_which_taps_are_relus(kind: str) -> None:
+    assert encoder_of(kind).rectified == ("one", "two", "three")
+    assert encoder_of(kind, pool=4).rectified == ("two", "three")  # the first is pooled
+    assert encoder_of(kind, taps=["linear", "one"]).rectified == ("one",)
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("moments", [(1,), (2,), (1, 2)])
+def test_bounds_and_moments(bound: str, kind: str, moments: tuple[int, ...]) -> None:
+    encoder = encoder_of(kind)
+    compare(encoder, release_of(encoder, bound=bound, clip=2.0, moments=moments), LABELS)
+
+
+@pytest.mark.parametrize("bound", ["sphere", "ball"])
+def test_a_joint_bound(bound: str) -> None:
+    encoder = encoder_of("vgg")
+    options = {"moments": (1, 2), "joint_weight": 0.5, "bound": bound, "clip": 2.0}
+    compare(encoder, release_of(encoder, **options), LABELS)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("labelled", [True, False])
+def test_estimators(estimator: str, labelled: bool) -> None:
+    encoder = encoder_of("fire")
+    release = release_of(encoder, num_classes=3 if labelled else None)
+    compare(encoder, release, LABELS if labelled else None, estimator=estimator)
+
+
+@pytest.mark.parametrize("estimator", ["batch", "ema", "adam"])
+def test_a_hybrid_release(estimator: str) -> None:
+    encoder = encoder_of("vgg")
+    compare(encoder, release_of(encoder, shared_taps=2), LABELS, estimator=estimator)
+
+
+@pytest.mark.parametrize("options", [{"pool": 4}, {"taps": ["linear", "one"]}, {"image_size": 12}])
+def test_taps_that_are_not_a_relus_output_take_the_plain_path(options: dict[str, Any]) -> None:
+    encoder = encoder_of("vgg", **options)
+    compare(encoder, release_of(encoder), LABELS)
+
+
+def test_a_backbone_without_such_stages() -> None:
+    encoder = small_encoder().double()
+    assert encoder.rectified == ()
+    compare(encoder, release_of(encoder), LABELS)
+
+
+def test_micro_batches() -> None:
+    encoder = encoder_of("fire")
+    compare(encoder, release_of(encoder, moments=(1, 2)), LABELS, micro_batch=3)
+
+
+@pytest.mark.parametrize("name", ["squeezenet1.1", "efficientnet-lite0", "vgg11", "resnet18"])
+def test_the_encoders_that_come_with_it(name: str) -> None:
+    weights = "random" if name in ("vgg11", "resnet18") else None
+    encoder = dpmmd.encoders.load(name, weights=weights, precision="float64")
+    assert len(encoder.rectified) == {"efficientnet-lite0": 2}.get(name, len(encoder.taps))
+    compare(encoder, release_of(encoder, moments=(1, 2)), LABELS)
+
+
+def test_two_passes_at_once_do_not_mix() -> None:
+    encoder = encoder_of("vgg")
+    release = release_of(encoder)
+    loss = MMDLoss(release, encoder, estimator="batch", backend="torch", inject=True).double()
+    plain = MMDLoss(release, encoder, estimator="batch", backend="torch").double()
+    xs = [
+        torch.rand(7, 3, 8, 8, dtype=torch.float64).requires_grad_(),
+        torch.rand(7, 3, 8, 8, dtype=torch.float64).requires_grad_(),
+    ]
+    loss(torch.rand(7, 3, 8, 8, dtype=torch.float64, requires_grad=True), LABELS)  # abandoned
+    values = [loss(x, LABELS) for x in xs]
+    for x, value in zip(reversed(xs), reversed(values), strict=True):
+        (expected,) = torch.autograd.grad(plain(x, LABELS), x)
+        (found,) = torch.autograd.grad(3 * value, x)
+        torch.testing.assert_close(found, 3 * expected, rtol=1e-11, atol=1e-15)
+        with pytest.raises(RuntimeError, match="second time"):
+            value.backward()
+
+
+def test_features_may_have_another_use_too() -> None:
+    """What comes in from elsewhere is added; without a loss the ReLUs are ordinary ones."""
+    encoder = encoder_of("vgg")
+    x = torch.rand(4, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    slots = {name: injection.Slot((1,), encoder.dim) for name in encoder.rectified}
+    (expected,) = torch.autograd.grad(sum(f.square().sum() for f in encoder(x)), x)
+    maps = encoder(x, {name: slot.rectify for name, slot in slots.items()})
+    (found,) = torch.autograd.grad(sum(f.square().sum() for f in maps), x)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_the_loss_writes_no_gradient_of_a_feature_that_its_relu_makes() -> None:
+    encoder = encoder_of("vgg")
+    release = release_of(encoder)
+    handed: dict[bool, list[int]] = {}
+    for inject in (False, True):
+        loss = MMDLoss(release, encoder, estimator="batch", backend="torch", inject=inject).double()
+        value = loss(torch.rand(7, 3, 8, 8, dtype=torch.float64, requires_grad=True), LABELS)
+        nodes = [value.grad_fn]
+        for node in nodes:
+            assert node is not None
+            if "MeanEmbedding" in node.name():
+                break
+            nodes += [following for following, _ in node.next_functions if following is not None]
+
+        def note(grads: Any, _: Any, inject: bool = inject) -> None:
+            handed[inject] = [0 if g is None else g.numel() for g in grads[-4:]]
+
+        node.register_hook(note)
+        value.backward()
+    sizes = [7 * tap.size for tap in encoder.taps]
+    assert handed[False] == sizes
+    assert handed[True] == [0, 0, sizes[2], 0]  # but for the linear one
+
+
+def test_what_has_no_injection_is_refused() -> None:
+    encoder = encoder_of("vgg").float()
+    release = release_of(encoder)
+    with pytest.raises(ValueError, match=r"inject=True with backend='cpu': expected one of 'auto'"):
+        MMDLoss(release, encoder, backend="cpu", inject=True)
+    with pytest.raises(ValueError, match=r"labels: torch.int64 \[7\]"):
+        MMDLoss(release, encoder, inject=True)(torch.rand(3, 3, 8, 8), LABELS)
+
+
+def test_statistics_are_of_what_is_stored() -> None:
+    slot = injection.Slot((1, 2), 0)
+    x = torch.randn(3, 4, 2, 2).to(torch.bfloat16)
+    f = slot.rectify(x.clone(), torch.tensor([0.1, 0.2, -0.3, 0.0], dtype=torch.bfloat16), None)
+    rows = f.double().flatten(1).numpy()
+    for moment, square in zip((2, 4), slot.squares, strict=True):
+        np.testing.assert_allclose(square.numpy(), (rows**moment).sum(axis=1), rtol=1e-5)

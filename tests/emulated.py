@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from dpmmd import _cuda
 
 ROOT = Path(__file__).resolve().parent.parent
+SANITIZED = "DPMMD_TEST_SANITIZED"  # set by tests/test_cuda_sanitized.py
 
 
 def build(name: str, *options: str) -> Path:
@@ -50,6 +52,8 @@ def load(path: Path) -> Any:
 def emulated_module() -> Any:
     if shutil.which("c++") is None and shutil.which("g++") is None:
         pytest.skip("needs a C++ compiler")
+    if os.environ.get(SANITIZED):
+        return load(build("sanitized", "-DDPMMD_SANITIZE=ON"))
     return load(build("emulated"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -47,12 +48,18 @@ def labels(n: int, k: int) -> Tensor:
 
 
 def both(
-    fs: list[Tensor], y: Tensor, valid: Tensor, k: int, limit: int = LIMIT, **options: Any
+    fs: list[Tensor],
+    y: Tensor,
+    valid: Tensor,
+    k: int,
+    limit: int = LIMIT,
+    core: ModuleType = _cpu,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Sums by the native core, and by the definition."""
+    """Sums by a native core, and by the definition."""
     dim = sum(f.shape[1] for f in fs) * len(options["moments"])
     ours = torch.zeros(k, dim, dtype=torch.int64)
-    _cpu.bounded_sums(fs, y, valid, torch.full_like(y, limit), sums=ours, **options)
+    core.bounded_sums(fs, y, valid, torch.full_like(y, limit), sums=ours, **options)
     definition = PrivateSums(k, dim)
     with backends.use("torch"):
         definition.add(fs, y, valid, torch.full_like(y, limit), **options)
@@ -138,7 +145,7 @@ def test_exact_against_python_integers(limit: int) -> None:
     assert sums[0].tolist() == expected
 
 
-def test_limits_labels_and_validity_by_image() -> None:
+def check_limits_labels_and_validity(core: ModuleType) -> None:
     """Each image alone is the truth; what may not contribute adds nothing and raises nothing."""
     fs = rows(12, [9, 200], torch.float32, seed=3)
     limits = torch.tensor([LIMIT, 5, 0, -1, LIMIT + 1, 1 << 62, -(1 << 63), 77, 1, LIMIT, 9, 9])
@@ -150,7 +157,7 @@ def test_limits_labels_and_validity_by_image() -> None:
         "nonnegative": True,
     }  # fmt: skip
     ours = torch.zeros(3, 418, dtype=torch.int64)
-    _cpu.bounded_sums(fs, y, valid, limits, sums=ours, **options)
+    core.bounded_sums(fs, y, valid, limits, sums=ours, **options)
     expected = PrivateSums(3, 418)
     for i in (0, 1, 7):
         one = slice(i, i + 1)
@@ -160,6 +167,10 @@ def test_limits_labels_and_validity_by_image() -> None:
     assert torch.equal(ours, truth)
     assert truth[0].any()
     assert truth[1].any()
+
+
+def test_limits_labels_and_validity_by_image() -> None:
+    check_limits_labels_and_validity(_cpu)
 
 
 @pytest.mark.parametrize("moments", [(1,), (1, 2)], ids=str)

@@ -15,6 +15,8 @@ from dpmmd import _cpu, _cuda, backends, functional
 from dpmmd.bounds import BOUNDS
 from dpmmd.nn import MMDLoss
 from dpmmd.privacy.sums import PrivateSums
+from tests import test_bounded_sums as cpu_sums
+from tests import test_mean_embedding as cpu_embedding
 from tests.conftest import images, no_noise, nonnegative_encoder
 from tests.emulated import emulated, emulated_module  # noqa: F401
 
@@ -39,8 +41,11 @@ def features(
     for size in sizes:
         f = torch.randn(n, *size, generator=rng).relu().to(dtype)
         if n > 8:
-            f[4], f[7] = 0, float("nan") if size == sizes[-1] else f[7]
-            f[2].flatten()[0] = float("inf") if size == sizes[0] and n < 0 else 1
+            f[4] = 0
+            if size == sizes[-1]:
+                f[7] = float("nan")
+            if size == sizes[0]:
+                f[2] = float("inf")
         if f.ndim == 4 and not planes:
             f = f.contiguous(memory_format=torch.channels_last)
         made.append(f)
@@ -67,11 +72,12 @@ def compare(
     assert means.dtype == torch.float32
     scale = float(truth.abs().max()) or 1.0
     torch.testing.assert_close(means.double(), truth, rtol=2e-5, atol=2e-6 * scale)
+    # Of all taps: the gradient of a tap of one column is what two equal terms leave.
+    most = max(float(expected.abs().max()) for expected in slopes) or 1.0
     for f, found, expected in zip(fs, gradients, slopes, strict=True):
         assert found.dtype == f.dtype
         assert found.stride() == _cpu.empty_gradient(f).stride()
         rtol = 3e-5 if f.dtype == torch.float32 else 2**-8
-        most = float(expected.abs().max()) or 1.0
         torch.testing.assert_close(found.double(), expected, rtol=rtol, atol=rtol / 8 * most)
 
 
@@ -88,6 +94,43 @@ def test_embedding(emulated: Any, dtype: torch.dtype, bound: str, moments: Any) 
 def test_embedding_of_other_sizes(emulated: Any, sizes: Any, bound: str, labelled: bool) -> None:  # noqa: F811
     labels, classes = (LABELS, 4) if labelled else (None, 1)
     compare(features(sizes), labels, classes, bound=bound, moments=(1, 2), clip=2.0)
+
+
+@pytest.mark.parametrize("moments", [(1,), (1, 2)])
+@pytest.mark.parametrize("bound", ["sphere", "ball-per-tap"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shapes", cpu_embedding.SHAPES)
+def test_errors_are_those_of_plain_torch(
+    emulated: Any,  # noqa: F811
+    shapes: str,
+    dtype: torch.dtype,
+    bound: str,
+    moments: Any,
+) -> None:
+    """At most twice (gradients thrice) them: the CPU core's test and tolerances."""
+    fs = cpu_embedding.features(9, cpu_embedding.SHAPES[shapes], dtype)
+    norms = torch.cat([f.float().flatten(1) for f in fs], dim=1).norm(dim=1)
+    cpu_embedding.check(
+        fs, cpu_embedding.labels(9, 4), 4, backend="cuda", moments=moments, bound=bound,
+        clip=1.01 * float(norms.median()),
+    )  # fmt: skip
+
+
+def test_a_square_that_overflows_leaves_the_first_moment_alone(emulated: Any) -> None:  # noqa: F811
+    fs = [f * 1e10 for f in features(EVEN, n=4)]  # f^4 is beyond float32
+    means, _, gradients = results(fs, None, 1, "cuda", moments=(1, 2))
+    truth, _, _ = results([f.double() for f in fs], None, 1, "torch", moments=(1,))
+    torch.testing.assert_close(means[:1].double(), truth, rtol=1e-6, atol=1e-7)
+    assert not means[1].any()
+    assert all(g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize("label", [-1, 4, 2**40])
+def test_a_label_out_of_range_stops_the_device(emulated: Any, label: int) -> None:  # noqa: F811
+    labels = LABELS.clone()
+    labels[5] = label
+    with pytest.raises(RuntimeError, match=r"device-side assert triggered \(CUDA error 710\)"):
+        functional.mean_embedding(features(EVEN), labels, 4, backend="cuda")
 
 
 @pytest.mark.parametrize("bound", ["sphere", "ball"])
@@ -173,6 +216,44 @@ def test_integer_sums_are_the_definition_bit_for_bit(
         assert expected.any()
         assert torch.equal(sums, expected)
         assert row is None or torch.equal(row, expected_row)
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+@pytest.mark.parametrize("moments", [(1,), (2,), (1, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("widths", cpu_sums.WIDTHS)
+def test_integer_sums_of_hostile_images(
+    emulated: Any,  # noqa: F811
+    widths: str,
+    dtype: torch.dtype,
+    moments: Any,
+    bound: str,
+) -> None:
+    """The CPU core's test: NaN, infinity, what is tiny and what is huge."""
+    fs = cpu_sums.rows(17, cpu_sums.WIDTHS[widths], dtype)
+    valid = torch.ones(17, dtype=torch.bool)
+    valid[[7, 9]] = False
+    ours, expected = cpu_sums.both(
+        fs, cpu_sums.labels(17, 3), valid, 3, core=_cuda,
+        moments=moments, joint_weight=0.3, bound=bound, clip=2.5, nonnegative=True,
+    )  # fmt: skip
+    assert torch.equal(ours, expected)
+    assert ours.any()
+
+
+@pytest.mark.parametrize("weight", [1e-200, 1e-30, 1e30, 1e200, 1e290])
+def test_integer_sums_of_extreme_joint_weights(emulated: Any, weight: float) -> None:  # noqa: F811
+    ours, expected = cpu_sums.both(
+        cpu_sums.rows(9, [40, 3], torch.float32), cpu_sums.labels(9, 2),
+        torch.ones(9, dtype=torch.bool), 2, core=_cuda,
+        moments=(1, 2), joint_weight=weight, bound="sphere", clip=1.0, nonnegative=True,
+    )  # fmt: skip
+    assert torch.equal(ours, expected)
+    assert ours.any()
+
+
+def test_integer_sums_by_limit_label_and_validity(emulated: Any) -> None:  # noqa: F811
+    cpu_sums.check_limits_labels_and_validity(_cuda)
 
 
 def test_a_whole_release_has_the_same_integers(emulated: Any) -> None:  # noqa: F811

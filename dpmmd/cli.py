@@ -836,14 +836,17 @@ def main() -> None:
     """Entry point: 0 done, 2 wrong use or refused input, 130 interrupted."""
     warnings.showwarning = lambda message, *_: _say(f"warning: {message}")
     keep_freed_memory()
+    code = 0
     try:
         app(standalone_mode=True)
+    except SystemExit as ended:
+        code = int(ended.code or 0)
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         _say(f"error: {error}")
-        sys.exit(2)
-    finally:
-        if "dpmmd.distributed" in sys.modules:  # processes that do not part properly are aborted
-            sys.modules["dpmmd.distributed"].leave()
+        code = 2
+    if "dpmmd.distributed" in sys.modules:
+        sys.modules["dpmmd.distributed"].leave(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ DistributedDataParallel, FSDP and Lightning do.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -170,10 +171,20 @@ def join(timeout: float = 600.0) -> dist.ProcessGroup | None:
     return dist.group.WORLD
 
 
-def leave() -> None:
-    """Ends what `join` began; does nothing where nothing was begun."""
+def leave(code: int) -> None:
+    """Ends what `join` began and then the process; does nothing where nothing was begun.
+
+    The process ends without taking down the interpreter: a thread of gloo's may still be about to
+    drop the tensors of its last message, and is aborted if it needs the interpreter for that.
+
+    Args:
+        code: the exit status.
+    """
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 class Team:

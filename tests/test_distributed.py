@@ -52,8 +52,8 @@ def _process(rank: int, world: int, work: Callable[[int, int, Path], None], fold
         work(rank, world, folder)
     except BaseException:
         traceback.print_exc()
-        raise
-    dist.destroy_process_group()
+        os._exit(1)
+    os._exit(0)  # see `dpmmd.distributed.leave`
 
 
 def whole_batch(labels: bool) -> tuple[Tensor, Tensor | None]:
@@ -313,3 +313,22 @@ def test_a_killed_process_stops_them_all(toy: Path) -> None:
     assert job.returncode != 0
     assert not any(child.is_running() for child in children)
     training.load_checkpoint(toy / "run" / "checkpoints" / "last.pt")  # whole
+
+
+LAST = """
+import atexit, sys
+import torch.distributed as dist
+from dpmmd.distributed import leave
+leave(1)  # nothing was begun
+dist.init_process_group("gloo", f"file://{sys.argv[1]}", rank=0, world_size=1)
+atexit.register(print, "the interpreter was taken down")
+print("said before")
+leave(3)
+"""
+
+
+def test_leaving_ends_the_process_as_it_is(tmp_path: Path) -> None:
+    # Taking down the interpreter now and then aborts one of gloo's threads, and the process.
+    command = [sys.executable, "-c", LAST, str(tmp_path / "store")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (3, "said before\n"), done.stderr

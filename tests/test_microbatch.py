@@ -335,14 +335,14 @@ REAL = """
 import re, resource, torch, dpmmd, numpy as np
 from dpmmd.nn import MMDLoss
 torch.set_num_threads(1)
-encoder = dpmmd.encoders.load("vgg11", image_size=32, weights="random")
-x = np.random.default_rng(0).integers(0, 256, (64, 3, 32, 32), dtype=np.uint8)
+encoder = dpmmd.encoders.load("vgg11", image_size=64, weights="random")
+x = np.random.default_rng(0).integers(0, 256, (64, 3, 64, 64), dtype=np.uint8)
 release = dpmmd.release((x[:4], np.arange(4) % 2), encoder, epsilon=1.0, delta=1e-3,
                         adjacency="replace-one", progress=False)
 x = (torch.from_numpy(x).float() / 255).requires_grad_()
-MMDLoss(release, encoder, micro_batch=8)(x).backward()  # what is loaded late is loaded now
+MMDLoss(release, encoder, micro_batch=32)(x).backward()  # what is loaded late is loaded now
 used = int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10
-for limit in range(200, 0, -10):
+for limit in range(400, 0, -20):
     x.grad = None
     loss = MMDLoss(release, encoder, estimator="ema", micro_batch=64)
     resource.setrlimit(resource.RLIMIT_AS, (used + (limit << 20), resource.RLIM_INFINITY))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import warnings
 from enum import Enum
@@ -291,6 +292,10 @@ def sample(
         ),
     ],
     num_images: Annotated[int, typer.Option(help="How many; costs no privacy.")] = 60_000,
+    temperature: Annotated[
+        float,
+        typer.Option(help="Of the latent points: above 1 images are more varied, less typical."),
+    ] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the latent points.")] = 0,
     format: Annotated[
         str | None,
@@ -322,6 +327,8 @@ def sample(
     chosen = export.format_of(out, format)
     if num_images < 1:
         raise ValueError(f"--num-images {num_images}: expected at least 1.")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"--temperature {temperature}: expected a number > 0; training has 1.")
     picture, card = out.with_suffix(".png"), out.with_suffix(".md")
     for path in (out, picture, card):
         refuse_existing(path, overwrite=overwrite and not path.is_dir())
@@ -338,6 +345,7 @@ def sample(
         card=card,
         release=origin,
         format=chosen,
+        temperature=temperature,
         seed=seed,
         overwrite=overwrite,
         progress=not quiet,

@@ -173,6 +173,7 @@ def card(
     format: str,
     shape: tuple[int, ...],
     step: int,
+    temperature: float,
     seed: int,
 ) -> str:
     """A data set's card in Markdown: what it holds and what was promised about its origin.
@@ -183,7 +184,7 @@ def card(
         format: of `FORMATS`.
         shape: [n, C, H, W] of the images.
         step: training step of the generator's weights.
-        seed: of the latent points.
+        temperature, seed: of the latent points.
     """
     f, m = facts(release), release.metadata
     n, channels, height, width = shape
@@ -194,7 +195,8 @@ def card(
         "",
         f"`{name}`: {n:,} {kind} images of {height} x {width} px, {labels}. Made by dpmmd "
         f"{f['version']}: a generator, trained for {step:,} steps on a noised mean embedding of "
-        f"private images ({f['source']}; encoder {f['encoder']}); latent seed {seed}.",
+        f"private images ({f['source']}; encoder {f['encoder']}); latent temperature {temperature:g}, "
+        f"seed {seed}.",
         "",
         _HOW[format],
         "",

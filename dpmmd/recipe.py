@@ -166,6 +166,7 @@ class SampleSection(_Section):
 
     num_images: int = Field(default=60_000, ge=1)
     batch_size: int = Field(default=500, ge=1)
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     seed: int = 0
 
 

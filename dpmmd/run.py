@@ -364,6 +364,7 @@ def _sample(
             card=out / "README.md",
             release=released,
             batch_size=at_once,
+            temperature=settings.sample.temperature,
             seed=settings.sample.seed,
             progress=progress,
         )
@@ -380,6 +381,7 @@ def write_samples(
     release: Release | None = None,
     format: str = "npz",
     batch_size: int = 500,
+    temperature: float = 1.0,
     seed: int = 0,
     overwrite: bool = False,
     progress: bool = True,
@@ -393,11 +395,14 @@ def write_samples(
         num_images,
         num_classes,
         batch_size=batch_size,
+        temperature=temperature,
         seed=seed,
         progress=progress,
     )
     device = next(trained.generator.parameters()).device
-    grid = train.sample_grid(trained.generator, num_classes, device, batch_size)
+    grid = train.sample_grid(
+        trained.generator, num_classes, device, batch_size, temperature=temperature
+    )
     train.save_png(picture, grid)
     if release is not None and card is not None:
         told = export.card(
@@ -406,6 +411,7 @@ def write_samples(
             format=format,
             shape=images.shape,
             step=trained.selected_step,
+            temperature=temperature,
             seed=seed,
         )
         write_atomically(card, told.encode(), overwrite=True)

@@ -728,6 +728,7 @@ def sample(
     num_classes: int | None,
     *,
     batch_size: int = 500,
+    temperature: float = 1.0,
     seed: int = 0,
     progress: bool = False,
 ) -> tuple[np.ndarray, np.ndarray | None]:
@@ -737,6 +738,8 @@ def sample(
         generator: as returned by `train` or `load_generator`.
         num_images: how many.
         num_classes: K, to draw the classes in equal parts, or None for an unlabelled generator.
+        temperature: standard deviation of the latent points, 1 in training. Above it images are
+            more varied and less typical, below it the other way round.
 
     Returns:
         images uint8 [n, C, H, W] and labels int64 [n] (None if unlabelled).
@@ -749,7 +752,7 @@ def sample(
     with bar, _seeded(seed):  # a generator may draw random numbers of its own
         for start in range(0, num_images, batch_size):
             n = min(batch_size, num_images - start)
-            z = torch.randn(n, int(generator.z_dim), generator=rng).to(device)  # type: ignore[arg-type]
+            z = torch.randn(n, int(generator.z_dim), generator=rng).mul_(temperature).to(device)  # type: ignore[arg-type]
             y = None
             if num_classes is not None:
                 y = balanced_labels(n, num_classes, offset=start).to(device)
@@ -768,15 +771,18 @@ def sample_grid(
     device: torch.device,
     at_once: int | None = None,
     columns: int = 10,
+    temperature: float = 1.0,
 ) -> np.ndarray:
     """uint8 [C, H', W']: a row per class (or ten rows), the same latent points on every call.
 
-    ``at_once`` images go through the generator together; None: all. The generator's mode and
+    ``at_once`` images go through the generator together; None: all. ``temperature`` is the latent
+    points' standard deviation. The generator's mode and
     torch's global random state stay as they are.
     """
     rows = num_classes or 10
     rng = torch.Generator().manual_seed(0)
-    z = torch.randn(rows * columns, int(generator.z_dim), generator=rng).to(device)  # type: ignore[arg-type]
+    z = torch.randn(rows * columns, int(generator.z_dim), generator=rng)  # type: ignore[arg-type]
+    z = z.mul_(temperature).to(device)
     y = None
     if num_classes is not None:
         y = torch.arange(rows).repeat_interleave(columns).to(device)

@@ -245,6 +245,11 @@ def test_release_train_sample_evaluate_privacy(call: Call, folder: Path) -> None
     with Image.open(sampled.json["picture"]) as picture:
         assert picture.size == (2 * 10 * 8, 2 * 3 * 8)  # ten columns, a row for each class
 
+    other = ["--out", folder / "warm.npz", "--num-images", 60, "--temperature", 2]
+    call("sample", folder / "t", *other)
+    with np.load(folder / "warm.npz") as warm, np.load(folder / "s.npz") as synthetic:
+        assert (warm["x"] != synthetic["x"]).any()
+
     assert sampled.json["card"] is None  # `train` keeps no release in its folder
     for name, options in (("f", []), ("p.parquet", []), ("b.npz", ["--format", "npz-float"])):
         command = ["sample", folder / "t", "--out", folder / name, "--num-images", 30, *options]
@@ -653,6 +658,7 @@ def test_corrupt_files_are_refused(call: Call, folder: Path) -> None:
     arguments = ["sample", folder / "t", "--out", folder / "s", "--format", "npz"]
     refused(call(*arguments), "--format npz", "expected a name with .npz")
     refused(call("sample", folder / "t", "--out", folder / "s.npz", "--num-images", 0), "0")
+    refused(call("sample", folder / "t", "--out", folder / "s.npz", "--temperature", -1), "> 0")
     assert files(folder) == before
 
 

@@ -105,7 +105,9 @@ def test_a_name_that_does_not_fit_is_refused(name: str, given: str | None, messa
 
 
 def card(release: dpmmd.Release) -> str:
-    return export.card(release, name="set.npz", format="npz", shape=(60, 1, 8, 8), step=7, seed=3)
+    return export.card(
+        release, name="set.npz", format="npz", shape=(60, 1, 8, 8), step=7, temperature=1.5, seed=3
+    )
 
 
 def test_the_card_says_what_was_promised(released: dpmmd.Release) -> None:
@@ -116,7 +118,7 @@ def test_the_card_says_what_was_promised(released: dpmmd.Release) -> None:
     assert "replace-one adjacency" in promise
     assert "any one image, with its label, exchanged for any other" in promise
     for said in (
-        "60 grey images of 8 x 8 px, labels 0 to 2", "encoder two-taps", "7 steps", "seed 3",
+        "60 grey images of 8 x 8 px, labels 0 to 2", "encoder two-taps", "7 steps", "temperature 1.5", "seed 3",
         "| unit | one image |", "Not covered:", "Several images of one person",
         m.array_sha256, "public training data",
     ):  # fmt: skip

@@ -429,6 +429,26 @@ def test_samples_are_balanced_and_follow_the_seed(released: Release) -> None:
     assert (x != sample(generator, 31, 3, batch_size=7, seed=1)[0]).any()
 
 
+def test_temperature_scales_the_latent_points(released: Release) -> None:
+    class Latent(nn.Module):
+        z_dim = 16
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = nn.Parameter(torch.zeros(()))
+
+        def forward(self, z: Tensor, y: Tensor | None) -> Tensor:
+            return 0.5 + z.view(-1, 1, 4, 4) / 100
+
+    def spread(images: np.ndarray) -> float:
+        return float(images.std()) / 2.55
+
+    assert spread(sample(Latent(), 500, None)[0]) == pytest.approx(1, abs=0.05)
+    assert spread(sample(Latent(), 500, None, temperature=3)[0]) == pytest.approx(3, abs=0.15)
+    cpu = torch.device("cpu")
+    assert spread(sample_grid(Latent(), None, cpu, temperature=3)) == pytest.approx(3, abs=0.3)
+
+
 def test_labels_go_with_their_images(released: Release) -> None:
     class Label(nn.Module):
         z_dim = 2

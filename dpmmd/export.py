@@ -195,8 +195,8 @@ def card(
         "",
         f"`{name}`: {n:,} {kind} images of {height} x {width} px, {labels}. Made by dpmmd "
         f"{f['version']}: a generator, trained for {step:,} steps on a noised mean embedding of "
-        f"private images ({f['source']}; encoder {f['encoder']}); latent temperature {temperature:g}, "
-        f"seed {seed}.",
+        f"private images ({f['source']}; encoder {f['encoder']}); latent "
+        f"temperature {temperature:g}, seed {seed}.",
         "",
         _HOW[format],
         "",

@@ -118,7 +118,8 @@ def test_the_card_says_what_was_promised(released: dpmmd.Release) -> None:
     assert "replace-one adjacency" in promise
     assert "any one image, with its label, exchanged for any other" in promise
     for said in (
-        "60 grey images of 8 x 8 px, labels 0 to 2", "encoder two-taps", "7 steps", "temperature 1.5", "seed 3",
+        "60 grey images of 8 x 8 px, labels 0 to 2", "encoder two-taps", "7 steps",
+        "temperature 1.5", "seed 3",
         "| unit | one image |", "Not covered:", "Several images of one person",
         m.array_sha256, "public training data",
     ):  # fmt: skip

@@ -1,0 +1,209 @@
+"""What classifiers learn from the synthetic images, on Fashion-MNIST: releases, and what was tried.
+
+python -m benches.quality                   measure what is not measured yet (hours); --only NAME
+python -m benches.quality --update docs/QUALITY.md     rewrite the tables there
+python -m benches.quality --plot docs/quality.png      accuracy against epsilon (needs matplotlib)
+
+Every row is a run of `dpmmd run fashion-eps1` in a process of its own, on one thread, with a
+release of its own noise; or, for statistics that the package does not have, of
+`benches.quality.statistics`. Accuracies are on the 10,000 real test images, of classifiers trained
+on 60,000 synthetic ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parents[1] / "results" / "quality.json"
+CLASSIFIERS = ("logistic_regression", "mlp", "cnn")
+TITLES = ("logistic regression", "MLP", "CNN")
+# Harder et al. 2023, logistic regression and MLP: the better of phi1 and phi1 + phi2, delta = 1e-5
+PAPER = {"10": (75.7, 76.0), "1": (76.2, 75.0), "0.2": (72.5, 70.4)}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting.
+
+    Attributes:
+        name: its key in the results.
+        what: in words, for the table.
+        epsilon: of the release; "inf": no noise.
+        changes: SECTION.KEY=VALUE over the recipe.
+        statistic: options of `benches.quality.statistics`, which is run instead.
+        repeats: releases, each with its own noise; seeds of training differ likewise.
+        predicted: what was expected of it, where it is an experiment.
+    """
+
+    name: str
+    what: str
+    epsilon: str = "inf"
+    changes: tuple[str, ...] = ()
+    statistic: tuple[str, ...] = ()
+    repeats: int = 1
+    predicted: str = ""
+
+
+CLAIMS = tuple(
+    Row(f"epsilon-{e}", f"epsilon = {e}", epsilon=e, repeats=3) for e in ("10", "1", "0.2")
+)
+TRIED: tuple[Row, ...] = ()
+
+
+def run(row: Row, repeat: int, folder: Path) -> dict[str, Any]:
+    """Accuracies, seconds of training and the peak of memory, of one release."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if row.statistic:
+        command = [sys.executable, "-m", "benches.quality.statistics", *row.statistic]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+        found = json.loads(done.stdout.splitlines()[-1])
+        return {"accuracy": found["accuracy"], "seconds": found["seconds"]}
+    command = [sys.executable, "-m", "dpmmd", "run", "fashion-eps1", "--out", str(folder)]
+    command += ["--epsilon", row.epsilon, "--quiet", "--set", f"train.seed={repeat}"]
+    for change in row.changes:
+        command += ["--set", change]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
+    report = json.loads((folder / "report.json").read_text())
+    return {
+        "accuracy": {name: report["accuracy"][name]["synthetic"] for name in CLASSIFIERS},
+        "seconds": round(report["seconds"]["train"]),
+        "peak_rss_bytes": report["peak_rss_bytes"],
+    }
+
+
+def measure(only: str | None) -> None:
+    kept = _read()
+    done = {(r["row"], r["repeat"]) for r in kept}
+    for row in (*CLAIMS, *TRIED):
+        if only is not None and row.name != only:
+            continue
+        for repeat in range(row.repeats):
+            if (row.name, repeat) in done:
+                continue
+            folder = Path(tempfile.mkdtemp(prefix="quality-")) / "run"
+            found = {"row": row.name, "repeat": repeat, **run(row, repeat, folder)}
+            if row in CLAIMS and repeat == 0:
+                shutil.copy(folder / "samples.png", f"docs/samples-{row.name}.png")
+            shutil.rmtree(folder.parent)
+            kept = [*_read(), found]  # another process may have written meanwhile
+            kept.sort(key=lambda r: (r["row"], r["repeat"]))
+            RESULTS.write_text(_json(kept))
+            print(_json([found]), flush=True)
+
+
+def _read() -> list[dict[str, Any]]:
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else []  # type: ignore[no-any-return]
+
+
+def _json(found: list[dict[str, Any]]) -> str:
+    return "[\n" + ",\n".join(json.dumps(each) for each in found) + "\n]\n"
+
+
+def _scores(name: str) -> dict[str, list[float]]:
+    """Accuracies of a row's releases, in percent, by classifier."""
+    found = [r["accuracy"] for r in _read() if r["row"] == name]
+    return {c: [100 * each[c] for each in found] for c in CLASSIFIERS if found}
+
+
+def _cell(values: list[float]) -> str:
+    mean = f"{statistics.mean(values):.1f}"
+    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
+
+
+def claims() -> str:
+    """The table of epsilons, as Markdown."""
+    lines = [
+        f"| delta = 1e-5 | {' | '.join(TITLES)} | releases | training, one core |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in CLAIMS:
+        scores = _scores(row.name)
+        if not scores:
+            continue
+        seconds = [r["seconds"] for r in _read() if r["row"] == row.name]
+        cells = [_cell(scores[c]) for c in CLASSIFIERS]
+        lines.append(
+            f"| {row.what} | {' | '.join(cells)} | {len(seconds)} | {max(seconds) / 60:.0f} min |"
+        )
+        paper = PAPER[row.epsilon]
+        lines.append(f"| the paper at {row.what} | {paper[0]} | {paper[1]} | | | |")
+    return "\n".join(lines)
+
+
+def tried() -> str:
+    """The table of experiments, as Markdown."""
+    lines = [
+        f"| what | epsilon | predicted | {' | '.join(TITLES)} |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in TRIED:
+        scores = _scores(row.name)
+        cells = [_cell(scores[c]) if scores else "" for c in CLASSIFIERS]
+        lines.append(f"| {row.what} | {row.epsilon} | {row.predicted} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(path: Path) -> None:
+    """Accuracy against epsilon: this recipe's releases, and the paper's figures."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(5.2, 3.6))
+    for i, (classifier, title) in enumerate(zip(CLASSIFIERS, TITLES, strict=True)):
+        rows = [(float(r.epsilon), _scores(r.name)[classifier]) for r in CLAIMS if _scores(r.name)]
+        rows.sort()
+        x, y = [e for e, _ in rows], [statistics.mean(v) for _, v in rows]
+        axes.plot(x, y, color=f"C{i}", marker="o", label=title)
+        for e, values in rows:
+            axes.plot([e] * len(values), values, color=f"C{i}", marker="_", linestyle="none")
+        if i < 2:
+            points = sorted((float(e), v[i]) for e, v in PAPER.items())
+            axes.plot(*zip(*points, strict=True), color=f"C{i}", linestyle=":", marker="x")
+    axes.plot([], [], color="grey", linestyle=":", marker="x", label="the paper's figures")
+    axes.set(xscale="log", xlabel="epsilon (delta = 1e-5)", ylabel="accuracy on real images, %")
+    axes.set_xticks([0.2, 1, 10], ["0.2", "1", "10"])
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def update(path: Path) -> None:
+    text = path.read_text()
+    for name, table in (("claims", claims()), ("tried", tried())):
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        head, _, rest = text.partition(begin)
+        text = f"{head}{begin}\n{table}\n{end}{rest.partition(end)[2]}"
+    path.write_text(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", metavar="NAME")
+    parser.add_argument("--update", type=Path, metavar="FILE")
+    parser.add_argument("--plot", type=Path, metavar="FILE")
+    arguments = parser.parse_args()
+    if arguments.update:
+        update(arguments.update)
+    elif arguments.plot:
+        plot(arguments.plot)
+    else:
+        measure(arguments.only)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""The experiments of `benches.quality`: their arithmetic, and that the docs show their results."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import dpmmd
+from benches.quality import __main__ as quality
+from benches.quality import statistics
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+@pytest.mark.parametrize("name", ["pixel-covariance", "pixel-fourier", "feature-covariance"])
+def test_every_image_of_a_statistic_has_norm_one(name: str) -> None:
+    encoder = dpmmd.encoders.load("vgg11", weights="random")
+    statistic = statistics.choose(name, encoder)
+    assert statistic is not None
+    images = torch.rand(3, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    values = statistic(images, encoder(images))
+    torch.testing.assert_close(values.norm(dim=1), torch.ones(3))
+    assert (values[0] - values[1]).norm() > 1e-3
+
+
+def test_the_u_statistic_is_that_of_the_pairs() -> None:
+    rng = torch.Generator().manual_seed(0)
+    values = torch.randn(7, 5, generator=rng, dtype=torch.float64)
+    target = torch.randn(statistics.CLASSES, 5, generator=rng, dtype=torch.float64)
+    labels = torch.tensor([0, 3, 3, 0, 3, 0, 0])
+    expected = 0.0
+    for k in (0, 3):
+        own = values[labels == k]
+        pairs = [a @ b for i, a in enumerate(own) for j, b in enumerate(own) if i != j]
+        cross = [a @ target[k] for a in own]
+        expected += float(sum(pairs) / len(pairs) - 2 * sum(cross) / len(cross))
+        expected += float(target[k] @ target[k])
+    assert float(statistics.u_statistic(target, values, labels)) == pytest.approx(expected)
+
+
+def test_the_docs_show_the_results() -> None:
+    text = (DOCS / "QUALITY.md").read_text()
+    assert quality.claims() in text
+    assert quality.tried() in text
+    names = {row.name for row in (*quality.CLAIMS, *quality.TRIED)}
+    assert {each["row"] for each in quality._read()} <= names

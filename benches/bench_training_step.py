@@ -1,7 +1,8 @@
 """A whole training step: the paper's generator, VGG19, both moments by class, both Adams.
 
-Three steps with the same generator: the library's; the library's with the loss replaced by the sum
-of the last tap (what generator and encoder alone cost); and the authors' procedure in plain torch.
+Steps with the same generator: the library's; the same with its gradient injected into the
+encoder's ReLUs; with the loss replaced by the sum of the last tap (what generator and encoder alone
+cost); and the authors' procedure in plain torch.
 VGG19 has random weights here, which cost what others would.
 """
 
@@ -30,6 +31,8 @@ def test_training_step(measure: Measure) -> None:
         variants[backend] = _step(
             MMDLoss(release, encoder, estimator="adam", backend=backend).train(), batch, width
         )
+    injected = MMDLoss(release, encoder, estimator="adam", inject=True).train()
+    variants["injected"] = _step(injected, batch, width)
     variants["sum of the last tap"] = _step(lambda x, y: encoder(x)[-1].sum(), batch, width)
     if not measure.smoke:
         variants["eager"] = AuthorsStep(_generator(width), release.target, batch, CLASSES)

@@ -30,7 +30,8 @@ int mean_embedding(
     bool is_backward, int phases, const std::vector<TapNumbers>& numbers, int type, std::int64_t n,
     Address labels, std::int64_t num_classes, int moments, bool ball, bool per_tap, bool joint,
     double clip, double weight, Address scale, Address projection, Address means, Address counts,
-    Address upstream, Address coefficients, int threads
+    Address upstream, Address coefficients, float ceiling, Address incoming,
+    std::int64_t incoming_stride, int threads
 ) {
     const std::vector<dpmmd::Tap> taps = taps_of(numbers);
     dpmmd::MeanEmbedding e{};
@@ -52,6 +53,9 @@ int mean_embedding(
     e.counts = at<float>(counts);
     e.upstream = at<const float>(upstream);
     e.coefficients = at<float>(coefficients);
+    e.ceiling = ceiling;
+    e.incoming = at<const void>(incoming);
+    e.incoming_stride = incoming_stride;
     e.threads = threads;
     const dpmmd::Operations& operations = dpmmd::operations();
     return on_workspace(

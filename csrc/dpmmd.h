@@ -54,6 +54,11 @@ struct MeanEmbedding {
     float* counts;        // [num_classes]; forward writes it
     const float* upstream;  // G [moments, num_classes, D]; backward reads it
     float* coefficients;  // e [norms, n, blocks]; backward writes and reads it
+    // Above 0 (on the CPU): the only tap is the output of a ReLU up to this ceiling, and backward
+    // writes the gradient of the ReLU's input, (df + incoming) [0 < f < ceiling].
+    float ceiling;
+    const void* incoming;  // laid out like the tap, `incoming_stride` apart; null for zeros
+    std::int64_t incoming_stride;
     std::byte* workspace;
     std::size_t workspace_bytes;
     int threads;

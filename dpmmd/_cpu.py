@@ -186,6 +186,58 @@ def backward(
     return gradients, coefficients
 
 
+def rectified_gradient(
+    tap: Tensor,
+    incoming: Tensor | None,
+    ceiling: float | None,
+    labels: Tensor | None,
+    num_classes: int,
+    *,
+    moments: Sequence[int],
+    joint_weight: float | None,
+    scale: Tensor,
+    projection: Tensor,
+    coefficients: Tensor,
+    upstream: Tensor,
+    threads: int | None = None,
+) -> Tensor:
+    """Gradient of the input of the ReLU that a tap f comes from: (incoming + E) [0 < f < ceiling].
+
+    E is what `backward` would write for this tap.
+
+    Args:
+        tap: f, [n, C, H, W], channels-last.
+        incoming: what reaches f from elsewhere, with its shape and dtype; None: nothing.
+        ceiling: of the ReLU; None: it has none.
+        scale, projection, coefficients: [N, n], from `forward` and from ``phases=DOTS``.
+        upstream: [M, K, C H W], this tap's columns of the gradient with respect to the means.
+
+    Returns:
+        A new tensor like f.
+    """
+    (piece,) = _pieces([tap], planes=False)
+    n, columns = tap.shape[0], prod(tap.shape[1:])
+    factors = {"scale": scale, "projection": projection, "coefficients": coefficients}
+    size = (1 if joint_weight is not None else len(moments), n)
+    for name, buffer in factors.items():
+        _check_buffer(name, buffer, size)
+    _check_buffer("upstream", upstream, (len(moments), num_classes, columns))
+    if ceiling is not None and not ceiling > 0:
+        raise ValueError(f"ceiling={ceiling!r}: expected None or a number > 0.")
+    if incoming is not None:
+        if incoming.shape != tap.shape or incoming.dtype != tap.dtype:
+            raise ValueError(f"incoming: {_brief(incoming)}, expected it like tap: {_brief(tap)}.")
+        (incoming,) = _pieces([incoming], planes=False)
+    top = torch.tensor(float("inf") if ceiling is None else ceiling, dtype=tap.dtype).item()
+    out = torch.empty_like(piece, memory_format=torch.preserve_format)
+    _run(
+        [piece], [out], _checked_labels(labels, n), num_classes, moments, "sphere", 1.0,
+        joint_weight, scale, projection, None, None, upstream, coefficients, GRADIENT, threads,
+        top, incoming,
+    )  # fmt: skip
+    return out
+
+
 def statistics_shape(
     features: Sequence[Tensor], moments: Sequence[int], bound: str, joint_weight: float | None
 ) -> tuple[int, int, int]:
@@ -210,6 +262,8 @@ def _run(
     coefficients: Tensor | None,
     phases: int,
     threads: int | None,
+    ceiling: float = 0.0,
+    incoming: Tensor | None = None,
 ) -> None:
     status = _native.mean_embedding(
         upstream is not None,
@@ -231,6 +285,9 @@ def _run(
         _address(counts),
         _address(upstream),
         _address(coefficients),
+        ceiling,
+        _address(incoming),
+        0 if incoming is None else incoming.stride(0),
         torch.get_num_threads() if threads is None else threads,
     )
     if status == _LABEL_OUT_OF_RANGE and labels is not None:

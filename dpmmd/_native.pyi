@@ -29,6 +29,9 @@ def mean_embedding(
     counts: int,
     upstream: int,
     coefficients: int,
+    ceiling: float,
+    incoming: int,
+    incoming_stride: int,
     threads: int,
 ) -> int: ...
 def difference(

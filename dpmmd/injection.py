@@ -16,16 +16,17 @@ linear bottlenecks, take the plain path beside those that are.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dpmmd import backends, functional
+from dpmmd import _cpu, backends, functional
 from dpmmd.encoders import Encoder
 
-BACKENDS = ("auto", "torch", "triton")
+BACKENDS = ("auto", "torch", "cpu", "triton")
 
 
 def check(backend: str) -> None:
@@ -57,7 +58,7 @@ def mean_embedding(
     Args:
         encoder, images: as in ``encoder(images)``.
         labels, num_classes, moments, bound, clip, joint_weight: as there.
-        backend: "torch" (what "auto" takes; any floating dtype and device) or "triton".
+        backend: "torch" (any floating dtype and device), "cpu" or "triton"; see `dpmmd.backends`.
 
     Returns:
         ``means`` [M, K, D] and ``counts`` [K].
@@ -66,16 +67,17 @@ def mean_embedding(
         ValueError: ``backend`` has no injection; as there and as ``encoder(images)``.
     """
     check(backend)
-    on_triton = backends._requested(backend)[1] == "triton"
-    kind = _TritonSlot if on_triton else Slot
-    slots = {name: kind(tuple(moments), encoder.dim) for name in encoder.rectified}
-    features = encoder(images, {name: slot.rectify for name, slot in slots.items()})
+    chosen = backends._requested(backend)[1]
+    if chosen == "auto":
+        dtype = next((p.dtype for p in encoder.parameters()), images.dtype)
+        chosen = backends.resolve("auto", images.device.type, dtype)
+    slots = {name: _SLOTS[chosen](tuple(moments), encoder.dim) for name in encoder.rectified}
+    features = encoder(images, slots)
     functional._check(features, labels, num_classes, moments, bound, clip, joint_weight)
     of_taps = [slots.get(tap.name) for tap in encoder.taps]
-    if on_triton:
-        first = features[0]
-        backends.resolve(backend, first.device.type, first.dtype)  # refuses what Triton cannot take
-        return _TritonEmbedding.apply(
+    if chosen in _EMBEDDINGS:
+        backends.resolve(chosen, features[0].device.type, features[0].dtype)  # refuses others
+        return _EMBEDDINGS[chosen].apply(
             labels,
             num_classes,
             tuple(moments),
@@ -107,16 +109,19 @@ class Slot:
         dim: D, of all taps.
 
     Attributes:
+        adds_bias: whether `forward` adds the bias of the layer before, or gets it added.
         squares: for each moment the sums of f^2 or f^4, [n]; from the ReLU.
         gradient: rows of f [n, d] -> E [n, d]; from the mean embedding's backward.
     """
+
+    adds_bias = True
 
     def __init__(self, moments: tuple[int, ...], dim: int) -> None:
         self.moments, self.dim = moments, dim
         self.squares: list[Tensor] = []
         self.gradient: Callable[[Tensor], Tensor] | None = None
 
-    def rectify(self, x: Tensor, bias: Tensor | None, ceiling: float | None) -> Tensor:
+    def __call__(self, x: Tensor, bias: Tensor | None, ceiling: float | None) -> Tensor:
         """f = min(max(x + bias, 0), ceiling), in the place of x."""
         if not x.is_contiguous(memory_format=torch.channels_last):
             x = x.contiguous(memory_format=torch.channels_last)
@@ -255,3 +260,94 @@ class _TritonEmbedding(torch.autograd.Function):
                 slot.left = (taps, column, schedule, scale, coefficients, grad)
                 slot.options = ctx.options
         return None, None, None, None, None, None, None, *gradients
+
+
+class _CpuSlot(Slot):
+    """The same on the native core, in backward: one pass over f and its gradient.
+
+    Forward is torch's: its convolutions add the bias as they write, and the core's class sums take
+    a row's statistics while it is in the cache.
+
+    Attributes:
+        left: what `dpmmd._cpu.rectified_gradient` needs besides f; from the embedding.
+    """
+
+    adds_bias = False
+    left: Mapping[str, Any] | None = None
+
+    def forward(self, x: Tensor, bias: Tensor | None, ceiling: float | None) -> None:
+        assert bias is None
+        x.relu_() if ceiling is None else x.clamp_(0, ceiling)
+
+    def backward(self, f: Tensor, incoming: Tensor | None, ceiling: float | None) -> Tensor | None:
+        if self.left is None:
+            return super().backward(f, incoming, ceiling)
+        left, self.left = self.left, None
+        return _cpu.rectified_gradient(f, incoming, ceiling, **left)
+
+
+class _CpuEmbedding(torch.autograd.Function):
+    """`functional.mean_embedding` on the native core, for taps of which some have a slot."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        labels: Tensor | None,
+        num_classes: int,
+        moments: tuple[int, ...],
+        bound: str,
+        clip: float,
+        joint_weight: float | None,
+        slots: Sequence[_CpuSlot | None],
+        *features: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        options: dict[str, Any] = {
+            "moments": moments,
+            "bound": bound,
+            "joint_weight": joint_weight,
+        }
+        means, counts, scale, projection = _cpu.forward(
+            features, labels, num_classes, clip=clip, **options
+        )
+        ctx.mark_non_differentiable(counts)
+        ctx.save_for_backward(labels, scale, projection, *features)
+        ctx.slots, ctx.num_classes, ctx.options = slots, num_classes, options
+        return means, counts
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        labels, scale, projection, *features = ctx.saved_tensors
+        needed = ctx.needs_input_grad[7:]
+        written = [wanted and slot is None for wanted, slot in zip(needed, ctx.slots, strict=True)]
+        gradients, coefficients = _cpu.backward(
+            features,
+            labels,
+            ctx.num_classes,
+            scale=scale,
+            projection=projection,
+            upstream=grad,
+            needed=written,
+            phases=_cpu.BOTH if any(written) else _cpu.DOTS,
+            **ctx.options,
+        )
+        factors = {"scale": scale, "projection": projection, "coefficients": coefficients}
+        pieces = grad.split([prod(f.shape[1:]) for f in features], dim=2)
+        for column, slot in enumerate(ctx.slots):
+            if slot is None or not needed[column]:
+                continue
+            block = column if scale.shape[2] > 1 else 0
+            slot.left = {
+                "labels": labels,
+                "num_classes": ctx.num_classes,
+                "moments": ctx.options["moments"],
+                "joint_weight": ctx.options["joint_weight"],
+                "upstream": pieces[column].contiguous(),
+                **{name: buffer[:, :, block].contiguous() for name, buffer in factors.items()},
+            }
+        out = [g if wrote else None for g, wrote in zip(gradients, written, strict=True)]
+        return None, None, None, None, None, None, None, *out
+
+
+_SLOTS: dict[str, type[Slot]] = {"torch": Slot, "cpu": _CpuSlot, "triton": _TritonSlot}
+_EMBEDDINGS: dict[str, Any] = {"cpu": _CpuEmbedding, "triton": _TritonEmbedding}

@@ -58,8 +58,9 @@ class MMDLoss(nn.Module):
             the loss of the means there. For encoders on a GPU; on a CPU both are the same.
         backend: see `dpmmd.backends`.
         inject: let the encoder's ReLUs add this loss's gradient to the one that they pass on
-            anyway, instead of writing one for every feature (`dpmmd.injection`); runs on "torch"
-            or, on request, "triton". The same result up to rounding; not measured on a GPU.
+            anyway, instead of writing one for every feature (`dpmmd.injection`); runs on "torch",
+            the native core or, on request, "triton". The same result up to rounding; not
+            measured on a GPU.
         process_group: match the images of all its processes together, as one batch, e.g.
             ``torch.distributed.group.WORLD`` under torchrun; see `dpmmd.distributed` for the scale
             of the gradient. None: this process's alone.

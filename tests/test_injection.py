@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import dpmmd
-from dpmmd import injection
+from dpmmd import _cpu, injection
 from dpmmd.bounds import BOUNDS
 from dpmmd.encoders import Encoder, Rectified, StagedBackbone
 from dpmmd.encoders.layers import Convolution, MaxPool
@@ -96,6 +98,34 @@ def step(loss: MMDLoss, labels: Tensor | None, n: int = 7) -> tuple[Tensor, Tens
 LABELS = torch.tensor([0, 2, 2, 0, 2, 0, 0])
 
 
+def compare_on_the_core(
+    encoder: Encoder, release: dpmmd.Release, labels: Tensor | None, **options: Any
+) -> None:
+    """On the native core in float32, against float64: at most three times the plain path's error.
+
+    ``encoder`` is in float64.
+    """
+    core = {"inject": True, "backend": "cpu"}
+    cases: dict[str, tuple[dict[str, Any], torch.dtype]] = {
+        "truth": ({"backend": "torch"}, torch.float64),
+        "plain": ({"backend": "cpu"}, torch.float32),
+        "ours": (core, torch.float32),
+        "auto": ({"inject": True}, torch.float32),
+    }
+    found = {}
+    for name, (how, dtype) in cases.items():
+        loss = MMDLoss(release, copy.deepcopy(encoder), **options, **how).to(dtype)
+        steps = [step(loss, labels) for _ in range(2)]
+        found[name] = steps[-1][0].double(), steps[-1][1]
+    value, gradient = found["truth"]
+    for each in (value, gradient):
+        assert float(each.norm()) > 0
+    for i, truth in enumerate((value, gradient)):
+        ours, plain = (float((found[key][i] - truth).norm()) for key in ("ours", "plain"))
+        assert ours <= 3 * plain + 1e-6 * float(truth.norm())
+        assert torch.equal(found["auto"][i], found["ours"][i])  # what "auto" takes
+
+
 def compare(
     encoder: Encoder, release: dpmmd.Release, labels: Tensor | None, **options: Any
 ) -> None:
@@ -120,7 +150,9 @@ def test_encoders_say_which_taps_are_relus(kind: str) -> None:
 @pytest.mark.parametrize("moments", [(1,), (2,), (1, 2)])
 def test_bounds_and_moments(bound: str, kind: str, moments: tuple[int, ...]) -> None:
     encoder = encoder_of(kind)
-    compare(encoder, release_of(encoder, bound=bound, clip=2.0, moments=moments), LABELS)
+    release = release_of(encoder, bound=bound, clip=2.0, moments=moments)
+    compare(encoder, release, LABELS)
+    compare_on_the_core(encoder, release, LABELS)
 
 
 @pytest.mark.parametrize("bound", ["sphere", "ball"])
@@ -128,6 +160,7 @@ def test_a_joint_bound(bound: str) -> None:
     encoder = encoder_of("vgg")
     options = {"moments": (1, 2), "joint_weight": 0.5, "bound": bound, "clip": 2.0}
     compare(encoder, release_of(encoder, **options), LABELS)
+    compare_on_the_core(encoder, release_of(encoder, **options), LABELS)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -135,7 +168,9 @@ def test_a_joint_bound(bound: str) -> None:
 def test_estimators(estimator: str, labelled: bool) -> None:
     encoder = encoder_of("fire")
     release = release_of(encoder, num_classes=3 if labelled else None)
-    compare(encoder, release, LABELS if labelled else None, estimator=estimator)
+    labels = LABELS if labelled else None
+    compare(encoder, release, labels, estimator=estimator)
+    compare_on_the_core(encoder, release, labels, estimator=estimator)
 
 
 @pytest.mark.parametrize("estimator", ["batch", "ema", "adam"])
@@ -148,6 +183,7 @@ def test_a_hybrid_release(estimator: str) -> None:
 def test_taps_that_are_not_a_relus_output_take_the_plain_path(options: dict[str, Any]) -> None:
     encoder = encoder_of("vgg", **options)
     compare(encoder, release_of(encoder), LABELS)
+    compare_on_the_core(encoder, release_of(encoder), LABELS)
 
 
 def test_a_backbone_without_such_stages() -> None:
@@ -159,6 +195,7 @@ def test_a_backbone_without_such_stages() -> None:
 def test_micro_batches() -> None:
     encoder = encoder_of("fire")
     compare(encoder, release_of(encoder, moments=(1, 2)), LABELS, micro_batch=3)
+    compare_on_the_core(encoder, release_of(encoder, moments=(1, 2)), LABELS, micro_batch=3)
 
 
 @pytest.mark.parametrize("name", ["squeezenet1.1", "efficientnet-lite0", "vgg11", "resnet18"])
@@ -194,7 +231,7 @@ def test_features_may_have_another_use_too() -> None:
     x = torch.rand(4, 3, 8, 8, dtype=torch.float64, requires_grad=True)
     slots = {name: injection.Slot((1,), encoder.dim) for name in encoder.rectified}
     (expected,) = torch.autograd.grad(sum(f.square().sum() for f in encoder(x)), x)
-    maps = encoder(x, {name: slot.rectify for name, slot in slots.items()})
+    maps = encoder(x, slots)
     (found,) = torch.autograd.grad(sum(f.square().sum() for f in maps), x)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
 
@@ -226,16 +263,78 @@ def test_the_loss_writes_no_gradient_of_a_feature_that_its_relu_makes() -> None:
 def test_what_has_no_injection_is_refused() -> None:
     encoder = encoder_of("vgg").float()
     release = release_of(encoder)
-    with pytest.raises(ValueError, match=r"inject=True with backend='cpu': expected one of 'auto'"):
-        MMDLoss(release, encoder, backend="cpu", inject=True)
+    with pytest.raises(ValueError, match=r"inject=True with backend='cuda': expected"):
+        MMDLoss(release, encoder, backend="cuda", inject=True)
     with pytest.raises(ValueError, match=r"labels: torch.int64 \[7\]"):
         MMDLoss(release, encoder, inject=True)(torch.rand(3, 3, 8, 8), LABELS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ceiling", [None, 0.7])
+@pytest.mark.parametrize("arriving", [True, False])
+@pytest.mark.parametrize("shape", [(5, 3, 2, 7), (2, 70, 9, 8), (1, 1, 1, 1)])
+def test_the_cores_gradient_of_a_relu(
+    dtype: torch.dtype, ceiling: float | None, arriving: bool, shape: tuple[int, ...]
+) -> None:
+    """Of every element, with rows that have no scale and values that are no numbers."""
+    rng = torch.Generator().manual_seed(0)
+    n, columns = shape[0], prod(shape[1:])
+    f = torch.randn(shape, generator=rng).clamp(0, ceiling).to(dtype)
+    f = f.contiguous(memory_format=torch.channels_last)
+    scale, projection = torch.rand(2, n, generator=rng), torch.rand(2, n, generator=rng)
+    coefficients = torch.rand(2, n, generator=rng)
+    for factor in (scale, projection, coefficients):
+        factor[:, n - 1] = 0 if n > 1 else 1
+    if n > 1:
+        f[n - 1, 0, 0, 0] = torch.inf
+    labels = torch.arange(n) % 2
+    upstream = torch.randn(2, 3, columns, generator=rng)
+    incoming = torch.randn(shape, generator=rng).to(dtype) if arriving else None  # another layout
+    found = _cpu.rectified_gradient(
+        f, incoming, ceiling, labels, 3, moments=(1, 2), joint_weight=None, scale=scale,
+        projection=projection, coefficients=coefficients, upstream=upstream,
+    )  # fmt: skip
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    x = f.double().permute(0, 2, 3, 1).reshape(n, -1)
+    of_class = upstream.double()[:, labels] / torch.bincount(labels, minlength=3)[labels][:, None]
+    s, e = scale.double()[:, :, None], coefficients.double()[:, :, None]
+    own = s[0] * of_class[0] - e[0] * x + 2 * x * (s[1] * of_class[1] - e[1] * x * x)
+    if n > 1:
+        own[n - 1] = 0
+    expected = own.view(n, shape[2], shape[3], shape[1]).permute(0, 3, 1, 2)
+    if incoming is not None:
+        expected = expected + incoming.double()
+    passes = (f > 0) & (f < (torch.inf if ceiling is None else ceiling))
+    expected = torch.where(passes, expected, 0)
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 5e-3}[dtype]
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+    assert bool((found[~passes] == 0).all())
+
+
+def test_the_cores_gradient_refuses_what_does_not_fit() -> None:
+    f, one, upstream = torch.rand(2, 3, 2, 2), torch.ones(1, 2), torch.ones(1, 1, 12)
+    given: dict[str, Any] = {
+        "moments": (1,), "joint_weight": None, "scale": one, "projection": one,
+        "coefficients": one, "upstream": upstream,
+    }  # fmt: skip
+    for changed, message in (
+        ({"upstream": torch.ones(1, 1, 11)}, r"upstream: .*expected torch.float32 \[1, 1, 12\]"),
+        ({"scale": torch.ones(2, 2)}, r"scale: .*expected torch.float32 \[1, 2\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _cpu.rectified_gradient(f, None, None, None, 1, **{**given, **changed})
+    with pytest.raises(ValueError, match=r"incoming: torch\.float64"):
+        _cpu.rectified_gradient(f, f.double(), None, None, 1, **given)
+    with pytest.raises(ValueError, match="ceiling=0"):
+        _cpu.rectified_gradient(f, None, 0.0, None, 1, **given)
+    with pytest.raises(ValueError, match=r"labels: torch.int64 \[3\]"):
+        _cpu.rectified_gradient(f, None, None, torch.zeros(3, dtype=torch.int64), 1, **given)
 
 
 def test_statistics_are_of_what_is_stored() -> None:
     slot = injection.Slot((1, 2), 0)
     x = torch.randn(3, 4, 2, 2).to(torch.bfloat16)
-    f = slot.rectify(x.clone(), torch.tensor([0.1, 0.2, -0.3, 0.0], dtype=torch.bfloat16), None)
+    f = slot(x.clone(), torch.tensor([0.1, 0.2, -0.3, 0.0], dtype=torch.bfloat16), None)
     rows = f.double().flatten(1).numpy()
     for moment, square in zip((2, 4), slot.squares, strict=True):
         np.testing.assert_allclose(square.numpy(), (rows**moment).sum(axis=1), rtol=1e-5)

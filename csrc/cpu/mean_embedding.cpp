@@ -301,27 +301,37 @@ private:
         const Tap& tap = e_.taps[chunk.tap];
         if (!tap.gradient) return;
         const std::int64_t block = p_.block_of(chunk.tap);
+        const bool rectified = e_.ceiling > 0;
         const bool streamed =
             p_.columns * e_.n * static_cast<std::int64_t>(sizeof(T)) > streamed_bytes;
         for (std::int64_t i = p_.begin(tile); i < p_.end(tile); ++i) {
             const std::int64_t image = p_.order[i], k = p_.label(image), r = i - p_.begin(tile);
             T* out = static_cast<T*>(tap.gradient) + image * tap.gradient_stride + chunk.begin;
             const float *one = factor(1, r, block), *two = factor(2, r, block);
-            if (!(((moments & 1) && one[0] != 0) || ((moments & 2) && two[0] != 0))) {
+            const bool used =
+                ((moments & 1) && one[0] != 0) || ((moments & 2) && two[0] != 0);
+            if (!used && !rectified) {
                 __builtin_memset(out, 0, static_cast<std::size_t>(chunk.columns) * sizeof(T));
                 continue;
             }
             const T* f = row(image, chunk);
+            const T* in = static_cast<const T*>(e_.incoming);
+            if (in) in += image * e_.incoming_stride + chunk.begin;
             const float* g = e_.upstream + sums_at(1, k, chunk);
             const float* h = e_.upstream + sums_at(2, k, chunk);
-            if (streamed) {
-                gradient<moments, true>(
-                    f, g, h, one[0], two[0], one[1], two[1], out, chunk.columns
+            const auto write = [&](auto kernel) {
+                kernel(
+                    f, g, h, one[0], two[0], one[1], two[1], in, e_.ceiling, out, chunk.columns
                 );
+            };
+            if (!rectified) {
+                write(streamed ? gradient<moments, true, false, T>
+                               : gradient<moments, false, false, T>);
+            } else if (!used) {
+                write(gradient<0, false, true, T>);
             } else {
-                gradient<moments, false>(
-                    f, g, h, one[0], two[0], one[1], two[1], out, chunk.columns
-                );
+                write(streamed ? gradient<moments, true, true, T>
+                               : gradient<moments, false, true, T>);
             }
         }
     }

@@ -7,15 +7,25 @@ alive anyway; behind a pooling or a padding it is not.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 _Pair = tuple[int, int]
-Rectify = Callable[[Tensor, "Tensor | None", "float | None"], Tensor]
+
+
+class Rectify(Protocol):
+    """Does the work of a ReLU: min(max(pre + bias, 0), ceiling).
+
+    ``pre`` may be overwritten; a bias or ceiling of None is none. ``adds_bias`` says whether it
+    wants the bias of the layer before for itself.
+    """
+
+    adds_bias: bool
+
+    def __call__(self, pre: Tensor, bias: Tensor | None, ceiling: float | None) -> Tensor: ...
 
 
 class Convolution(nn.Conv2d):
@@ -93,10 +103,9 @@ class _FrozenConvolution(torch.autograd.Function):
 class Rectified(nn.Module):
     """A stage that ends in a ReLU: min(max(body(x), 0), ceiling); it overwrites the body's output.
 
-    Another function may do the ReLU's work: ``rectify(pre, bias, ceiling)``, for ``pre`` the body's
-    output without the bias [C] that is still to be added (None: none), which it may overwrite too.
-    A body has its bias left to it where its last module has a method ``unbiased(x)`` that returns
-    the two, as `Convolution` has.
+    Another function may do the ReLU's work (`Rectify`), for ``pre`` the body's output without the
+    bias [C] that is still to be added. A body has its bias left to it where its last module has a
+    method ``unbiased(x)`` that returns the two, as `Convolution` has.
     """
 
     def __init__(self, body: nn.Module, ceiling: float | None = None) -> None:
@@ -104,8 +113,10 @@ class Rectified(nn.Module):
         self.body, self.ceiling = body, ceiling
 
     def forward(self, x: Tensor, rectify: Rectify | None = None) -> Tensor:
-        if rectify is not None:
+        if rectify is not None and rectify.adds_bias:
             return rectify(*_unbiased(self.body, x), self.ceiling)
+        if rectify is not None:
+            return rectify(self.body(x), None, self.ceiling)
         y = self.body(x)
         return y.relu_() if self.ceiling is None else F.hardtanh(y, 0.0, self.ceiling)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import math
 import signal
@@ -50,6 +51,12 @@ _WITHOUT_EFFECT = {
     "memory",
 }
 _GRAPHED_ON = ("cuda",)
+# Every process computes the same running statistics. PyTorch 2.13 gave the argument a new name.
+_BUFFERS_STAY: dict[str, Any] = (
+    {"forward_sync_buffers": False}
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    else {"broadcast_buffers": False}
+)
 _WARM_UP_STEPS = 3
 _AGREE_EVERY = 10  # steps
 
@@ -432,7 +439,7 @@ class _Run:
         synchronise_batch_norm(self.generator, group)
         with _seeded_state(self):  # DistributedDataParallel may draw
             self.model = DistributedDataParallel(
-                self.generator, process_group=group, broadcast_buffers=False
+                self.generator, process_group=group, **_BUFFERS_STAY
             )
 
     def prepare(self, device: torch.device, num_classes: int | None) -> None:

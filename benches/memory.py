@@ -2,7 +2,7 @@
 
 python -m benches.memory                    measure what is not measured yet, and write the results
 python -m benches.memory --plot docs/memory.png   draw them (needs matplotlib)
-python -m benches.memory --ratio            time micro-batches against the batch in one piece
+python -m benches.memory --ratio 256 16     time micro-batches against a batch in one piece
 python -m benches.memory --update docs/MEMORY.md  rewrite the table there
 
 Every row is a process of its own: VGG19 (random weights, which cost what others would), all taps,
@@ -31,6 +31,7 @@ ROWS = (
     *((64, n, (0, 4, 8)) for n in (128, 512)),
     (128, 128, (0, 4, 8, 16)),
     (256, 128, (0, 4, 8, 16)),
+    (512, 8, (0, 4, 8, 16)),
 )
 
 
@@ -97,7 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--row", nargs=4, type=int, metavar=("PIXELS", "BATCH", "GIB", "STEPS"))
     parser.add_argument("--plot", type=Path)
-    parser.add_argument("--ratio", action="store_true")
+    parser.add_argument("--ratio", nargs=2, type=int, metavar=("PIXELS", "BATCH"))
     parser.add_argument("--update", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     if arguments.row:
@@ -112,7 +113,9 @@ def main() -> None:
         plot(kept, arguments.plot)
         return
     if arguments.ratio:
-        kept["ratio"] = ratio()
+        found = ratio(*arguments.ratio)
+        others = [r for r in kept.get("ratio", []) if r["pixels"] != found["pixels"]]
+        kept["ratio"] = sorted([*others, found], key=lambda r: r["pixels"])
         path.write_text(json.dumps(kept, indent=1) + "\n")
         return
     if arguments.update:
@@ -155,8 +158,7 @@ def table(results: dict[str, Any]) -> str:
         lines.append(
             f"| {r['pixels']} | {r['batch']} | {budget} | {gib[0]} | {gib[1]} | {seconds} | {how} |"
         )
-    if "ratio" in results:
-        r = results["ratio"]
+    for r in results.get("ratio", []):
         lines += [
             "",
             f"| {r['pixels']} px, batch {r['batch']}, in turn | least s | x in one piece |",
@@ -170,7 +172,7 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def ratio(pixels: int = 128, batch: int = 32, rounds: int = 5) -> dict[str, Any]:
+def ratio(pixels: int, batch: int, rounds: int = 5) -> dict[str, Any]:
     """Forward and backward of generator and loss, in turn, freed memory kept by all."""
     import numpy as np
     import torch
@@ -196,7 +198,10 @@ def ratio(pixels: int = 128, batch: int = 32, rounds: int = 5) -> dict[str, Any]
     ).train()
     cases: list[dict[str, Any]] = [
         {"micro_batch": m, "recompute": recompute, "seconds": []}
-        for m, recompute in ((batch, False), (16, False), (8, False), (4, False), (8, True))
+        for m, recompute in (
+            *((batch // parts, False) for parts in (1, 2, 4, 8)),
+            (batch // 4, True),
+        )
     ]
     losses = {
         case["micro_batch"]: dpmmd.nn.MMDLoss(

@@ -12,12 +12,16 @@ import os
 import sys
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+if TYPE_CHECKING:
+    from dpmmd.encoders import Encoder
+    from dpmmd.privacy import Release
 
 
 def reduce_means(means: Tensor, counts: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
@@ -225,6 +229,24 @@ class Team:
             raise raised
         return value
 
+    def each(self, make: Callable[[], _T]) -> _T:
+        """What `make` returns here; where it raises in one process, all of them raise."""
+        if self.group is None:
+            return make()
+        failed: Exception | None = None
+        try:
+            value = make()
+        except Exception as error:
+            failed = error
+        told: list[str | None] = [None] * self.size
+        dist.all_gather_object(told, None if failed is None else str(failed), group=self.group)
+        if failed is not None:
+            raise failed
+        for rank, message in enumerate(told):
+            if message is not None:
+                raise RuntimeError(f"rank {rank} has stopped, and so do all: {message}")
+        return value
+
     def wait(self) -> None:
         """Until all processes are here."""
         if self.group is not None:
@@ -240,9 +262,41 @@ def require_same(what: str, value: Any, group: dist.ProcessGroup) -> None:
     """
     values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
-    odd = [rank for rank, other in enumerate(values) if other != values[0]]
-    if odd:
-        raise ValueError(
-            f"{what}: rank {odd[0]} has {values[odd[0]]!r}, rank 0 has {values[0]!r}; start every "
-            "process with the same arguments, files and version of dpmmd."
-        )
+    for rank, other in enumerate(values):
+        if other != values[0]:
+            theirs, first = _differing(other, values[0])
+            raise ValueError(
+                f"{what}: rank {rank} has {theirs}, rank 0 has {first}; start every process with "
+                "the same arguments, files and version of dpmmd."
+            )
+
+
+def require_alike(
+    release: Release, encoder: Encoder, group: dist.ProcessGroup, **more: Any
+) -> None:
+    """Raises a ValueError in every process that says in what they differ, if they do.
+
+    Args:
+        release, encoder: what they train on; compared by hash and by `Encoder.spec`.
+        group: whose processes are compared, all of which call this.
+        **more: as `require_same`.
+
+    Raises:
+        RuntimeError: torch.distributed has no initialised process group.
+    """
+    import dpmmd
+
+    require_group()
+    require_same("version", dpmmd.__version__, group)
+    require_same("release", release.metadata.array_sha256, group)
+    require_same("encoder", encoder.spec(), group)
+    for what, value in more.items():
+        require_same(what, value, group)
+
+
+def _differing(a: Any, b: Any) -> tuple[str, str]:
+    """Both values as text; of two mappings, the first entry that differs."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        key = next(k for k in (*a, *b) if a.get(k) != b.get(k))
+        return f"{key}={a.get(key)!r}", f"{key}={b.get(key)!r}"
+    return repr(a), repr(b)

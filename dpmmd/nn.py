@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dpmmd import injection
-from dpmmd.distributed import reduce_means, require_group
+from dpmmd.distributed import reduce_means, require_alike
 from dpmmd.encoders import Encoder
 from dpmmd.functional import adam_loss, check_labels, ema_loss, mean_embedding, mmd_loss
 from dpmmd.microbatch import Chunk, micro_batched
@@ -63,13 +63,14 @@ class MMDLoss(nn.Module):
             measured on a GPU.
         process_group: match the images of all its processes together, as one batch, e.g.
             ``torch.distributed.group.WORLD`` under torchrun; see `dpmmd.distributed` for the scale
-            of the gradient. None: this process's alone.
+            of the gradient. All of them make the module, and compare what they were given. None:
+            this process's alone.
 
     Raises:
         PrivacyError: the release was made with another encoder.
         ValueError: unknown estimator or one that does not fit the release's bound, decay or lr
-            out of range, micro_batch not an int >= 1, unknown state, or a backend that has no
-            injection.
+            out of range, micro_batch not an int >= 1, unknown state, a backend that has no
+            injection, or processes with different releases, encoders, estimators or versions.
         RuntimeError: a process group without torch.distributed being initialised.
     """
 
@@ -88,6 +89,13 @@ class MMDLoss(nn.Module):
         process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
+        if process_group is not None:  # first: what one process refuses must not leave others wait
+            require_alike(
+                release,
+                encoder,
+                process_group,
+                loss={"estimator": estimator, "decay": decay, "lr": lr},
+            )
         if estimator not in ESTIMATORS:
             raise ValueError(
                 f"estimator={estimator!r}: expected one of {', '.join(map(repr, ESTIMATORS))}."
@@ -111,8 +119,6 @@ class MMDLoss(nn.Module):
                 "estimator='unbiased' with a release of shared_taps: an image's own term is not "
                 "constant there; use 'batch'."
             )
-        if process_group is not None:
-            require_group()
         if inject:
             injection.check(backend)
         self.encoder, self.process_group, self.inject = encoder, process_group, inject

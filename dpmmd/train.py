@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import math
 import signal
@@ -25,7 +26,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from dpmmd import plan
-from dpmmd.distributed import Team, require_same, synchronise_batch_norm
+from dpmmd.distributed import Team, require_alike, synchronise_batch_norm
 from dpmmd.encoders import Encoder
 from dpmmd.files import write_atomically
 from dpmmd.functional import mean_embedding
@@ -50,6 +51,12 @@ _WITHOUT_EFFECT = {
     "memory",
 }
 _GRAPHED_ON = ("cuda",)
+# Every process computes the same running statistics. PyTorch 2.13 gave the argument a new name.
+_BUFFERS_STAY: dict[str, Any] = (
+    {"forward_sync_buffers": False}
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    else {"broadcast_buffers": False}
+)
 _WARM_UP_STEPS = 3
 _AGREE_EVERY = 10  # steps
 
@@ -135,7 +142,7 @@ def train(
     )
     device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
     team = Team(process_group, device)
-    _check_team(team, release, encoder, settings, generator_settings)
+    _check_team(team, release, encoder, settings, generator_settings, selection_encoder)
     if settings.graph and device.type not in _GRAPHED_ON:
         raise ValueError(
             f"settings.graph=True with the encoder on {device}: only CUDA devices have graphs; "
@@ -164,7 +171,8 @@ def train(
     if settings.memory is not None:
         statement = {key: getattr(release.metadata, key) for key in plan.STATEMENT}
         own = settings.model_copy(update={"batch_size": settings.batch_size // team.size})
-        chosen = plan.make(settings.memory, encoder, generator, statement, own)
+        budget, model = settings.memory, generator
+        chosen = team.each(lambda: plan.make(budget, encoder, model, statement, own))
         if progress and team.rank == 0:
             print(chosen, file=sys.stderr)
         planned = {"micro_batch": chosen.micro_batch, "state": chosen.state}
@@ -205,21 +213,19 @@ def _check_team(
     encoder: Encoder,
     settings: TrainSection,
     generator_settings: GeneratorSection,
+    selection: Encoder | None,
 ) -> None:
     """Refuses, in every process, processes that would not train one thing together."""
     if team.group is None:
         return
-    import dpmmd
-
-    alike = {
-        "version": dpmmd.__version__,
-        "release": release.metadata.array_sha256,
-        "encoder": encoder.spec(),
-        "settings": settings.model_dump(mode="json"),
-        "generator_settings": generator_settings.model_dump(mode="json"),
-    }
-    for name, value in alike.items():
-        require_same(name, value, team.group)
+    require_alike(
+        release,
+        encoder,
+        team.group,
+        settings=settings.model_dump(mode="json"),
+        generator_settings=generator_settings.model_dump(mode="json"),
+        selection_encoder=None if selection is None else selection.spec(),
+    )
     if settings.batch_size < team.size:
         raise ValueError(
             f"settings.batch_size={settings.batch_size}: expected at least one image for each of "
@@ -433,7 +439,7 @@ class _Run:
         synchronise_batch_norm(self.generator, group)
         with _seeded_state(self):  # DistributedDataParallel may draw
             self.model = DistributedDataParallel(
-                self.generator, process_group=group, broadcast_buffers=False
+                self.generator, process_group=group, **_BUFFERS_STAY
             )
 
     def prepare(self, device: torch.device, num_classes: int | None) -> None:

@@ -61,7 +61,7 @@ _CERTIFY = "return certify(integers, limits, nonnegative=nonnegative)"
 _UNCERTIFIED = "return integers, torch.stack([(q != 0).any(dim=1) for q in integers]).any(dim=0)"
 _SPHERE = "rate = limits * GUARD / norm"
 _UNBOUNDED = "rate = limits * _power_of_two(exponent) / clip"
-_COUNTS = "_noised(raw_counts, sd, sampler, 1 / counts_block.bound)"
+_COUNTS = "_noised(raw_counts, sd, sampler, 1 / counts_block.bound, torch.float64)"
 _BAD = "tests/test_release.py::test_a_bad_image_contributes_zero_in_silence"
 _UNDECODABLE = "tests/test_data.py::test_an_undecodable_image_is_a_silent_zero_row"
 _CLAIM = "tests/test_release.py::test_an_altered_claim_is_refused"
@@ -187,7 +187,7 @@ MUTATIONS = (
                 MECHANISM,
                 _COUNTS,
                 "_noised(raw_counts, sd, lambda n, _: np.zeros(n, np.int64),"
-                " 1 / counts_block.bound)",
+                " 1 / counts_block.bound, torch.float64)",
             ),
         ),
         ("tests/test_release.py::test_every_block_has_noise_of_its_own", _ADD_REMOVE),
@@ -423,8 +423,8 @@ MUTATIONS = (
         (
             Edit(
                 MECHANISM,
-                "    for values in (by_class, shared):",
-                "    for values in (by_class,):",
+                f"values += {_NOISED}",
+                f"values += {_NOISED} * (whole is taken[0])",
             ),
         ),
         ("tests/test_units.py::test_shared_rows_get_noise_of_their_own",),

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import dpmmd
-from dpmmd import distributed
+from dpmmd import distributed, plan
 from dpmmd import train as training
 from dpmmd.generators import ConvGenerator
 from dpmmd.nn import ESTIMATORS, MMDLoss
-from dpmmd.recipe import TrainSection
+from dpmmd.plan import PlanError
+from dpmmd.recipe import GeneratorSection, TrainSection
 from dpmmd.train import CheckpointError
 from tests.conftest import images, small_encoder
 
@@ -131,7 +132,7 @@ def generator_is_that_of_the_whole_batch(rank: int, world: int) -> None:
     alone.double(), together.double()
     assert dist.group.WORLD is not None
     wrapped = DistributedDataParallel(
-        distributed.synchronise_batch_norm(together, dist.group.WORLD), broadcast_buffers=False
+        distributed.synchronise_batch_norm(together, dist.group.WORLD), **training._BUFFERS_STAY
     )
     z, y = torch.randn(N, 5, dtype=torch.float64), torch.arange(N) % 3
     MMDLoss(release, encoder, backend="torch").double()(alone(z, y), y).backward()
@@ -156,6 +157,71 @@ def what_differs_is_refused_everywhere(rank: int, world: int) -> None:
     distributed.require_same("release", "same", dist.group.WORLD)
     with pytest.raises(ValueError, match=r"release: rank 1 has 'b', rank 0 has 'a'"):
         distributed.require_same("release", "ab"[min(rank, 1)], dist.group.WORLD)
+    odd = rank == world - 1
+
+    def made(n: int, encoder: dpmmd.encoders.Encoder, **options: Any) -> MMDLoss:
+        release = dpmmd.release(
+            images(n),
+            encoder,
+            epsilon=5.0,
+            delta=1e-3,
+            adjacency="replace-one",
+            progress=False,
+            insecure_test_noise=lambda n, sd: torch.zeros(n, dtype=torch.int64).numpy(),
+        )
+        return MMDLoss(release, small_encoder(), process_group=dist.group.WORLD, **options)
+
+    last, encoder = world - 1, small_encoder()
+    with pytest.raises(ValueError, match=rf"release: rank {last} has '\w+', rank 0 has '\w+'"):
+        made(30 - odd, encoder)
+    with pytest.raises(ValueError, match=rf"loss: rank {last} has lr=0.002, rank 0 has lr=0.001"):
+        made(30, encoder, lr=0.002 if odd else 0.001)
+    with pytest.raises(ValueError, match=rf"loss: rank {last} has estimator='no', rank 0 has"):
+        made(30, encoder, estimator="no" if odd else "ema")  # refused by one, and so by all
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dpmmd, "__version__", "0.0.9" if odd else dpmmd.__version__)
+        with pytest.raises(ValueError, match=f"version: rank {last} has '0.0.9', rank 0 has"):
+            made(30, encoder)
+    spec = dpmmd.encoders.Encoder.spec
+    with pytest.MonkeyPatch.context() as patch:
+        if odd:
+            patch.setattr(dpmmd.encoders.Encoder, "spec", lambda self: {**spec(self), "pool": 3})
+        with pytest.raises(ValueError, match=f"encoder: rank {last} has pool=3, rank 0 has pool="):
+            made(30, encoder)
+
+
+def what_one_refuses_stops_all(rank: int, world: int) -> None:
+    team = distributed.Team(dist.group.WORLD, torch.device("cpu"))
+    assert team.each(lambda: rank) == rank
+
+    def refuse() -> None:
+        if rank == 1:
+            raise OSError("no such disk")
+
+    kind = OSError if rank == 1 else RuntimeError
+    message = "^no such disk" if rank == 1 else "^rank 1 has stopped.*no such disk"
+    with pytest.raises(kind, match=message):
+        team.each(refuse)
+
+
+def a_budget_too_small_for_one_stops_all(rank: int, world: int, folder: Path) -> None:
+    make = plan.make
+
+    def tight(memory: str, *arguments: Any, **options: Any) -> plan.Plan:
+        return make("1MiB" if rank == 1 else memory, *arguments, **options)
+
+    kind: type[Exception] = PlanError if rank == 1 else RuntimeError
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "make", tight)
+        with pytest.raises(kind, match=r"the least that a step of batch_size=\d+ needs is"):
+            training.train(
+                dpmmd.Release.load(folder / "release.safetensors"),
+                small_encoder().double(),
+                settings=TrainSection(steps=1, batch_size=N, memory="1TiB"),
+                generator_settings=GeneratorSection(name="conv", image_size=8, base_channels=2),
+                process_group=dist.group.WORLD,
+                progress=False,
+            )
 
 
 class Double(nn.Module):
@@ -226,6 +292,9 @@ def everything(rank: int, world: int, folder: Path) -> None:
     loss_is_that_of_the_whole_batch(rank, world)
     generator_is_that_of_the_whole_batch(rank, world)
     what_differs_is_refused_everywhere(rank, world)
+    what_one_refuses_stops_all(rank, world)
+    if sys.platform == "linux":
+        a_budget_too_small_for_one_stops_all(rank, world, folder)
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -292,6 +361,7 @@ def test_torchrun_trains_and_the_first_process_alone_speaks(toy: Path) -> None:
     out, err = job.communicate(timeout=120)
     assert job.returncode == 0, err
     assert json.loads(out)["step"] == 3
+    assert "warning:" not in err  # of PyTorch's, about what a user cannot change
     assert training.load_checkpoint(toy / "run" / "checkpoints" / "last.pt")["processes"] == 2
     job = torchrun(toy, "--steps", 3, "--batch-size", 1)
     _, err = job.communicate(timeout=120)

@@ -35,6 +35,7 @@ def latents(n: int, seed: int = 0) -> torch.Tensor:
         ("resnet", 64, 1),
         ("resnet", 128, 3),
         ("resnet", 256, 3),
+        ("resnet", 512, 3),
     ],
 )
 @pytest.mark.parametrize("classes", [None, 3])
@@ -139,6 +140,22 @@ def test_the_paper_generators_size() -> None:
     assert len(generator.blocks) == 3  # 4, 8, 16, 32
 
 
+@pytest.mark.parametrize(
+    ("size", "widths"),
+    [
+        (32, [512, 256, 128]),
+        (256, [512, 512, 512, 512, 256, 128]),
+        (512, [512, 512, 512, 512, 512, 256, 128]),
+    ],
+)
+def test_the_paper_generators_widths(size: int, widths: list[int]) -> None:
+    """base_channels at full resolution, doubled with every halving up to eight times."""
+    with torch.device("meta"):
+        generator = build("resnet", num_classes=None, image_size=size, channels=3)
+    assert [block.conv1.in_channels for block in generator.blocks] == widths
+    assert generator.to_image.in_channels == 64
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_labels_are_required_exactly_where_there_are_classes(name: str) -> None:
     with pytest.raises(ValueError, match="num_classes=3"):
@@ -154,6 +171,7 @@ def test_labels_are_required_exactly_where_there_are_classes(name: str) -> None:
         ("conv", 4, "at least 8"),
         ("dcgan", 28, "32, 64 or 128"),
         ("resnet", 28, "32, 64, 128"),
+        ("resnet", 1024, "256 or 512"),
     ],
 )
 def test_a_size_it_cannot_make_is_refused(name: str, size: int, expected: str) -> None:

@@ -263,6 +263,16 @@ def test_the_command_reads_no_data(tmp_path: Path) -> None:
 
 
 @linux
+def test_the_command_plans_the_largest_images(tmp_path: Path) -> None:
+    data = "image_size = 512\nchannels = 3"
+    done = command(
+        tmp_path, "--memory", "8GiB", "--json", data=data, train="[generator]\nbase_channels = 1"
+    )
+    assert done.exit_code == 0, done.output
+    assert 0 < json.loads(done.stdout)["peak"] <= 8 << 30
+
+
+@linux
 def test_what_the_command_refuses(tmp_path: Path) -> None:
     data = "image_size = 16\nchannels = 3"
     assert "no [train] memory; give a budget" in str(command(tmp_path, data=data).exception)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CORE = ("accounting", "sensitivity", "sums", "noise", "mechanism", "ranks")
 TRUSTED = (*CORE, "release_file", "partial")
 MAY_IMPORT = {
-    *("dpmmd", "dpmmd.bounds", "dpmmd.files", "dpmmd.data", "dpmmd.encoders"),
+    *("dpmmd", "dpmmd._memory", "dpmmd.bounds", "dpmmd.files", "dpmmd.data", "dpmmd.encoders"),
     *(f"dpmmd.privacy.{name}" for name in (*TRUSTED, "ledger", "report")),
 }
 

@@ -54,7 +54,7 @@ def build(
 
     Args:
         name: ``"conv"`` (small, 28 or 32 px and other multiples of 4), ``"dcgan"`` (32, 64 or 128
-            px) or ``"resnet"`` (the paper's, 32 to 256 px).
+            px) or ``"resnet"`` (the paper's, 32 to 512 px).
         num_classes: K for a class-conditional generator, None for an unconditional one.
         image_size: side of the images in pixels.
         channels: 1 or 3.

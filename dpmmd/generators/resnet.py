@@ -23,7 +23,7 @@ class ResNetGenerator(nn.Module):
 
     Args:
         num_classes: K, or None for no labels.
-        image_size: side in pixels: 32, 64, 128 or 256.
+        image_size: side in pixels: 32, 64, 128, 256 or 512.
         channels: 1 or 3.
         z_dim: size of the latent vector; the paper's is 100.
         base_channels: the paper's is 64.
@@ -42,8 +42,8 @@ class ResNetGenerator(nn.Module):
         base_channels: int = 64,
     ) -> None:
         super().__init__()
-        if image_size not in (32, 64, 128, 256):
-            raise ValueError(f"image_size={image_size}: expected 32, 64, 128 or 256.")
+        if image_size not in (32, 64, 128, 256, 512):
+            raise ValueError(f"image_size={image_size}: expected 32, 64, 128, 256 or 512.")
         self.z_dim, self.num_classes, self.recompute = z_dim, num_classes, False
         self.image_size, self.channels = image_size, channels
         doublings = image_size.bit_length() - 3  # from 4 x 4

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from dpmmd._memory import return_freed_memory
 from dpmmd.bounds import check_bound
 from dpmmd.files import refuse_unwritable
 from dpmmd.privacy.accounting import calibrate
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from dpmmd.encoders import Encoder
 
 GRID = 1 << GRID_BITS
+Sampler = Callable[[int, float], np.ndarray]  # n, sd -> int64 [n]
 # What one image may contribute to a block, relative to 2^30. Beside signed sums under replace-one
 # the counts are free; elsewhere 0.1 adds 0.5 % to the noise, and class counts get noise of about 53
 # images at epsilon = 1. A selection block of 0.25 adds 3 %.
@@ -108,7 +110,7 @@ def release(
     partial_sums: str | os.PathLike[str] | None = None,
     progress: bool = True,
     process_group: ProcessGroup | None = None,
-    insecure_test_noise: Callable[[int, float], np.ndarray] | None = None,
+    insecure_test_noise: Sampler | None = None,
     **source_options: Any,
 ) -> Release:
     """Releases the noised class-conditional mean embedding of private images.
@@ -354,7 +356,7 @@ def release(
     sums_out = torch.stack([sums for sums, _ in released]).float().contiguous()  # [M, K, D]
     shared_out = torch.stack([shared for _, shared in released]).float() if shared_taps else None
     if raw_counts is not None and counts_block is not None:
-        noisy = _noised(raw_counts, sd, sampler, 1 / counts_block.bound)[0][:, 0]
+        noisy = _noised(raw_counts, sd, sampler, 1 / counts_block.bound, torch.float64)[0][:, 0]
         counts = noisy.clamp(min=1.0)
         if not public_n:
             _warn_delta(delta, int(counts.sum()))
@@ -480,14 +482,22 @@ def _harmless(
 
 
 def _noised(
-    sums: PrivateSums, sd: float, sampler: Callable[[int, float], np.ndarray], unit: float
+    sums: PrivateSums, sd: float, sampler: Sampler, unit: float, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """S + integer noise, then in float64 times what a grid unit is worth; S is gone."""
-    by_class, shared = sums.take()
-    for values in (by_class, shared):
-        drawn = np.asarray(sampler(values.numel(), sd), np.int64)
-        values += torch.from_numpy(drawn).view_as(values)
-    return by_class.double() * unit, shared.double() * unit
+    """S + integer noise, then in float64 times what a grid unit is worth, rounded; S is gone.
+
+    A piece at a time: nothing of the size of S is held beside S and the result.
+    """
+    taken = sums.take()
+    by_class, shared = (torch.empty(whole.shape, dtype=dtype) for whole in taken)
+    for whole, result in zip(taken, (by_class, shared), strict=True):
+        for values, out in zip(*(t.view(-1).split(1 << 22) for t in (whole, result)), strict=True):
+            drawn = np.asarray(sampler(values.numel(), sd), np.int64)
+            values += torch.from_numpy(drawn).view_as(values)
+            out.copy_(values.double() * unit)
+    del taken, whole, values
+    return_freed_memory()  # or the process keeps what S took, and what comes after takes more
+    return by_class, shared
 
 
 def _warn_alone(group: ProcessGroup | None) -> None:

@@ -135,7 +135,7 @@ def main() -> None:
                 raise SystemExit(run.stderr)
             kept["rows"].append(json.loads(run.stdout.splitlines()[-1]))
             path.write_text(json.dumps(kept, indent=1) + "\n")
-            print(table({**kept, "rows": kept["rows"][-1:]}).splitlines()[-1], flush=True)
+            print(table({"rows": kept["rows"][-1:]}).splitlines()[-1], flush=True)
 
 
 def table(results: dict[str, Any]) -> str:
@@ -223,7 +223,7 @@ def ratio(pixels: int, batch: int, rounds: int = 5) -> dict[str, Any]:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Peak and time against pixels at batch 128."""
+    """Peak and time against pixels at batch 128, and of 8 images of 512 px."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -244,6 +244,11 @@ def plot(results: dict[str, Any], path: Path) -> None:
             axes, ([r["peak"] / 2**30 for r in rows], [r["seconds"] for r in rows]), strict=True
         ):
             axis.plot([r["pixels"] for r in rows], values, marker=marker, label=label, alpha=0.8)
+        for r in results["rows"]:  # the largest images: a smaller batch
+            if r["pixels"] == 512 and r["budget_gib"] == budget and "peak" in r:
+                for axis, value in zip(axes, (r["peak"] / 2**30, r["seconds"]), strict=True):
+                    colour = axis.lines[-1].get_color()
+                    axis.plot(512, value, marker, color=colour, fillstyle="none")
     beyond = [r for r in results["rows"] if r["batch"] == 128 and "predicted" in r and "note" in r]
     axes[0].plot(
         [r["pixels"] for r in beyond],
@@ -253,7 +258,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     )
     for axis, name in zip(axes, ("peak resident memory, GiB", "seconds a step"), strict=True):
         axis.set(xlabel="pixels", ylabel=name, xscale="log", yscale="log")
-        axis.set_xticks([32, 64, 128, 256], ["32", "64", "128", "256"])
+        axis.set_xticks([32, 64, 128, 256, 512], ["32", "64", "128", "256", "512\n(batch 8)"])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=7)

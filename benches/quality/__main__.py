@@ -178,7 +178,7 @@ def claims() -> str:
 
 
 def tried() -> str:
-    """The table of experiments, as Markdown."""
+    """The table of experiments, as Markdown; empty while none is measured."""
     lines = [
         f"| what | epsilon | predicted | {' | '.join(TITLES)} |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -189,7 +189,7 @@ def tried() -> str:
             continue
         cells = [_cell(scores[c]) for c in CLASSIFIERS]
         lines.append(f"| {row.what} | {row.epsilon} | {row.predicted} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join(lines) if len(lines) > 2 else ""
 
 
 def plot(path: Path) -> None:
@@ -223,6 +223,8 @@ def update(path: Path) -> None:
     text = path.read_text()
     for name, table in (("claims", claims()), ("tried", tried())):
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        if not table:
+            continue
         head, _, rest = text.partition(begin)
         text = f"{head}{begin}\n{table}\n{end}{rest.partition(end)[2]}"
     path.write_text(text)

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parents[1] / "results" / "quality.json"
+RESULTS = Path(__file__).parents[1] / "results" / "quality" / "fashion-mnist.json"
 CLASSIFIERS = ("logistic_regression", "mlp", "cnn")
 TITLES = ("logistic regression", "MLP", "CNN")
 # Harder et al. 2023, logistic regression and MLP: the better of phi1 and phi1 + phi2, delta = 1e-5

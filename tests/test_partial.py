@@ -232,7 +232,8 @@ def test_a_spend_that_was_released_is_not_used_again(
 # ----------------------------------------------------------------------------- killed
 
 SCRIPT = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job of the background ignores it
 import torch, warnings
 warnings.simplefilter("ignore")
 sys.path.insert(0, {root!r})

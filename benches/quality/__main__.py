@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parents[1] / "results" / "quality" / "fashion-mnist.json"
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benches" / "results" / "quality" / "fashion-mnist.json"
 CLASSIFIERS = ("logistic_regression", "mlp", "cnn")
 TITLES = ("logistic regression", "MLP", "CNN")
 # Harder et al. 2023, logistic regression and MLP: the better of phi1 and phi1 + phi2, delta = 1e-5
@@ -130,7 +131,7 @@ def measure(only: str | None) -> None:
             folder = Path(tempfile.mkdtemp(prefix="quality-")) / "run"
             found = {"row": row.name, "repeat": repeat, **run(row, repeat, folder)}
             if row in CLAIMS and repeat == 0:
-                shutil.copy(folder / "samples.png", f"docs/samples-{row.name}.png")
+                shutil.copy(folder / "samples.png", ROOT / "docs" / f"samples-{row.name}.png")
             shutil.rmtree(folder.parent)
             kept = [*_read(), found]  # another process may have written meanwhile
             kept.sort(key=lambda r: (r["row"], r["repeat"]))

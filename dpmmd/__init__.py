@@ -9,6 +9,7 @@ Importing it touches no accelerator, compiles nothing and downloads nothing.
 """
 
 from dpmmd import (
+    align,
     backends,
     data,
     distributed,
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "PrivacyError",
     "Release",
+    "align",
     "backends",
     "data",
     "distributed",

@@ -107,6 +107,13 @@ def release(
         int,
         typer.Option(help="Sum the encoder's first so many taps over all classes, not by class."),
     ] = 0,
+    pixel_moments: Annotated[
+        int | None,
+        typer.Option(
+            help="Also release means and products of pixels, of the images brought to this side: "
+            "`sample` aligns generated images with them."
+        ),
+    ] = None,
     group_by: Annotated[
         str | None,
         typer.Option(
@@ -181,6 +188,7 @@ def release(
         bound=bound,
         clip=clip,
         shared_taps=shared_taps,
+        pixel_moments=pixel_moments,
         selection=None
         if selection is None
         else dpmmd.encoders.load(selection, image_size=encoder_size).to(where),
@@ -362,7 +370,10 @@ def sample(
             }
         )
     elif origin is None:
-        _say(f"wrote {out} and {picture}; no card: give the release with --release")
+        _say(
+            f"wrote {out} and {picture}; no card, and not aligned with moments of pixels that its "
+            "release may hold: give the release with --release"
+        )
     else:
         _say(f"wrote {out}, {picture} and {card}")
 

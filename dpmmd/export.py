@@ -196,7 +196,8 @@ def card(
         f"`{name}`: {n:,} {kind} images of {height} x {width} px, {labels}. Made by dpmmd "
         f"{f['version']}: a generator, trained for {step:,} steps on a noised mean embedding of "
         f"private images ({f['source']}; encoder {f['encoder']}); latent "
-        f"temperature {temperature:g}, seed {seed}.",
+        f"temperature {temperature:g}, seed {seed}"
+        f"{', aligned with released moments of pixels' if m.pixel_encoder else ''}.",
         "",
         _HOW[format],
         "",

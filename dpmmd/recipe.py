@@ -88,6 +88,7 @@ class ReleaseSection(_Section):
     clip: float = Field(default=1.0, gt=0)
     joint_weight: float | None = Field(default=None, gt=0)
     weights: dict[str, float] | None = None
+    pixel_moments: int | None = Field(default=None, ge=1)
     shared_taps: int = Field(default=0, ge=0)
     batch_size: int = Field(default=256, ge=1)
     partial_sums: str | None = None

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpmmd import encoders, export, metrics, recipe, train
+from dpmmd import align, encoders, export, metrics, recipe, train
 from dpmmd._memory import return_freed_memory
 from dpmmd.data import open_source
 from dpmmd.encoders import Encoder
@@ -39,6 +39,7 @@ Say = Callable[[str], None]
 # What a release without noise is calibrated to: accounting takes nothing larger. It is stamped NOT
 # PRIVATE like every release made with test noise, and its report promises nothing.
 NO_NOISE_EPSILON = 9999.0
+_FITTED = 20_000  # images that an alignment is fitted to
 
 
 class RunError(ValueError):
@@ -232,6 +233,12 @@ def _release(
             train.build_generator(generator, data.num_classes)  # refused before privacy is spent
             side = generator.image_size
             made = (generator.channels, side, side)
+            if wanted.pixel_moments is not None and generator.channels != source.image_shape[0]:
+                raise RunError(
+                    f"release.pixel_moments: {data.source} has {source.image_shape[0]} channels, "
+                    f"the generator makes {generator.channels}; alignment needs them equal. Set "
+                    "channels in [generator] or [data], or leave pixel_moments out."
+                )
             compared = settings.evaluate is not None or settings.metrics is not None
             if compared and source.image_shape != made:
                 raise RunError(
@@ -252,6 +259,7 @@ def _release(
                 clip=wanted.clip,
                 joint_weight=wanted.joint_weight,
                 weights=wanted.weights,
+                pixel_moments=wanted.pixel_moments,
                 selection=selection,
                 shared_taps=wanted.shared_taps,
                 batch_size=wanted.batch_size,
@@ -267,6 +275,10 @@ def _release(
     privacy = json.dumps(facts(released), indent=2) + "\n"
     write_atomically(out / "privacy.json", privacy.encode(), overwrite=True)
     return released
+
+
+def _side(pixel_encoder: dict[str, Any] | None) -> int | None:
+    return None if pixel_encoder is None else int(pixel_encoder["image_size"][0])
 
 
 def _stated(m: Any) -> float:
@@ -292,6 +304,7 @@ def _check_release(
         "clip": (m.clip, wanted.clip),
         "joint_weight": (m.joint_weight, wanted.joint_weight),
         "shared_taps": (m.shared_taps, wanted.shared_taps),
+        "pixel_moments": (_side(m.pixel_encoder), wanted.pixel_moments),
         "unit": (m.unit, unit_of(settings.data.group_by)),
         "num_classes": (m.num_classes, settings.data.num_classes or 1),
     }
@@ -388,20 +401,39 @@ def write_samples(
 ) -> None:
     """Writes a synthetic set (`dpmmd.export.write`), a grid of samples (PNG) and a card (Markdown).
 
-    The card says what ``release`` promises; without it there is none.
+    The card says what ``release`` promises; without it there is none. If it holds moments of
+    pixels, the images are aligned with them.
     """
+    alignment = None
+    if release is not None and release.pixels is not None:
+        fitted, classes = train.sample(
+            trained.generator,
+            _FITTED,
+            num_classes,
+            batch_size=batch_size,
+            temperature=temperature,
+            seed=seed + 1,
+        )
+        device = next(trained.generator.parameters()).device
+        alignment = align.fit(release, fitted, classes).to(device)
     images, labels = train.sample(
         trained.generator,
         num_images,
         num_classes,
         batch_size=batch_size,
         temperature=temperature,
+        alignment=alignment,
         seed=seed,
         progress=progress,
     )
     device = next(trained.generator.parameters()).device
     grid = train.sample_grid(
-        trained.generator, num_classes, device, batch_size, temperature=temperature
+        trained.generator,
+        num_classes,
+        device,
+        batch_size,
+        temperature=temperature,
+        alignment=alignment,
     )
     train.save_png(picture, grid)
     if release is not None and card is not None:

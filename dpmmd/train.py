@@ -735,6 +735,7 @@ def sample(
     *,
     batch_size: int = 500,
     temperature: float = 1.0,
+    alignment: nn.Module | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> tuple[np.ndarray, np.ndarray | None]:
@@ -746,6 +747,8 @@ def sample(
         num_classes: K, to draw the classes in equal parts, or None for an unlabelled generator.
         temperature: standard deviation of the latent points, 1 in training. Above it images are
             more varied and less typical, below it the other way round.
+        alignment: images go through it, with their labels: `dpmmd.align.fit`, of images sampled
+            at the same temperature.
 
     Returns:
         images uint8 [n, C, H, W] and labels int64 [n] (None if unlabelled).
@@ -763,6 +766,8 @@ def sample(
             if num_classes is not None:
                 y = balanced_labels(n, num_classes, offset=start).to(device)
             images = generator(z, y).clamp(0, 1)
+            if alignment is not None:
+                images = alignment(images, y)
             parts.append(images.mul(255).round().to(torch.uint8).cpu().numpy())
             bar.update(n)
     labels = None
@@ -778,12 +783,13 @@ def sample_grid(
     at_once: int | None = None,
     columns: int = 10,
     temperature: float = 1.0,
+    alignment: nn.Module | None = None,
 ) -> np.ndarray:
     """uint8 [C, H', W']: a row per class (or ten rows), the same latent points on every call.
 
     ``at_once`` images go through the generator together; None: all. ``temperature`` is the latent
-    points' standard deviation. The generator's mode and
-    torch's global random state stay as they are.
+    points' standard deviation, ``alignment`` as in `sample`. The generator's mode and torch's
+    global random state stay as they are.
     """
     rows = num_classes or 10
     rng = torch.Generator().manual_seed(0)
@@ -800,7 +806,10 @@ def sample_grid(
             generator(part, None if y is None else y[i * size : (i + 1) * size])
             for i, part in enumerate(z.split(size))
         ]
-        images = torch.cat(parts).clamp(0, 1).mul(255).round().to(torch.uint8).cpu().numpy()
+        made = torch.cat(parts).clamp(0, 1)
+        if alignment is not None:
+            made = alignment(made, y)
+        images = made.mul(255).round().to(torch.uint8).cpu().numpy()
     generator.train(training)
     return tile(images, columns)
 

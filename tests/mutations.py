@@ -180,6 +180,25 @@ MUTATIONS = (
         ),
     ),
     Mutation(
+        "pixels-not-noised",
+        "the moments of pixels are released as they are",
+        (
+            Edit(
+                MECHANISM,
+                "_noised(sums, sd, sampler, part.unit) for part, sums",
+                "_noised(sums, sd, (lambda n, _: np.zeros(n, np.int64))"
+                ' if part.block.name == "pixels" else sampler, part.unit) for part, sums',
+            ),
+        ),
+        ("tests/test_release.py::test_every_block_has_noise_of_its_own",),
+    ),
+    Mutation(
+        "pixels-not-spread",
+        "the products of all classes counted as if they lay in their class's row",
+        (Edit(MECHANISM, "_nonnegative(pixels), True)", "_nonnegative(pixels), False)"),),
+        ("tests/test_release.py::test_pixel_moments",),
+    ),
+    Mutation(
         "counts-not-noised",
         "exact class counts are released, and every class mean is divided by them",
         (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -410,6 +411,49 @@ def test_a_run_with_changes_says_so_in_its_recipe(call: Call, folder: Path) -> N
     for bad in ("train.step=3", "train", "release.epsilon=-1"):
         refused(call(*command[:3], folder / "new", "--set", bad), bad.partition("=")[0])
     assert not (folder / "new").exists()
+
+
+def test_images_are_aligned_with_released_moments(call: Call, folder: Path) -> None:
+    out = folder / "run"
+    command = ["run", folder / "mine.toml", "--set", "release.pixel_moments=8", "--epsilon", "inf"]
+    assert call(*command, "--out", out).code == 0
+    blocks = json.loads((out / "privacy.json").read_text())["blocks"]
+    assert [b["name"] for b in blocks] == ["phi1", "pixels", "counts"]
+    assert "aligned with released moments of pixels" in (out / "README.md").read_text()
+
+    # The command line draws the same set, given the release; without it, images as generated.
+    draw = ["sample", out, "--num-images", 90, "--out"]
+    assert call(*draw, folder / "a.npz").code == 0
+    (folder / "t").mkdir()
+    shutil.copytree(out / "checkpoints", folder / "t" / "checkpoints")
+    draw[1] = folder / "t"
+    told = call(*draw, folder / "b.npz")
+    assert "not aligned" in told.err
+    x = {name: np.load(folder / f"{name}.npz")["x"].astype(float) for name in "ab"}
+    assert (x["a"] == np.load(out / "synthetic.npz")["x"]).all()
+    real, y = bars(240, seed=240)
+    distances = {
+        name: sum(
+            np.linalg.norm(made[np.arange(90) % 3 == k].mean(0) - real[y == k].mean(0))
+            for k in range(3)
+        )
+        for name, made in x.items()
+    }
+    assert distances["a"] < 0.2 * distances["b"]  # six steps of training bring little
+
+    refused(call(*command, "--out", folder / "c", "--set", "release.pixel_moments=40"), "1 to 32")
+    refused(
+        call(*command, "--out", folder / "c", "--set", "generator.channels=3"),
+        "release.pixel_moments",
+        "alignment needs them equal",
+    )
+    assert not (folder / "c" / "release.safetensors").exists()
+    other = ["run", out / "recipe.toml", "--set", "release.pixel_moments=4", "--out"]
+    (folder / "d").mkdir()
+    shutil.copy(out / "release.safetensors", folder / "d")
+    refused(call(*other, folder / "d"), "made with pixel_moments = 8, the recipe asks for 4")
+    released = call(*release_arguments(folder, pixel_moments=5), "--json").json
+    assert [b["name"] for b in released["blocks"]] == ["phi1", "pixels", "counts"]
 
 
 def test_an_infinite_epsilon_is_not_private(call: Call, folder: Path) -> None:

@@ -25,6 +25,7 @@ import torch.multiprocessing as mp
 import dpmmd
 from dpmmd.data import ArraySource, Batch, write_npz
 from dpmmd.privacy import Ledger, PrivacyError, Release, partial, ranks
+from dpmmd.privacy.release_file import FURTHER
 from dpmmd.privacy.sums import PrivateSums
 from tests.conftest import images, nonnegative_encoder, small_encoder
 
@@ -42,6 +43,7 @@ RELEASES: dict[str, dict[str, Any]] = {
     "hybrid, two moments": {"moments": (1, 2), "shared_taps": 1},
     "selection, add-remove": {"selection": nonnegative_encoder(), "adjacency": "add-remove"},
     "groups": {"group_by": "patient"},
+    "moments of pixels": {"pixel_moments": 4},
 }
 
 
@@ -130,7 +132,7 @@ def same_bits(rank: int, folder: Path) -> None:
         )
         assert together.metadata == alone.metadata
         assert torch.equal(together.sums, alone.sums)
-        for name in ("counts", "selection", "shared"):
+        for name in ("counts", *FURTHER):
             a, b = getattr(together, name), getattr(alone, name)
             assert (a is b is None) or torch.equal(a, b)
     for n in (0, 1):  # no batch at all, or none for some ranks

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -21,6 +22,7 @@ import dpmmd
 from dpmmd import functional, reference
 from dpmmd.bounds import BOUNDS
 from dpmmd.data import Batch, ImageSource
+from dpmmd.encoders.pixels import transform, unpacked
 from dpmmd.privacy import Block, PrivacyError, Release, sensitivity
 from dpmmd.privacy.sums import GUARD, PrivateSums, bounded_integers
 from tests.conftest import images, no_noise, nonnegative_encoder, small_encoder
@@ -471,6 +473,73 @@ def test_selection_block(tmp_path: Path) -> None:
     assert float(noise.std()) == pytest.approx(expected, rel=6 / noise.numel() ** 0.5)
 
 
+def test_pixel_moments(tmp_path: Path) -> None:
+    """The block holds what it says, to float32, of images brought to its side."""
+    x, y, _ = rows(50)
+    options = {"num_classes": 3, "clip": 2.0, "selection": small_encoder(), "pixel_moments": 5}
+    released = exact(images(50), small_encoder(), **options)
+    blocks = {b.name: b for b in released.metadata.blocks}
+    assert list(blocks) == ["phi1", "pixels", "selection", "counts"]
+    assert not blocks["pixels"].nonnegative
+    assert blocks["pixels"].spread
+    assert blocks["pixels"].size == 26 * 27 // 2 + 3 * 26
+    assert blocks["pixels"].shared == 26 * 27 // 2
+    small = F.interpolate(x, (5, 5), mode="bilinear", align_corners=False).double().flatten(1)
+    u = small @ transform(1, 5, 5).T
+    v = torch.cat((u, torch.full((50, 1), (25 / 8) ** 0.5)), dim=1)
+    v = v / v.norm(dim=1, keepdim=True)
+    again = Release.load(released.save(tmp_path / "r.safetensors"))
+    assert again.products is not None
+    assert again.pixels is not None
+    second, means = unpacked(again.products[0].double(), again.pixels.double())
+    torch.testing.assert_close(second, v.T @ v, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(means, F.one_hot(y, 3).double().T @ v, rtol=1e-5, atol=1e-5)
+    bare = Release(again.sums, again.counts, again.metadata, again.selection)
+    with pytest.raises(PrivacyError, match="do not match its metadata"):
+        Release.load(bare.save(tmp_path / "bare.safetensors"))
+    for side in (0, 33, 2.0):
+        with pytest.raises(ValueError, match="pixel_moments="):
+            exact(images(4), small_encoder(), pixel_moments=side)
+
+
+@pytest.mark.parametrize("adjacency", ["replace-one", "zero-out"])
+def test_pixel_moments_keep_to_the_sensitivity(adjacency: str) -> None:
+    """Extreme images, of one class or of two, and images that are exchanged for nothing."""
+    options = {"num_classes": 2, "pixel_moments": 8, "adjacency": adjacency, "delta": 1e-9}
+    half = torch.arange(64).view(1, 1, 8, 8) % 2
+    pictures = [*torch.cat((torch.zeros_like(half), half, 1 - half, half | 1)).float()]
+    every = [(p[None], torch.tensor([k]), True) for p in pictures for k in (0, 1)]
+    nothing = (torch.zeros(1, 1, 8, 8), torch.tensor([0]), False)
+    pairs = [(a, b) for a in every for b in every]
+    if adjacency == "zero-out":
+        pairs = [(a, nothing) for a in every]
+    weights = {"phi1": 2.0**-20, "counts": 1.0}
+    others = torch.cat([torch.full((1, 1, 8, 8), k / 4) for k in range(4)])
+    largest = 0.0
+    for pair in pairs:
+        a, b = (
+            exact(
+                Rows(
+                    torch.cat((others, x)),
+                    torch.cat((torch.arange(4) % 2, y)),
+                    torch.tensor([True] * 4 + [valid]),
+                ),
+                _pixel_encoder("nonnegative"),
+                weights=weights,
+                **options,
+            )
+            for x, y, valid in pair
+        )
+        square = float((a.counts - b.counts).square().sum())
+        for one, other in ((a.pixels, b.pixels), (a.products, b.products)):
+            assert one is not None
+            assert other is not None
+            square += float((one - other).double().square().sum())
+        largest = max(largest, square)
+        assert square**0.5 <= a.metadata.sensitivity / 2**30 * (1 + 1e-6)
+    assert largest > (1.9 if adjacency == "zero-out" else 3.0)  # of at most 2, or 6
+
+
 def test_every_block_has_noise_of_its_own() -> None:
     """Noise of each block: the declared sd, and independent of every other block's and release's.
 
@@ -478,6 +547,7 @@ def test_every_block_has_noise_of_its_own() -> None:
     """
     encoder, runs = small_encoder(), 30
     options = {"num_classes": 3, "moments": (1, 2), "selection": small_encoder(), "delta": 1e-9}
+    options["pixel_moments"] = 6
     clean = exact(images(2000), encoder, **options)
     noisy = [
         dpmmd.release(images(2000), encoder, **{**ARGUMENTS, "epsilon": 5.0, **options})  # type: ignore[arg-type]
@@ -492,6 +562,8 @@ def test_every_block_has_noise_of_its_own() -> None:
         "phi1": scaled([r.sums[0] - clean.sums[0] for r in noisy], 1.0),
         "phi2": scaled([r.sums[1] - clean.sums[1] for r in noisy], 1.0),
         "selection": scaled([r.selection - clean.selection for r in noisy], 0.25),  # type: ignore[operator]
+        "pixels": scaled([r.pixels - clean.pixels for r in noisy], 1.0),  # type: ignore[operator]
+        "products": scaled([r.products - clean.products for r in noisy], 1.0),  # type: ignore[operator]
         "counts": scaled([r.counts - clean.counts for r in noisy], 0.1),
     }
     for name, values in noise.items():
@@ -518,6 +590,7 @@ def test_a_release_passes_its_own_check(adjacency: str, tmp_path: Path) -> None:
         num_classes=3,
         moments=(1, 2),
         selection=nonnegative_encoder(),
+        pixel_moments=4,
         progress=False,
     )
     Release.load(released.save(tmp_path / "r.safetensors"))
@@ -741,7 +814,7 @@ def test_the_file_holds_released_numbers_and_public_facts_only(released: Release
         "format", "version", "private", "adjacency", "unit", "epsilon", "delta", "mu", "sd",
         "sensitivity", "noise_sd", "grid_bits", "moments", "bound", "clip", "joint_weight",
         "blocks", "num_classes", "labelled", "num_units", "image_shape", "source",
-        "encoder", "selection_encoder", "shared_taps", "array_sha256",
+        "encoder", "pixel_encoder", "selection_encoder", "shared_taps", "array_sha256",
     }  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from dpmmd._memory import return_freed_memory
 from dpmmd.bounds import check_bound
+from dpmmd.encoders.pixels import pixel_moments as pixels_of
 from dpmmd.files import refuse_unwritable
 from dpmmd.privacy.accounting import calibrate
 from dpmmd.privacy.ledger import Ledger
@@ -55,7 +56,8 @@ Sampler = Callable[[int, float], np.ndarray]  # n, sd -> int64 [n]
 # What one image may contribute to a block, relative to 2^30. Beside signed sums under replace-one
 # the counts are free; elsewhere 0.1 adds 0.5 % to the noise, and class counts get noise of about 53
 # images at epsilon = 1. A selection block of 0.25 adds 3 %.
-WEIGHTS = {"phi1": 1.0, "phi2": 1.0, "phi1+phi2": 1.0, "selection": 0.25, "counts": 0.1}
+WEIGHTS = {"phi1": 1.0, "phi2": 1.0, "phi1+phi2": 1.0}
+WEIGHTS |= {"pixels": 1.0, "selection": 0.25, "counts": 0.1}
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ def release(
     clip: float = 1.0,
     joint_weight: float | None = None,
     weights: Mapping[str, float] | None = None,
+    pixel_moments: int | None = None,
     selection: Encoder | None = None,
     shared_taps: int = 0,
     batch_size: int = 256,
@@ -135,8 +138,11 @@ def release(
         bound, clip, joint_weight: likewise.
         weights: what one image may contribute to each block of the released vector, in (0, 1],
             relative to the others: more weight, less noise on that block and more on the rest.
-            Default: 1 for "phi1" and "phi2" (or "phi1+phi2"), 0.25 for "selection", 0.1 for
-            "counts". See `dpmmd.privacy.optimal_weights`.
+            Default: 1 for "phi1", "phi2" (or "phi1+phi2") and "pixels", 0.25 for "selection", 0.1
+            for "counts". See `dpmmd.privacy.optimal_weights`.
+        pixel_moments: a further block, "pixels": noised means of the pixels, class by class, and
+            of all their products, over all classes, of the images brought to this side. Generated
+            images can be aligned with them (`dpmmd.align`).
         selection: an encoder of its own for a further block: noised class means by which training
             picks its best checkpoint without looking at private data.
         shared_taps: hybrid taps: the first (shallow) so many of the encoder's taps are summed over
@@ -207,8 +213,13 @@ def release(
     num_units = images.num_images if images.groups is None else len(images.groups.unique())
     if public_n:
         _warn_delta(delta, num_units)
+    device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
+    pixel_encoder = None
+    if pixel_moments is not None:
+        pixel_encoder = pixels_of(pixel_moments, images.image_shape[0]).to(device)
     parts, counts_block = _blocks(
         encoder,
+        pixel_encoder,
         selection,
         moments,
         joint_weight,
@@ -224,7 +235,6 @@ def release(
     moved = sensitivity(adjacency, blocks)  # Delta, in grid units
     sd = noise_level.sd_over_sensitivity * moved
 
-    device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
     sizes = None if sizes is None else sizes.to(device)
     raw = [PrivateSums(classes, part.dim, part.shared, device) for part in parts]
     raw_counts = None if counts_block is None else PrivateSums(classes, 1, device=device)
@@ -254,6 +264,7 @@ def release(
         image_shape=images.image_shape,
         source=images.name.encode("utf-8", "replace").decode(),  # need not be UTF-8
         encoder=encoder.spec(),
+        pixel_encoder=None if pixel_encoder is None else pixel_encoder.spec(),
         selection_encoder=None if selection is None else selection.spec(),
         shared_taps=shared_taps,
     )
@@ -350,6 +361,7 @@ def release(
         _noised(sums, sd, sampler, part.unit) for part, sums in zip(parts, raw, strict=True)
     ]  # [K, D] and [1, D'] each; [K, 2 D] and [1, 2 D'] for a joint block
     chosen = released.pop()[0].float() if selection is not None else None
+    of_pixels: tuple[Tensor, ...] = released.pop() if pixel_encoder else ()
     if joint_weight is not None:
         halves = [values.chunk(2, dim=1) for values in released[0]]
         released = [(sums, shared) for sums, shared in zip(*halves, strict=True)]
@@ -363,9 +375,9 @@ def release(
     else:
         counts = torch.tensor([float(num_units)], dtype=torch.float64)
 
-    digest = array_hash(sums_out, counts, chosen, shared_out)
+    digest = array_hash(sums_out, counts, chosen, shared_out, *of_pixels)
     metadata = metadata.model_copy(update={"array_sha256": digest})
-    result = Release(sums_out, counts, metadata, chosen, shared_out)
+    result = Release(sums_out, counts, metadata, chosen, shared_out, *of_pixels)
     if book is not None and spend is not None:
         book.confirm(spend, digest)
     if out is not None:
@@ -395,6 +407,7 @@ def _check(num_classes: int | None, batch_size: int, shared_taps: int, taps: int
 
 def _blocks(
     encoder: Encoder,
+    pixels: Encoder | None,
     selection: Encoder | None,
     moments: tuple[int, ...],
     joint_weight: float | None,
@@ -406,10 +419,11 @@ def _blocks(
     with_counts: bool,
     grouped: bool,
 ) -> tuple[list[_Part], Block | None]:
-    """The blocks of sums (the selection block last) and the block of counts, if there is one."""
+    """The blocks of sums (pixels and selection last) and the block of counts, if there is one."""
     groups = [moments] if joint_weight is not None else [(m,) for m in moments]
     names = ["+".join(f"phi{m}" for m in group) for group in groups]
-    names += ["selection"] * (selection is not None) + ["counts"] * with_counts
+    names += ["pixels"] * (pixels is not None) + ["selection"] * (selection is not None)
+    names += ["counts"] * with_counts
     weights = dict(weights or {})
     for name, weight in weights.items():
         if name not in names:
@@ -426,6 +440,9 @@ def _blocks(
         sums = block(name, "sums", group == (2,) or _nonnegative(encoder), shared_taps > 0)
         weight = joint_weight or 1.0
         parts.append(_Part(sums, encoder, group, weight, bound, clip, shared_taps))
+    if pixels is not None:  # the products of all classes in one row: such a row is "spread"
+        sums = block("pixels", "sums", _nonnegative(pixels), True)
+        parts.append(_Part(sums, pixels, (1,), 1.0, "ball", 1.0, 1))
     if selection is not None:
         sums = block("selection", "sums", _nonnegative(selection))
         parts.append(_Part(sums, selection, (1,), 1.0, "sphere", 1.0, 0))

@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dpmmd.privacy.release_file import Metadata, Release
+from dpmmd.privacy.release_file import FURTHER, Metadata, Release
 
 BEAT = 16  # batches from one sign of life to the next
 _PIECE = 1 << 24  # numbers sent at once
@@ -133,7 +133,7 @@ class Ranks:
         if self.group is None and release is not None:
             return release
         self.beat()
-        names = ("sums", "counts", "selection", "shared")
+        names = ("sums", "counts", *FURTHER)
         tensors = {n: getattr(release, n) for n in names if getattr(release, n, None) is not None}
         shapes = {n: (t.shape, t.dtype) for n, t in tensors.items()}
         told: list[Any] = [None if release is None else (release.metadata.model_dump(), shapes)]

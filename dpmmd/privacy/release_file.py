@@ -26,6 +26,7 @@ from dpmmd.privacy.accounting import delta as delta_of
 from dpmmd.privacy.sensitivity import Block, sensitivity
 
 FORMAT = 2
+FURTHER = ("selection", "shared", "pixels", "products")  # arrays that a release may have
 
 
 class PrivacyError(ValueError):
@@ -77,6 +78,7 @@ class Metadata(BaseModel):
     image_shape: tuple[int, int, int]  # (C, H, W) that images were brought to
     source: str
     encoder: dict[str, Any]
+    pixel_encoder: dict[str, Any] | None = None
     selection_encoder: dict[str, Any] | None = None
     shared_taps: int = 0
     array_sha256: str = ""
@@ -102,6 +104,8 @@ class Release:
         metadata: privacy parameters, encoder and layout.
         selection: noised class sums of the selection block, float32 [K, D'], or None.
         shared: of a hybrid release, noised sums of the shared taps, float32 [M, 1, D''], or None.
+        pixels, products: noised sums of pixels, by class, float32 [K, d], and of their products,
+            over all classes, float32 [1, d (d + 1) / 2] (`dpmmd.encoders.pixels`), or None.
     """
 
     sums: Tensor
@@ -109,6 +113,8 @@ class Release:
     metadata: Metadata
     selection: Tensor | None = None
     shared: Tensor | None = None
+    pixels: Tensor | None = None
+    products: Tensor | None = None
 
     @property
     def target(self) -> Tensor:
@@ -159,8 +165,8 @@ class Release:
         """
         path = Path(path)
         tensors = {"sums": self.sums.contiguous(), "counts": self.counts.contiguous()}
-        for name, tensor in (("selection", self.selection), ("shared", self.shared)):
-            if tensor is not None:
+        for name in FURTHER:
+            if (tensor := getattr(self, name)) is not None:
                 tensors[name] = tensor.contiguous()
         text = self.metadata.model_dump_json()
         data = encode(tensors, metadata={"dpmmd": text, "sha256": _text_hash(text)})
@@ -185,7 +191,7 @@ class Release:
                 kept = file.metadata() or {}
                 text = kept.get("dpmmd")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if text is None or set(tensors) - {"selection", "shared"} != {"sums", "counts"}:
+            if text is None or set(tensors) - set(FURTHER) != {"sums", "counts"}:
                 raise PrivacyError(f"{path}: a safetensors file, but not a dpmmd release.")
             if json.loads(text).get("format") != FORMAT:
                 raise PrivacyError(
@@ -208,8 +214,7 @@ class Release:
             tensors["sums"],
             tensors["counts"],
             metadata,
-            tensors.get("selection"),
-            tensors.get("shared"),
+            *(tensors.get(further) for further in FURTHER),
         )
         release._verify(str(path))
         return release
@@ -225,6 +230,8 @@ class Release:
             or self.counts.dtype != torch.float64
             or (self.selection is None) != (m.selection_encoder is None)
             or (self.shared is None) != (m.shared_taps == 0)
+            or (self.pixels is None) != (m.pixel_encoder is None)
+            or (self.products is None) != (m.pixel_encoder is None)
             or (self.shared is not None and tuple(self.shared.shape[:2]) != (len(m.moments), 1))
         ):
             raise PrivacyError(
@@ -241,7 +248,7 @@ class Release:
                 "does not follow from the noise and the blocks recorded beside it; the file was "
                 "altered. Restore it from a copy."
             )
-        found = array_hash(self.sums, self.counts, self.selection, self.shared)
+        found = array_hash(self.sums, self.counts, *(getattr(self, further) for further in FURTHER))
         if found != m.array_sha256:
             raise PrivacyError(
                 f"{name}: the arrays do not match the hash in the metadata; the file was altered "
@@ -254,13 +261,12 @@ def unit_of(group_by: str | None) -> str:
     return "image" if group_by is None else f"group by {group_by}"
 
 
-def array_hash(
-    sums: Tensor, counts: Tensor, selection: Tensor | None = None, shared: Tensor | None = None
-) -> str:
-    """sha256 over the little-endian bytes of the released arrays."""
+def array_hash(sums: Tensor, counts: Tensor, *further: Tensor | None) -> str:
+    """sha256 over the little-endian bytes of the released arrays; ``further`` as in FURTHER."""
     digest = hashlib.sha256()
-    for tensor, kind in ((sums, "<f4"), (counts, "<f8"), (selection, "<f4"), (shared, "<f4")):
+    for tensor in (sums, counts, *further):
         if tensor is not None:
+            kind = "<f8" if tensor is counts else "<f4"
             digest.update(np.ascontiguousarray(tensor.numpy(), dtype=kind).data)
     return digest.hexdigest()
 

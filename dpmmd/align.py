@@ -1,0 +1,270 @@
+"""Alignment: images moved so that the first two moments of their pixels are those released.
+
+A generator matches features. These leave the variances of fine detail free, on which a classifier
+that is trained on its images relies. A release with ``pixel_moments`` holds noised means of the
+pixels, class by class, and of their products, over all classes. `fit` finds an affine map of
+images for each class, with one linear part for all,
+
+    x  ->  T (x - m_k) + m'_k,
+
+where T is the Monge-Kantorovich map from the covariance within the classes of generated images to
+the released one: of all linear maps between them the one that changes images least in the mean
+square (Peyre and Cuturi, "Computational optimal transport", 2019, remark 2.31). Only the release
+and generated images are read: it costs no privacy.
+
+The released numbers are noisy, and how noisy is known. Their differences from generated moments are
+taken along the directions of the generated covariance, relative to its standard deviations there.
+Each is multiplied by t / (t + s), s being the variance of its noise, and t that of the true
+differences in the same groups of directions: what the squares have beyond s, less two standard
+errors. A group in which nothing stands out from the noise is left as it is.
+
+Moments are weighted means, since the bound norms images: weights are 1 / |(u, c)| for class means
+and 1 / |(u, c)|^2 for products (`dpmmd.encoders.pixels`), for released and generated images alike.
+Where a generator's classes vary in brightness otherwise than those of the data, the two weightings
+do not quite go together, and the covariance is met approximately.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from dpmmd.encoders.pixels import PRODUCTS_SHARE, augmented, constant, transform, unpacked
+from dpmmd.privacy import PrivacyError, Release
+
+_ERRORS = 2.0  # standard errors taken off an estimated variance
+_MOST = 0.1  # of a relative difference: the variance that is believed
+_LEAST = 0.02  # of the variance that is left of a direction
+_FLOOR = 1e-6  # of the largest variance: below it a direction is constant in generated images
+
+
+class Alignment(nn.Module):
+    """The map x -> T (x - m_k) + m'_k, on images brought to the release's side.
+
+    Larger images keep their detail: what the map changes in the small image is enlarged and added.
+
+    Attributes:
+        matrix: T [d, d].
+        before, after: m and m' [K, d].
+        shape: (C, h, w) of the small images, d = C * h * w.
+    """
+
+    matrix: Tensor
+    before: Tensor
+    after: Tensor
+
+    def __init__(
+        self, matrix: Tensor, before: Tensor, after: Tensor, shape: tuple[int, int, int]
+    ) -> None:
+        super().__init__()
+        self.shape = shape
+        for name, tensor in (("matrix", matrix), ("before", before), ("after", after)):
+            self.register_buffer(name, tensor)
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Images [n, C, H, W] in [0, 1], aligned, in [0, 1].
+
+        Args:
+            images: of the generator that this was fitted to.
+            labels: int64 [n]; None: all of class 0.
+        """
+        if labels is None:
+            labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+        x = _small(images, self.shape)
+        moved = (x - self.before[labels]) @ self.matrix.T + self.after[labels]
+        change = (moved - x).view(-1, *self.shape)
+        if change.shape != images.shape:
+            change = F.interpolate(change, images.shape[-2:], mode="bilinear", align_corners=False)
+        return (images + change).clamp(0, 1)
+
+
+def fit(release: Release, images: NDArray[np.uint8], labels: NDArray[np.int64] | None) -> Alignment:
+    """The alignment of a generator's images with a release.
+
+    Args:
+        release: made with ``pixel_moments``.
+        images: uint8 [n, C, H, W], many (20,000) of the generator's, as they are to be sampled.
+        labels: int64 [n], or None.
+
+    Raises:
+        PrivacyError: the release has no pixel moments.
+        ValueError: images of another number of channels, or a class without any.
+    """
+    if release.pixels is None or release.products is None:
+        raise PrivacyError(
+            "release: it holds no moments of pixels; make one with pixel_moments=SIDE, or sample "
+            "without alignment."
+        )
+    spec = release.metadata.pixel_encoder or {}
+    d = release.pixels.shape[1] - 1
+    height, width = spec["image_size"]
+    shape = (d // (height * width), height, width)
+    classes = release.num_classes
+    if images.shape[1] != shape[0]:
+        raise ValueError(f"images: {images.shape[1]} channels, the release's have {shape[0]}.")
+    y = torch.zeros(len(images), dtype=torch.int64)
+    if labels is not None:
+        y = torch.from_numpy(labels)
+    n = torch.bincount(y, minlength=classes)
+    if len(n) != classes or not bool((n > 1).all()):
+        raise ValueError(f"labels: {n.tolist()} images by class, expected some of all {classes}.")
+
+    matrix = transform(*shape)
+    released = _Released(release, matrix)
+    made = _Generated(images, y, shape, matrix, released.shares)
+    spread, directions = torch.linalg.eigh(made.within)  # ascending
+    spread = spread.clamp(min=_FLOOR * float(spread[-1]))
+    groups = list(_groups(d))
+
+    # Class means, relative to the standard deviations of generated images.
+    gap = (released.means - made.means) @ directions / spread.sqrt()  # [K, d]
+    noise = released.mean_noise(directions) / spread  # [K, d]
+    for group in groups:
+        signal = _signal(gap[:, group], noise[:, group])
+        gap[:, group] *= signal / (signal + noise[:, group])
+    shift = (gap * spread.sqrt()) @ directions.T
+
+    # The covariance within classes, relative likewise: 1 + D.
+    scale = spread.sqrt()[:, None] * spread.sqrt()
+    D = directions.T @ (released.second - made.second_with(shift)) @ directions / scale
+    noise = released.product_noise(directions) / scale.square()
+    D = (D + D.T) / 2
+    diagonal = D.diagonal().clone()
+    for one in groups:
+        for other in groups:
+            part = np.ix_(one, other)
+            off = ~torch.eye(d, dtype=torch.bool)[part]
+            signal = _signal(D[part][off], noise[part][off], times=2)
+            D[part] *= signal / (signal + noise[part])
+        own, error = diagonal[one], noise.diagonal()[one]
+        of_mean = 1 / (1 / error).sum()
+        mean = (own / error).sum() * of_mean
+        signal = (mean.square() - _ERRORS**2 * of_mean).clamp(0, _MOST)
+        mean *= signal / (signal + of_mean)
+        signal = _signal(own - mean, error)
+        diagonal[one] = mean + signal / (signal + error) * (own - mean)
+    D.diagonal().copy_(diagonal)
+    linear = _transport(spread, directions, torch.eye(d, dtype=D.dtype) + D)
+    before = made.means
+    return Alignment(linear.float(), before.float(), (before + shift).float(), shape)
+
+
+class _Released:
+    """What a release says of pixels, with its noise; float64."""
+
+    def __init__(self, release: Release, matrix: Tensor) -> None:
+        assert release.pixels is not None
+        assert release.products is not None
+        m = release.metadata
+        (block,) = (b for b in m.blocks if b.name == "pixels")
+        sd = m.sd / 2**m.grid_bits / block.bound  # of a number of the row
+        counts = release.counts
+        total = float(m.num_units or counts.sum())
+        second, sums = unpacked(release.products[0].double() / total, release.pixels.double())
+        self.shares = counts / counts.sum()
+        self._back = torch.linalg.inv(matrix)
+        # A class mean of v over that of its last entry is a mean of u, with weights 1 / |(u, c)|;
+        # the products likewise, with the squares of the weights.
+        c = constant(len(matrix))
+        weights = sums[:, -1:] / c
+        self.means = sums[:, :-1] / weights @ self._back.T
+        self._mean_variance = (sd / weights).square() / (1 - PRODUCTS_SHARE)  # of a number of u
+        self._along = self.means / c
+        weight = second[-1, -1] / c**2
+        self.second = self._back @ second[:-1, :-1] @ self._back.T / weight
+        self._size = c**2
+        # Of a number of E[v v'] on the diagonal; off it, it is half of that.
+        self._product_variance = (sd / total / weight) ** 2 / PRODUCTS_SHARE
+
+    def mean_noise(self, directions: Tensor) -> Tensor:
+        """Variance of the class means [K, d] along directions; that of the weights is in it."""
+        own = (self._back.T @ directions).square().sum(0)
+        return self._mean_variance * (own + (self._along @ directions).square())
+
+    def product_noise(self, directions: Tensor) -> Tensor:
+        """Variance of the mean of x x' [d, d] along directions; likewise."""
+        g = self._back.T @ directions
+        inner = g.T @ g
+        own = inner.diagonal()
+        along = (directions.T @ self.second @ directions / self._size).square()
+        return self._product_variance * ((own[:, None] * own + inner.square()) / 2 + along)
+
+
+class _Generated:
+    """The same of generated images, weighted likewise; classes in the proportions of the data."""
+
+    def __init__(
+        self,
+        images: NDArray[np.uint8],
+        y: Tensor,
+        shape: tuple[int, int, int],
+        matrix: Tensor,
+        shares: Tensor,
+    ) -> None:
+        classes, d = len(shares), len(matrix)
+        sums = torch.zeros(classes, d + 1, dtype=torch.float64)
+        second = torch.zeros(classes, d + 1, d + 1, dtype=torch.float64)
+        for k in range(classes):
+            for part in torch.from_numpy(images[(y == k).numpy()]).split(1000):
+                v = augmented(_small(part.double() / 255, shape) @ matrix.T)
+                sums[k] += v.sum(0)
+                second[k] += v.T @ v
+        second *= (shares / torch.bincount(y, minlength=classes))[:, None, None]
+        back, c = torch.linalg.inv(matrix), constant(d)
+        weights = second[:, -1, -1] / c**2
+        self.means = c * sums[:, :-1] / sums[:, -1:] @ back.T
+        self._shares = weights / weights.sum()
+        self._centres = second[:, :-1, -1] / c / weights[:, None] @ back.T
+        whole = back @ second[:, :-1, :-1].sum(0) @ back.T / weights.sum()
+        self.within = whole - self._between(self._centres)
+
+    def _between(self, centres: Tensor) -> Tensor:
+        return (centres * self._shares[:, None]).T @ centres
+
+    def second_with(self, shift: Tensor) -> Tensor:
+        """The mean of x x' [d, d], with the classes shifted by [K, d]."""
+        return self.within + self._between(self._centres + shift)
+
+
+def _small(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """[n, d]: images brought to the release's side as its encoder does."""
+    if images.shape[-2:] != shape[-2:]:
+        images = F.interpolate(images, shape[-2:], mode="bilinear", align_corners=False)
+    return images.flatten(1)
+
+
+def _groups(d: int) -> Iterator[NDArray[np.int64]]:
+    """Indices of directions in ascending order of variance: the last 4, the 12 before, 48, ..."""
+    order, begin, root = np.arange(d)[::-1], 0, 2
+    while begin < d:
+        yield order[begin : root * root].copy()
+        begin, root = root * root, root * 2 if root < 8 else root + 4
+
+
+def _signal(values: Tensor, noise: Tensor, times: int = 1) -> Tensor:
+    """Variance [] of the true values behind noisy ones, two standard errors below its estimate.
+
+    At most _MOST, so that what stands out by chance in much noise does little.
+    The estimate weighs every square by the inverse variance it has where there is noise alone.
+    ``times``: how often each value occurs, as in a symmetric matrix.
+    """
+    if not values.numel():
+        return values.new_zeros(())
+    precision = noise.square().reciprocal()
+    estimate = ((values.square() - noise) * precision).sum() / precision.sum()
+    return (estimate - _ERRORS * (2 * times / precision.sum()).sqrt()).clamp(0, _MOST)
+
+
+def _transport(spread: Tensor, directions: Tensor, relative: Tensor) -> Tensor:
+    """T with T S T = S^(1/2) R S^(1/2), S = V diag(spread) V', R in the same directions."""
+    values, vectors = torch.linalg.eigh(relative)
+    root = spread.sqrt()
+    wanted = root[:, None] * ((vectors * values.clamp(min=_LEAST)) @ vectors.T) * root
+    values, vectors = torch.linalg.eigh(root[:, None] * wanted * root)
+    inner = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    return (directions / root) @ inner @ (directions / root).T

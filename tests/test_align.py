@@ -1,0 +1,179 @@
+"""Alignment: moments become those released, as far as these are more than noise."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import dpmmd
+from dpmmd import align
+from dpmmd.encoders import pixels
+from dpmmd.privacy import PrivacyError, Release
+from tests.conftest import no_noise, nonnegative_encoder
+
+SIDE, CLASSES, N = 6, 3, 6000
+
+
+def drawn(seed: int, scale: float, n: int = N, channels: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Images of correlated pixels: the covariance and the means of classes depend on the seed."""
+    rng = np.random.default_rng(seed)
+    d = channels * SIDE * SIDE
+    mixing = np.eye(d) + 0.3 * np.random.default_rng(7).normal(size=(d, d)) / math.sqrt(d)
+    mixing = mixing + scale * rng.normal(size=(d, d)) / math.sqrt(d)
+    centres = 0.5 + 0.02 * rng.normal(size=(CLASSES, d))
+    y = rng.integers(0, CLASSES, n)
+    x = centres[y] + 0.06 * rng.normal(size=(n, d)) @ mixing.T
+    x = (x.clip(0, 1) * 255).round().astype(np.uint8)
+    return x.reshape(n, channels, SIDE, SIDE), y
+
+
+def released(data: Any, epsilon: float, **options: Any) -> Release:
+    options = {"num_classes": CLASSES, "pixel_moments": SIDE, "delta": 1e-5, **options}
+    return dpmmd.release(
+        data,
+        nonnegative_encoder(),
+        epsilon=epsilon,
+        adjacency="replace-one",
+        progress=False,
+        weights={"phi1": 2.0**-20},
+        **options,
+    )
+
+
+def applied(fitted: align.Alignment, data: tuple[np.ndarray, np.ndarray]) -> Tensor:
+    x, y = (torch.from_numpy(part) for part in data)
+    return fitted(x.float() / 255, y)
+
+
+def within(x: Tensor, y: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Class means [K, d], and the covariance within the classes [d, d]."""
+    x = x.flatten(1).double()
+    means = torch.stack([x[torch.from_numpy(y == k)].mean(0) for k in range(CLASSES)])
+    rest = x - means[torch.from_numpy(y)]
+    return means, rest.T @ rest / len(x)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_without_noise_the_moments_are_those_released(channels: int) -> None:
+    data, made = drawn(1, 0.5, channels=channels), drawn(2, 0.5, channels=channels)
+    release = released(data, 9999.0, insecure_test_noise=no_noise)
+    known = release.metadata.model_copy(update={"sd": 1.0})  # of numbers of 2^30: no noise
+    fitted = align.fit(replace(release, metadata=known), *made)
+    wanted = within(torch.from_numpy(data[0]).float() / 255, data[1])
+    before = within(torch.from_numpy(made[0]).float() / 255, made[1])
+    after = within(applied(fitted, made), made[1])
+    for one, other, target in zip(before, after, wanted, strict=True):
+        away, still = (float((m - target).norm() / target.norm()) for m in (one, other))
+        assert away > 0.05
+        assert still < 0.25 * away  # images are weighted
+    matrix = fitted.matrix.double()
+    assert torch.allclose(matrix, matrix.T, atol=1e-5)  # Monge-Kantorovich: symmetric, positive
+    assert float(torch.linalg.eigvalsh(matrix)[0]) > 0
+
+
+def test_noise_alone_changes_nothing() -> None:
+    """At an epsilon at which nothing stands out, images stay as they are."""
+    data, made = drawn(1, 0.5), drawn(2, 0.5)
+    changed = [align.fit(released(data, 1e-3), *made) for _ in range(5)]
+    for fitted in changed:
+        assert float((fitted.matrix - torch.eye(SIDE * SIDE)).norm()) < 1.0
+    still = [torch.equal(fitted.before, fitted.after) for fitted in changed]
+    assert sum(still) >= 3
+
+
+def test_less_noise_brings_the_images_nearer() -> None:
+    data, made = drawn(1, 0.5), drawn(2, 0.5)
+    target = within(torch.from_numpy(data[0]).float() / 255, data[1])
+
+    def distances(x: Tensor) -> list[float]:
+        found = within(x, made[1])
+        return [float((a - b).norm() / b.norm()) for a, b in zip(found, target, strict=True)]
+
+    before = distances(torch.from_numpy(made[0]).float() / 255)
+    means, covariances = zip(
+        *(
+            distances(applied(align.fit(released(data, epsilon), *made), made))
+            for epsilon in (0.1, 1.0, 10.0, 100.0)
+        ),
+        strict=True,
+    )
+    assert means[0] < 1.1 * before[0]
+    assert means[1] < 0.7 * before[0]
+    assert means[3] < means[2] < 0.2 * before[0]
+    assert max(covariances[:2]) < 1.3 * before[1]  # a misfortune does little
+    assert covariances[3] < 0.5 * before[1]
+    assert covariances[2] < before[1]
+
+
+def test_the_noise_is_what_it_takes_it_for() -> None:
+    """Variances along directions, over 60 releases, within six standard deviations."""
+    data, runs, d = drawn(1, 0.5, n=300), 60, SIDE * SIDE
+    matrix = pixels.transform(1, SIDE, SIDE)
+    exact = align._Released(released(data, 20.0, delta=1e-6, insecure_test_noise=no_noise), matrix)
+    noisy = [align._Released(released(data, 20.0, delta=1e-6), matrix) for _ in range(runs)]
+    directions = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, generator=_rng()))[0]
+    means = torch.stack([(r.means - exact.means) @ directions for r in noisy])
+    second = torch.stack([directions.T @ (r.second - exact.second) @ directions for r in noisy])
+    # the noise of the weight of a mean is told for the released mean; of the exact one here
+    ratio = means.square() / exact.mean_noise(directions)
+    assert float(ratio.mean()) == pytest.approx(1, abs=0.1)
+    ratio = second.square() / exact.product_noise(directions)
+    assert float(ratio.mean()) == pytest.approx(1, abs=0.1)
+    assert float(torch.diagonal(ratio, dim1=1, dim2=2).mean()) == pytest.approx(1, abs=0.2)
+
+
+def _rng() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def test_the_row_is_of_norm_one_and_the_transform_has_an_inverse() -> None:
+    x = torch.rand(5, 3, 9, 9, generator=_rng())
+    x[0], x[1] = 0, 1
+    encoder = pixels.pixel_moments(9, 3)
+    row = torch.cat([tap.flatten(1) for tap in encoder(x)], dim=1)
+    torch.testing.assert_close(row.norm(dim=1), torch.ones(5), rtol=1e-5, atol=0)
+    matrix = pixels.transform(3, 9, 9)
+    torch.testing.assert_close(torch.linalg.inv(matrix) @ matrix, torch.eye(243).double())
+    assert float(torch.linalg.cond(matrix)) < 4  # weights are 1 to (1 + 8 sqrt(2))^(1/2)
+
+
+def test_larger_images_keep_their_detail() -> None:
+    data, made = drawn(1, 0.0), drawn(1, 0.0)
+    fitted = align.fit(released(data, 9999.0, insecure_test_noise=no_noise), *made)
+    x = torch.rand(4, 1, 24, 24, generator=_rng()) * 0.4 + 0.3
+    x = x - F.interpolate(
+        F.interpolate(x, (SIDE, SIDE), mode="bilinear"), (24, 24), mode="bilinear"
+    )
+    out = fitted(0.5 + 0.1 * x, torch.zeros(4, dtype=torch.int64))
+    assert out.shape == x.shape
+    fine = out - F.avg_pool2d(out, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    assert float(fine.square().mean()) > 0.5 * float((0.1 * x).square().mean())
+
+
+def test_unlabelled() -> None:
+    (x, _), made = drawn(1, 0.5), drawn(2, 0.5)
+    release = released((x, None), 9999.0, num_classes=None, insecure_test_noise=no_noise)
+    fitted = align.fit(release, made[0], None)
+    out = fitted(torch.from_numpy(made[0]).float() / 255).double()
+    mean = torch.from_numpy(x).double().mean(0) / 255
+    assert float((out.mean(0) - mean).norm()) < 0.1 * float(
+        (torch.from_numpy(made[0]).double().mean(0) / 255 - mean).norm()
+    )
+
+
+def test_what_is_refused() -> None:
+    data = drawn(1, 0.5, n=300)
+    with pytest.raises(PrivacyError, match="pixel_moments=SIDE"):
+        align.fit(released(data, 1.0, pixel_moments=None), *data)
+    release = released(data, 1.0)
+    with pytest.raises(ValueError, match="3 channels, the release's have 1"):
+        align.fit(release, *drawn(1, 0.5, n=30, channels=3))
+    with pytest.raises(ValueError, match="some of all 3"):
+        align.fit(release, data[0], np.zeros(300, np.int64))

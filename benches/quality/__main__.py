@@ -4,8 +4,8 @@ python -m benches.quality                   measure what is not measured yet (ho
 python -m benches.quality --update docs/QUALITY.md     rewrite the tables there
 python -m benches.quality --plot docs/quality.png      accuracy against epsilon (needs matplotlib)
 
-Every row is a run of `dpmmd run fashion-eps1` in a process of its own, on one thread, with a
-release of its own noise; or, for statistics that the package does not have, of
+Every row is a run of a recipe with some keys changed, in a process of its own, on one thread, with
+a release of its own noise; or, for statistics that the package does not have, of
 `benches.quality.statistics`. Accuracies are on the 10,000 real test images, of classifiers trained
 on 60,000 synthetic ones.
 """
@@ -44,6 +44,7 @@ class Row:
         statistic: options of `benches.quality.statistics`, which is run instead.
         repeats: releases, each with its own noise; seeds of training differ likewise.
         predicted: what was expected of it, where it is an experiment.
+        recipe: by name or path.
     """
 
     name: str
@@ -53,31 +54,51 @@ class Row:
     statistic: tuple[str, ...] = ()
     repeats: int = 1
     predicted: str = ""
+    recipe: str = "fashion-eps1"
 
 
+_UNALIGNED = "benches/quality/unaligned.toml"
 _PLAIN = ("encoder.image_size=32", "sample.temperature=1")
 CLAIMS = (
-    Row("epsilon-10", "epsilon = 10", epsilon="10", repeats=3),
-    Row("epsilon-1", "epsilon = 1", epsilon="1", repeats=3),
+    # Noise on the features costs nothing here: most of the bound goes to the moments of pixels.
+    Row("epsilon-10", "epsilon = 10", "10", ("release.weights={phi1 = 0.3}",), repeats=3),
+    Row("unaligned-10", "the same, not aligned", "10", recipe=_UNALIGNED),
+    Row("epsilon-1", "epsilon = 1", "1", repeats=3),
+    Row("unaligned-1", "the same, not aligned", "1", repeats=2, recipe=_UNALIGNED),
     # A quarter of the numbers: half the noise on the whole vector, at the same norm.
-    Row("epsilon-0.2", "epsilon = 0.2, 32 px", epsilon="0.2", changes=_PLAIN, repeats=3),
+    Row("epsilon-0.2", "epsilon = 0.2, 32 px", "0.2", _PLAIN[:1], repeats=3),
+    Row("unaligned-0.2", "the same, not aligned", "0.2", _PLAIN, recipe=_UNALIGNED),
 )
 TRIED = (
-    Row("size-32", "encoder input of 32 px", changes=_PLAIN),
-    Row("size-32-warm", "the same, temperature 1.3", changes=_PLAIN[:1], predicted="more variety"),
-    Row("size-64", "64 px", changes=_PLAIN[1:], predicted="finer detail: better"),
-    Row("recipe", "64 px, temperature 1.3: the recipe", predicted="both"),
+    Row("size-32", "32 px, temperature 1", changes=_PLAIN, recipe=_UNALIGNED),
+    Row(
+        "size-32-warm",
+        "32 px, temperature 1.3",
+        changes=_PLAIN[:1],
+        predicted="more variety",
+        recipe=_UNALIGNED,
+    ),
+    Row(
+        "size-64",
+        "64 px, temperature 1",
+        changes=_PLAIN[1:],
+        predicted="finer detail: better",
+        recipe=_UNALIGNED,
+    ),
+    Row("size-64-warm", "64 px, temperature 1.3", predicted="both", recipe=_UNALIGNED),
     Row(
         "cosine",
         "64 px, cosine schedule",
         changes=(*_PLAIN[1:], "train.schedule=cosine"),
         predicted="better: less noise at the end",
+        recipe=_UNALIGNED,
     ),
     Row(
         "moments",
         "32 px, both moments",
         changes=(*_PLAIN, "release.moments=[1,2]"),
         predicted="more variety: better",
+        recipe=_UNALIGNED,
     ),
     *(
         Row(
@@ -104,11 +125,11 @@ def run(row: Row, repeat: int, folder: Path) -> dict[str, Any]:
         found = json.loads(done.stdout.splitlines()[-1])
         (accuracy,) = found["accuracy"].values()
         return {"accuracy": accuracy, "seconds": found["seconds"]}
-    command = [sys.executable, "-m", "dpmmd", "run", "fashion-eps1", "--out", str(folder)]
+    command = [sys.executable, "-m", "dpmmd", "run", row.recipe, "--out", str(folder)]
     command += ["--epsilon", row.epsilon, "--quiet", "--set", f"train.seed={repeat}"]
     for change in row.changes:
         command += ["--set", change]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
     report = json.loads((folder / "report.json").read_text())
@@ -130,7 +151,7 @@ def measure(only: str | None) -> None:
                 continue
             folder = Path(tempfile.mkdtemp(prefix="quality-")) / "run"
             found = {"row": row.name, "repeat": repeat, **run(row, repeat, folder)}
-            if row in CLAIMS and repeat == 0:
+            if row in CLAIMS and row.recipe != _UNALIGNED and repeat == 0:
                 shutil.copy(folder / "samples.png", ROOT / "docs" / f"samples-{row.name}.png")
             shutil.rmtree(folder.parent)
             kept = [*_read(), found]  # another process may have written meanwhile
@@ -173,6 +194,8 @@ def claims() -> str:
         lines.append(
             f"| {row.what} | {' | '.join(cells)} | {len(seconds)} | {max(seconds) / 60:.0f} min |"
         )
+        if row.recipe != _UNALIGNED:
+            continue
         paper = PAPER[row.epsilon]
         lines.append(f"| the paper at {row.epsilon} | {paper[0]} | {paper[1]} | | | |")
     return "\n".join(lines)
@@ -202,15 +225,18 @@ def plot(path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(5.2, 3.6))
     for i, (classifier, title) in enumerate(zip(CLASSIFIERS, TITLES, strict=True)):
-        rows = [(float(r.epsilon), _scores(r.name)[classifier]) for r in CLAIMS if _scores(r.name)]
-        rows.sort()
-        x, y = [e for e, _ in rows], [statistics.mean(v) for _, v in rows]
-        axes.plot(x, y, color=f"C{i}", marker="o", label=title)
-        for e, values in rows:
-            axes.plot([e] * len(values), values, color=f"C{i}", marker="_", linestyle="none")
+        for recipe, style in (("fashion-eps1", "-"), (_UNALIGNED, "--")):
+            found = [(r, _scores(r.name)) for r in CLAIMS if r.recipe == recipe]
+            rows = sorted((float(r.epsilon), scores[classifier]) for r, scores in found if scores)
+            x, y = [e for e, _ in rows], [statistics.mean(v) for _, v in rows]
+            named = {"label": title} if style == "-" else {}
+            axes.plot(x, y, color=f"C{i}", marker="o", linestyle=style, **named)
+            for e, values in rows:
+                axes.plot([e] * len(values), values, color=f"C{i}", marker="_", linestyle="none")
         if i < 2:
             points = sorted((float(e), v[i]) for e, v in PAPER.items())
             axes.plot(*zip(*points, strict=True), color=f"C{i}", linestyle=":", marker="x")
+    axes.plot([], [], color="grey", linestyle="--", marker="o", label="not aligned")
     axes.plot([], [], color="grey", linestyle=":", marker="x", label="the paper's figures")
     axes.set(xscale="log", xlabel="epsilon (delta = 1e-5)", ylabel="accuracy on real images, %")
     axes.set_xticks([0.2, 1, 10], ["0.2", "1", "10"])

@@ -129,18 +129,18 @@ def fit(release: Release, images: NDArray[np.uint8], labels: NDArray[np.int64] |
         gap[:, group] *= signal / (signal + noise[:, group])
     shift = (gap * spread.sqrt()) @ directions.T
 
-    # The covariance within classes, relative likewise: 1 + D.
+    # The covariance within classes, relative likewise: 1 + gap.
     scale = spread.sqrt()[:, None] * spread.sqrt()
-    D = directions.T @ (released.second - made.second_with(shift)) @ directions / scale
+    gap = directions.T @ (released.second - made.second_with(shift)) @ directions / scale
     noise = released.product_noise(directions) / scale.square()
-    D = (D + D.T) / 2
-    diagonal = D.diagonal().clone()
+    gap = (gap + gap.T) / 2
+    diagonal = gap.diagonal().clone()
     for one in groups:
         for other in groups:
             part = np.ix_(one, other)
             off = ~torch.eye(d, dtype=torch.bool)[part]
-            signal = _signal(D[part][off], noise[part][off], times=2)
-            D[part] *= signal / (signal + noise[part])
+            signal = _signal(gap[part][off], noise[part][off], times=2)
+            gap[part] *= signal / (signal + noise[part])
         own, error = diagonal[one], noise.diagonal()[one]
         of_mean = 1 / (1 / error).sum()
         mean = (own / error).sum() * of_mean
@@ -148,8 +148,8 @@ def fit(release: Release, images: NDArray[np.uint8], labels: NDArray[np.int64] |
         mean *= signal / (signal + of_mean)
         signal = _signal(own - mean, error)
         diagonal[one] = mean + signal / (signal + error) * (own - mean)
-    D.diagonal().copy_(diagonal)
-    linear = _transport(spread, directions, torch.eye(d, dtype=D.dtype) + D)
+    gap.diagonal().copy_(diagonal)
+    linear = _transport(spread, directions, torch.eye(d, dtype=gap.dtype) + gap)
     before = made.means
     return Alignment(linear.float(), before.float(), (before + shift).float(), shape)
 

@@ -14,6 +14,7 @@ import resource
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -404,29 +405,18 @@ def write_samples(
     The card says what ``release`` promises; without it there is none. If it holds moments of
     pixels, the images are aligned with them.
     """
-    alignment = None
-    if release is not None and release.pixels is not None:
-        fitted, classes = train.sample(
-            trained.generator,
-            _FITTED,
-            num_classes,
-            batch_size=batch_size,
-            temperature=temperature,
-            seed=seed + 1,
-        )
-        device = next(trained.generator.parameters()).device
-        alignment = align.fit(release, fitted, classes).to(device)
-    images, labels = train.sample(
+    draw = partial(
+        train.sample,
         trained.generator,
-        num_images,
-        num_classes,
+        num_classes=num_classes,
         batch_size=batch_size,
         temperature=temperature,
-        alignment=alignment,
-        seed=seed,
-        progress=progress,
     )
     device = next(trained.generator.parameters()).device
+    alignment = None
+    if release is not None and release.pixels is not None:
+        alignment = align.fit(release, *draw(_FITTED, seed=seed + 1)).to(device)
+    images, labels = draw(num_images, alignment=alignment, seed=seed, progress=progress)
     grid = train.sample_grid(
         trained.generator,
         num_classes,

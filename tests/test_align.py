@@ -47,6 +47,12 @@ def released(data: Any, epsilon: float, **options: Any) -> Release:
     )
 
 
+def seeded(seed: int) -> Any:
+    """Noise of the same law as the sampler's but for its last bit, the same at every call."""
+    rng = np.random.default_rng(seed)
+    return lambda n, sd: np.rint(rng.normal(0, sd, n)).astype(np.int64)
+
+
 def applied(fitted: align.Alignment, data: tuple[np.ndarray, np.ndarray]) -> Tensor:
     x, y = (torch.from_numpy(part) for part in data)
     return fitted(x.float() / 255, y)
@@ -81,7 +87,9 @@ def test_without_noise_the_moments_are_those_released(channels: int) -> None:
 def test_noise_alone_changes_nothing() -> None:
     """At an epsilon at which nothing stands out, images stay as they are."""
     data, made = drawn(1, 0.5), drawn(2, 0.5)
-    changed = [align.fit(released(data, 1e-3), *made) for _ in range(5)]
+    changed = [
+        align.fit(released(data, 1e-3, insecure_test_noise=seeded(i)), *made) for i in range(5)
+    ]
     for fitted in changed:
         assert float((fitted.matrix - torch.eye(SIDE * SIDE)).norm()) < 1.0
     still = [torch.equal(fitted.before, fitted.after) for fitted in changed]
@@ -96,20 +104,20 @@ def test_less_noise_brings_the_images_nearer() -> None:
         found = within(x, made[1])
         return [float((a - b).norm() / b.norm()) for a, b in zip(found, target, strict=True)]
 
+    def medians(epsilon: float) -> list[float]:
+        """Of nine releases, relative to the images as they were."""
+        found = []
+        for seed in range(9):
+            release = released(data, epsilon, insecure_test_noise=seeded(seed))
+            found.append(distances(applied(align.fit(release, *made), made)))
+        return (np.median(found, axis=0) / before).tolist()
+
     before = distances(torch.from_numpy(made[0]).float() / 255)
-    means, covariances = zip(
-        *(
-            distances(applied(align.fit(released(data, epsilon), *made), made))
-            for epsilon in (0.1, 1.0, 10.0, 100.0)
-        ),
-        strict=True,
-    )
-    assert means[0] < 1.1 * before[0]
-    assert means[1] < 0.7 * before[0]
-    assert means[3] < means[2] < 0.2 * before[0]
-    assert max(covariances[:2]) < 1.3 * before[1]  # a misfortune does little
-    assert covariances[3] < 0.5 * before[1]
-    assert covariances[2] < before[1]
+    means, covariances = zip(*map(medians, (0.1, 1.0, 10.0, 100.0)), strict=True)
+    assert means[0] < 1.05
+    assert means[3] < means[2] < 0.1 < means[1] < 0.6
+    assert max(covariances[:2]) < 1.2
+    assert covariances[3] < 0.4 < covariances[2] < 0.9
 
 
 def test_the_noise_is_what_it_takes_it_for() -> None:
@@ -117,7 +125,10 @@ def test_the_noise_is_what_it_takes_it_for() -> None:
     data, runs, d = drawn(1, 0.5, n=300), 60, SIDE * SIDE
     matrix = pixels.transform(1, SIDE, SIDE)
     exact = align._Released(released(data, 20.0, delta=1e-6, insecure_test_noise=no_noise), matrix)
-    noisy = [align._Released(released(data, 20.0, delta=1e-6), matrix) for _ in range(runs)]
+    noisy = [
+        align._Released(released(data, 20.0, delta=1e-6, insecure_test_noise=seeded(i)), matrix)
+        for i in range(runs)
+    ]
     directions = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, generator=_rng()))[0]
     means = torch.stack([(r.means - exact.means) @ directions for r in noisy])
     second = torch.stack([directions.T @ (r.second - exact.second) @ directions for r in noisy])

@@ -1,4 +1,4 @@
-"""Integer class sums of one private batch: quantised, certified and added exactly."""
+"""Integer sums of one private batch: quantised, certified and added exactly."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from benches.harness import Measure, floors, library_backends
 from benches.shapes import Case
 from dpmmd import backends
+from dpmmd.encoders.pixels import augmented
 from dpmmd.privacy.sums import GRID_BITS, PrivateSums
 
 CASES = [
@@ -63,3 +64,43 @@ def test_class_sums(measure: Measure, case: Case) -> None:
     )
     totals, _ = sums[ours].take()
     assert int(totals.ne(0).any(dim=1).sum()) == min(case.n, case.classes)
+
+
+def test_products(measure: Measure) -> None:
+    """Products of the pixels of 28-px images, against a row of them made of every image."""
+    n, d = (8, 50) if measure.smoke else (256, 785)
+    vectors = augmented(torch.rand(n, d - 1, generator=torch.Generator().manual_seed(0)))
+    labels, valid = torch.zeros(n, dtype=torch.int64), torch.ones(n, dtype=torch.bool)
+    limits = torch.full((n,), 1 << GRID_BITS)
+    rows, columns = torch.triu_indices(d, d)
+    sums, general = PrivateSums(d, d), PrivateSums(1, len(rows))
+    double = vectors.double()
+
+    def as_features() -> None:
+        general.add(
+            [vectors[:, rows] * vectors[:, columns]],
+            labels,
+            valid,
+            limits,
+            moments=(1,),
+            joint_weight=1.0,
+            bound="sphere",
+            clip=1.0,
+            nonnegative=False,
+        )
+
+    measure(
+        "release, sums of products",
+        f"n={n}, d={d}",
+        {
+            "a row of products an image": as_features,
+            "one matrix product, not bounded": lambda: double.T @ double,
+            "dpmmd": lambda: sums.add_products(vectors, valid, limits),
+        },
+        ours="dpmmd",
+        dtype="float32",
+    )
+    total = sums.take()[0].double()
+    expected = double.T @ double
+    apart = total / total.trace() - expected / expected.trace()
+    assert float(apart.norm()) < 1e-3 * float(expected.norm() / expected.trace())

@@ -2,7 +2,8 @@
 
 A generator matches features. These leave the variances of fine detail free, on which a classifier
 that is trained on its images relies. A release with ``pixel_moments`` holds noised means of the
-pixels, class by class, and of their products, over all classes. `fit` finds an affine map of
+pixels, class by class, and of their products, over all classes. (Without products, of weight 0, T
+is the identity.) `fit` finds an affine map of
 images for each class, with one linear part for all,
 
     x  ->  T (x - m_k) + m'_k,
@@ -34,7 +35,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dpmmd.encoders.pixels import PRODUCTS_SHARE, augmented, constant, transform, unpacked
+from dpmmd.encoders.pixels import augmented, constant, transform
 from dpmmd.privacy import PrivacyError, Release
 
 _ERRORS = 2.0  # standard errors taken off an estimated variance
@@ -95,7 +96,7 @@ def fit(release: Release, images: NDArray[np.uint8], labels: NDArray[np.int64] |
         PrivacyError: the release has no pixel moments.
         ValueError: images of another number of channels, or a class without any.
     """
-    if release.pixels is None or release.products is None:
+    if release.pixels is None:
         raise PrivacyError(
             "release: it holds no moments of pixels; make one with pixel_moments=SIDE, or sample "
             "without alignment."
@@ -129,6 +130,10 @@ def fit(release: Release, images: NDArray[np.uint8], labels: NDArray[np.int64] |
         gap[:, group] *= signal / (signal + noise[:, group])
     shift = (gap * spread.sqrt()) @ directions.T
 
+    before, after = made.means.float(), (made.means + shift).float()
+    if release.products is None:
+        return Alignment(torch.eye(d), before, after, shape)
+
     # The covariance within classes, relative likewise: 1 + gap.
     scale = spread.sqrt()[:, None] * spread.sqrt()
     gap = directions.T @ (released.second - made.second_with(shift)) @ directions / scale
@@ -150,8 +155,7 @@ def fit(release: Release, images: NDArray[np.uint8], labels: NDArray[np.int64] |
         diagonal[one] = mean + signal / (signal + error) * (own - mean)
     gap.diagonal().copy_(diagonal)
     linear = _transport(spread, directions, torch.eye(d, dtype=gap.dtype) + gap)
-    before = made.means
-    return Alignment(linear.float(), before.float(), (before + shift).float(), shape)
+    return Alignment(linear.float(), before, after, shape)
 
 
 class _Released:
@@ -161,11 +165,9 @@ class _Released:
         assert release.pixels is not None
         assert release.products is not None
         m = release.metadata
-        (block,) = (b for b in m.blocks if b.name == "pixels")
-        sd = m.sd / 2**m.grid_bits / block.bound  # of a number of the row
-        counts = release.counts
-        total = float(m.num_units or counts.sum())
-        second, sums = unpacked(release.products[0].double() / total, release.pixels.double())
+        # Of a number that is released; of products, of those on the diagonal.
+        sd = {b.name: m.sd / 2**m.grid_bits / b.bound for b in m.blocks}
+        counts, sums = release.counts, release.pixels.double()
         self.shares = counts / counts.sum()
         self._back = torch.linalg.inv(matrix)
         # A class mean of v over that of its last entry is a mean of u, with weights 1 / |(u, c)|;
@@ -173,13 +175,17 @@ class _Released:
         c = constant(len(matrix))
         weights = sums[:, -1:] / c
         self.means = sums[:, :-1] / weights @ self._back.T
-        self._mean_variance = (sd / weights).square() / (1 - PRODUCTS_SHARE)  # of a number of u
+        self._mean_variance = (sd["pixels"] / weights).square()  # of a number of u
         self._along = self.means / c
+        if release.products is None:
+            return
+        total = float(m.num_units or counts.sum())
+        second = release.products.double() / total
         weight = second[-1, -1] / c**2
         self.second = self._back @ second[:-1, :-1] @ self._back.T / weight
         self._size = c**2
         # Of a number of E[v v'] on the diagonal; off it, it is half of that.
-        self._product_variance = (sd / total / weight) ** 2 / PRODUCTS_SHARE
+        self._product_variance = (sd["products"] / total / weight) ** 2
 
     def mean_noise(self, directions: Tensor) -> Tensor:
         """Variance of the class means [K, d] along directions; that of the weights is in it."""
@@ -208,19 +214,22 @@ class _Generated:
     ) -> None:
         classes, d = len(shares), len(matrix)
         sums = torch.zeros(classes, d + 1, dtype=torch.float64)
-        second = torch.zeros(classes, d + 1, d + 1, dtype=torch.float64)
+        last = torch.zeros_like(sums)  # of each class's products, the last column
+        second = torch.zeros(d + 1, d + 1, dtype=torch.float64)
         for k in range(classes):
-            for part in torch.from_numpy(images[(y == k).numpy()]).split(1000):
+            own = images[(y == k).numpy()]
+            for part in torch.from_numpy(own).split(1000):
                 v = augmented(_small(part.double() / 255, shape) @ matrix.T)
+                products = v.T @ v * (shares[k] / len(own))
                 sums[k] += v.sum(0)
-                second[k] += v.T @ v
-        second *= (shares / torch.bincount(y, minlength=classes))[:, None, None]
+                second += products
+                last[k] += products[:, -1]
         back, c = torch.linalg.inv(matrix), constant(d)
-        weights = second[:, -1, -1] / c**2
+        weights = last[:, -1] / c**2
         self.means = c * sums[:, :-1] / sums[:, -1:] @ back.T
         self._shares = weights / weights.sum()
-        self._centres = second[:, :-1, -1] / c / weights[:, None] @ back.T
-        whole = back @ second[:, :-1, :-1].sum(0) @ back.T / weights.sum()
+        self._centres = last[:, :-1] / c / weights[:, None] @ back.T
+        whole = back @ second[:-1, :-1] @ back.T / weights.sum()
         self.within = whole - self._between(self._centres)
 
     def _between(self, centres: Tensor) -> Tensor:

@@ -169,9 +169,9 @@ MUTATIONS = (
         (
             Edit(
                 MECHANISM,
-                "_noised(sums, sd, sampler, part.unit) for part, sums",
-                "_noised(sums, sd, (lambda n, _: np.zeros(n, np.int64))"
-                ' if part.block.name == "selection" else sampler, part.unit) for part, sums',
+                "(sums, sd, sampler, part.unit)",
+                "(sums, sd, (lambda n, _: np.zeros(n, np.int64))"
+                ' if part.block.name == "selection" else sampler, part.unit)',
             ),
         ),
         (
@@ -181,22 +181,60 @@ MUTATIONS = (
     ),
     Mutation(
         "pixels-not-noised",
-        "the moments of pixels are released as they are",
+        "the means of pixels are released as they are",
         (
             Edit(
                 MECHANISM,
-                "_noised(sums, sd, sampler, part.unit) for part, sums",
-                "_noised(sums, sd, (lambda n, _: np.zeros(n, np.int64))"
-                ' if part.block.name == "pixels" else sampler, part.unit) for part, sums',
+                "(sums, sd, sampler, part.unit)",
+                "(sums, sd, (lambda n, _: np.zeros(n, np.int64))"
+                ' if part.block.name == "pixels" else sampler, part.unit)',
             ),
         ),
         ("tests/test_release.py::test_every_block_has_noise_of_its_own",),
     ),
     Mutation(
-        "pixels-not-spread",
+        "products-not-spread",
         "the products of all classes counted as if they lay in their class's row",
-        (Edit(MECHANISM, "_nonnegative(pixels), True)", "_nonnegative(pixels), False)"),),
+        (
+            Edit(
+                MECHANISM,
+                'block("products", "sums", True, True)',
+                'block("products", "sums", True)',
+            ),
+        ),
         ("tests/test_release.py::test_pixel_moments",),
+    ),
+    Mutation(
+        "pixels-as-if-nonnegative",
+        "means of pixels in a signed basis counted as if no entry were negative",
+        (Edit(MECHANISM, '"sums", _nonnegative(pixels))', '"sums", True)'),),
+        ("tests/test_release.py::test_pixel_moments",),
+    ),
+    Mutation(
+        "products-less-noise",
+        "what is above the diagonal has the noise of its half",
+        (Edit(MECHANISM, "sd / math.sqrt(2)", "sd / 2"),),
+        ("tests/test_release.py::test_every_block_has_noise_of_its_own",),
+    ),
+    Mutation(
+        "products-of-a-group",
+        "the products of every image of a group are bounded as if it were alone",
+        (Edit(MECHANISM, "[0], valid, limits)", "[0], valid, limits * share)"),),
+        ("tests/test_units.py::test_a_large_group_weighs_no_more_than_a_small_one",),
+    ),
+    Mutation(
+        "products-rounded-up",
+        "no room is left for rounding, nor is the norm looked at again",
+        (
+            Edit(SUMS, "slack = math.ceil(math.sqrt(vectors.shape[1]) / 2)", "slack = 0"),
+            Edit(
+                SUMS,
+                "integers, within = certify([(fine[0] + (1 << _HALF >> 1)) >> _HALF], roots,"
+                " nonnegative=False)",
+                "integers = [(fine[0] + (1 << _HALF >> 1)) >> _HALF]; within = integers[0].any(1)",
+            ),
+        ),
+        ("tests/test_products.py::test_norms_keep_to_the_limit",),
     ),
     Mutation(
         "counts-not-noised",
@@ -222,11 +260,11 @@ MUTATIONS = (
             ),
             Edit(
                 MECHANISM,
-                "    released = [\n        _noised(sums",
+                "    released = [\n        (_noised_products",
                 "    exact = 1.0\n"
                 "    if counts_block is not None:\n"
                 "        exact = (raw_counts._sums / counts_block.bound).clamp(min=1)\n"
-                "    released = [\n        _noised(sums",
+                "    released = [\n        (_noised_products",
             ),
         ),
         (_SUMS_OF, "tests/test_release.py::test_noise_has_the_declared_sd"),

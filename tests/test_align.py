@@ -148,7 +148,7 @@ def test_the_row_is_of_norm_one_and_the_transform_has_an_inverse() -> None:
     x = torch.rand(5, 3, 9, 9, generator=_rng())
     x[0], x[1] = 0, 1
     encoder = pixels.pixel_moments(9, 3)
-    row = torch.cat([tap.flatten(1) for tap in encoder(x)], dim=1)
+    (row,) = (tap.flatten(1) for tap in encoder(x))
     torch.testing.assert_close(row.norm(dim=1), torch.ones(5), rtol=1e-5, atol=0)
     matrix = pixels.transform(3, 9, 9)
     torch.testing.assert_close(torch.linalg.inv(matrix) @ matrix, torch.eye(243).double())

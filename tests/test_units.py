@@ -98,12 +98,16 @@ def test_neighbours_in_a_group_differ_by_at_most_the_sensitivity(make: Any, adja
 def test_a_large_group_weighs_no_more_than_a_small_one() -> None:
     """A thousand copies of one image in one group are as one image."""
     x, y = images(4)
-    once = exact((x, y, [0, 1, 2, 3]), group_by="g")
+    options = {"group_by": "g", "pixel_moments": 5}
+    once = exact((x, y, [0, 1, 2, 3]), **options)
     many = exact(
         (np.concatenate([x, *[x[:1]] * 999]), np.r_[y, [y[0]] * 999], [0, 1, 2, 3, *[0] * 999]),
-        group_by="g",
+        **options,
     )
     torch.testing.assert_close(many.sums, once.sums, rtol=0, atol=3e-6)
+    torch.testing.assert_close(many.pixels, once.pixels, rtol=0, atol=3e-6)
+    assert many.products.trace() < once.products.trace()  # type: ignore[union-attr]
+    torch.testing.assert_close(many.products, once.products, rtol=0, atol=0.01)
     torch.testing.assert_close(many.counts, once.counts, rtol=0, atol=1e-4)
 
 

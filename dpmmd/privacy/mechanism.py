@@ -11,6 +11,7 @@ mu = Delta / sd exactly, in every dimension, with Delta from `sensitivity` in th
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -57,7 +58,7 @@ Sampler = Callable[[int, float], np.ndarray]  # n, sd -> int64 [n]
 # the counts are free; elsewhere 0.1 adds 0.5 % to the noise, and class counts get noise of about 53
 # images at epsilon = 1. A selection block of 0.25 adds 3 %.
 WEIGHTS = {"phi1": 1.0, "phi2": 1.0, "phi1+phi2": 1.0}
-WEIGHTS |= {"pixels": 1.0, "selection": 0.25, "counts": 0.1}
+WEIGHTS |= {"pixels": 0.7, "products": 0.7, "selection": 0.25, "counts": 0.1}
 
 
 @dataclass(frozen=True)
@@ -71,16 +72,27 @@ class _Part:
     bound: str
     clip: float
     shared_taps: int
+    products: bool = False
+
+    def zero(self, classes: int, device: torch.device) -> PrivateSums:
+        """Sums of no image."""
+        if self.products:
+            return PrivateSums(self.encoder.dim, self.encoder.dim, device=device)
+        return PrivateSums(classes, self.dim, self.shared, device)
 
     @property
     def shared(self) -> int:
-        """Columns of the row that all classes share."""
+        """Numbers that all classes share."""
+        if self.products:
+            return self.encoder.dim * (self.encoder.dim + 1) // 2
         taps = self.encoder.taps[: self.shared_taps]
         return sum(tap.size for tap in taps) * len(self.moments)
 
     @property
     def dim(self) -> int:
         """Columns of a class."""
+        if self.products:
+            return 0
         return self.encoder.dim * len(self.moments) - self.shared
 
     @property
@@ -138,11 +150,12 @@ def release(
         bound, clip, joint_weight: likewise.
         weights: what one image may contribute to each block of the released vector, in (0, 1],
             relative to the others: more weight, less noise on that block and more on the rest.
-            Default: 1 for "phi1", "phi2" (or "phi1+phi2") and "pixels", 0.25 for "selection", 0.1
-            for "counts". See `dpmmd.privacy.optimal_weights`.
-        pixel_moments: a further block, "pixels": noised means of the pixels, class by class, and
-            of all their products, over all classes, of the images brought to this side. Generated
-            images can be aligned with them (`dpmmd.align`).
+            Default: 1 for "phi1", "phi2" (or "phi1+phi2"), 0.7 for "pixels" and "products", 0.25
+            for "selection", 0.1 for "counts". "products" may be 0: they are left out.
+            See `dpmmd.privacy.optimal_weights`.
+        pixel_moments: further blocks, "pixels" and "products": noised means of the pixels, class by
+            class, and of all their products, over all classes, of the images brought to this side.
+            Generated images can be aligned with them (`dpmmd.align`).
         selection: an encoder of its own for a further block: noised class means by which training
             picks its best checkpoint without looking at private data.
         shared_taps: hybrid taps: the first (shallow) so many of the encoder's taps are summed over
@@ -236,7 +249,7 @@ def release(
     sd = noise_level.sd_over_sensitivity * moved
 
     sizes = None if sizes is None else sizes.to(device)
-    raw = [PrivateSums(classes, part.dim, part.shared, device) for part in parts]
+    raw = [part.zero(classes, device) for part in parts]
     raw_counts = None if counts_block is None else PrivateSums(classes, 1, device=device)
     held = raw if raw_counts is None else [*raw, raw_counts]
     encoders = {id(part.encoder): part.encoder for part in parts}
@@ -328,11 +341,15 @@ def release(
                 }
                 whole = False
                 for part, sums in zip(parts, raw, strict=True):
+                    limits = int(part.block.bound) // share
+                    if part.products:
+                        sums.add_products(features[id(part.encoder)][0], valid, limits)
+                        continue
                     sums.add(
                         features[id(part.encoder)],
                         labels,
                         valid,
-                        int(part.block.bound) // share,
+                        limits,
                         moments=part.moments,
                         joint_weight=part.joint_weight,
                         bound=part.bound,
@@ -358,10 +375,12 @@ def release(
         return _done(ranks.share(None), store)
     sampler = insecure_test_noise or rounded_gaussian
     released = [
-        _noised(sums, sd, sampler, part.unit) for part, sums in zip(parts, raw, strict=True)
-    ]  # [K, D] and [1, D'] each; [K, 2 D] and [1, 2 D'] for a joint block
+        (_noised_products if part.products else _noised)(sums, sd, sampler, part.unit)
+        for part, sums in zip(parts, raw, strict=True)
+    ]  # [K, D] and [1, D'] each; [K, 2 D] and [1, 2 D'] for a joint block; [d, d] for products
     chosen = released.pop()[0].float() if selection is not None else None
-    of_pixels: tuple[Tensor, ...] = released.pop() if pixel_encoder else ()
+    products = released.pop()[0] if parts[len(released) - 1].products else None
+    of_pixels = released.pop()[0] if pixel_encoder is not None else None
     if joint_weight is not None:
         halves = [values.chunk(2, dim=1) for values in released[0]]
         released = [(sums, shared) for sums, shared in zip(*halves, strict=True)]
@@ -375,9 +394,9 @@ def release(
     else:
         counts = torch.tensor([float(num_units)], dtype=torch.float64)
 
-    digest = array_hash(sums_out, counts, chosen, shared_out, *of_pixels)
+    digest = array_hash(sums_out, counts, chosen, shared_out, of_pixels, products)
     metadata = metadata.model_copy(update={"array_sha256": digest})
-    result = Release(sums_out, counts, metadata, chosen, shared_out, *of_pixels)
+    result = Release(sums_out, counts, metadata, chosen, shared_out, of_pixels, products)
     if book is not None and spend is not None:
         book.confirm(spend, digest)
     if out is not None:
@@ -419,12 +438,15 @@ def _blocks(
     with_counts: bool,
     grouped: bool,
 ) -> tuple[list[_Part], Block | None]:
-    """The blocks of sums (pixels and selection last) and the block of counts, if there is one."""
+    """The blocks of sums (pixels, products, selection last) and that of counts, if there is one."""
     groups = [moments] if joint_weight is not None else [(m,) for m in moments]
     names = ["+".join(f"phi{m}" for m in group) for group in groups]
-    names += ["pixels"] * (pixels is not None) + ["selection"] * (selection is not None)
-    names += ["counts"] * with_counts
     weights = dict(weights or {})
+    if pixels is not None:
+        names += ["pixels"] if weights.get("products") == 0 else ["pixels", "products"]
+        if "products" not in names:
+            del weights["products"]
+    names += ["selection"] * (selection is not None) + ["counts"] * with_counts
     for name, weight in weights.items():
         if name not in names:
             raise ValueError(f"weights: unknown block {name!r}, this release has {names}.")
@@ -440,9 +462,12 @@ def _blocks(
         sums = block(name, "sums", group == (2,) or _nonnegative(encoder), shared_taps > 0)
         weight = joint_weight or 1.0
         parts.append(_Part(sums, encoder, group, weight, bound, clip, shared_taps))
-    if pixels is not None:  # the products of all classes in one row: such a row is "spread"
-        sums = block("pixels", "sums", _nonnegative(pixels), True)
-        parts.append(_Part(sums, pixels, (1,), 1.0, "ball", 1.0, 1))
+    if pixels is not None:
+        sums = block("pixels", "sums", _nonnegative(pixels))
+        parts.append(_Part(sums, pixels, (1,), 1.0, "sphere", 1.0, 0))
+        if "products" in names:
+            sums = block("products", "sums", True, True)
+            parts.append(_Part(sums, pixels, (1,), 1.0, "sphere", 1.0, 0, products=True))
     if selection is not None:
         sums = block("selection", "sums", _nonnegative(selection))
         parts.append(_Part(sums, selection, (1,), 1.0, "sphere", 1.0, 0))
@@ -501,20 +526,38 @@ def _harmless(
 def _noised(
     sums: PrivateSums, sd: float, sampler: Sampler, unit: float, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """S + integer noise, then in float64 times what a grid unit is worth, rounded; S is gone.
-
-    A piece at a time: nothing of the size of S is held beside S and the result.
-    """
-    taken = sums.take()
-    by_class, shared = (torch.empty(whole.shape, dtype=dtype) for whole in taken)
-    for whole, result in zip(taken, (by_class, shared), strict=True):
-        for values, out in zip(*(t.view(-1).split(1 << 22) for t in (whole, result)), strict=True):
-            drawn = np.asarray(sampler(values.numel(), sd), np.int64)
-            values += torch.from_numpy(drawn).view_as(values)
-            out.copy_(values.double() * unit)
-    del taken, whole, values
+    """S + integer noise, then in float64 times what a grid unit is worth, rounded; S is gone."""
+    by_class, shared = (_with_noise(whole, sd, sampler, unit, dtype) for whole in sums.take())
     return_freed_memory()  # or the process keeps what S took, and what comes after takes more
     return by_class, shared
+
+
+def _noised_products(
+    sums: PrivateSums, sd: float, sampler: Sampler, unit: float
+) -> tuple[Tensor, ...]:
+    """The same of products: symmetric [d, d].
+
+    What is noised is the diagonal and, times sqrt(2), what is above it (`sensitivity`). Noise of
+    sd on sqrt(2) S is noise of sd / sqrt(2) on S.
+    """
+    taken = sums.take()[0]
+    rows, columns = torch.triu_indices(len(taken), len(taken), 1)
+    result = _with_noise(taken.diagonal().clone(), sd, sampler, unit).diag()
+    above = _with_noise(taken[rows, columns], sd / math.sqrt(2), sampler, unit)
+    result[rows, columns] = result[columns, rows] = above
+    return (result,)
+
+
+def _with_noise(
+    whole: Tensor, sd: float, sampler: Sampler, unit: float, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """A piece at a time: nothing of the size of ``whole`` is held beside it and the result."""
+    result = torch.empty(whole.shape, dtype=dtype)
+    for values, out in zip(*(t.view(-1).split(1 << 22) for t in (whole, result)), strict=True):
+        drawn = np.asarray(sampler(values.numel(), sd), np.int64)
+        values += torch.from_numpy(drawn).view_as(values)
+        out.copy_(values.double() * unit)
+    return result
 
 
 def _warn_alone(group: ProcessGroup | None) -> None:

@@ -104,8 +104,9 @@ class Release:
         metadata: privacy parameters, encoder and layout.
         selection: noised class sums of the selection block, float32 [K, D'], or None.
         shared: of a hybrid release, noised sums of the shared taps, float32 [M, 1, D''], or None.
-        pixels, products: noised sums of pixels, by class, float32 [K, d], and of their products,
-            over all classes, float32 [1, d (d + 1) / 2] (`dpmmd.encoders.pixels`), or None.
+        pixels: noised sums of pixels, by class, float32 [K, d] (`dpmmd.encoders.pixels`), or None.
+        products: noised sums of their products over all classes, float32 [d, d] and symmetric, or
+            None. Their common scale is up to a percent below that of products of ``pixels``.
     """
 
     sums: Tensor
@@ -222,6 +223,7 @@ class Release:
     def _verify(self, name: str) -> None:
         m = self.metadata
         expected = (len(m.moments), m.num_classes)
+        size = 0 if self.pixels is None else self.pixels.shape[-1]
         if (
             self.sums.ndim != 3
             or tuple(self.sums.shape[:2]) != expected
@@ -231,7 +233,8 @@ class Release:
             or (self.selection is None) != (m.selection_encoder is None)
             or (self.shared is None) != (m.shared_taps == 0)
             or (self.pixels is None) != (m.pixel_encoder is None)
-            or (self.products is None) != (m.pixel_encoder is None)
+            or (self.products is None) != all(b.name != "products" for b in m.blocks)
+            or (self.products is not None and self.products.shape != (size, size))
             or (self.shared is not None and tuple(self.shared.shape[:2]) != (len(m.moments), 1))
         ):
             raise PrivacyError(

@@ -38,6 +38,12 @@ sqrt(2) c where V, V' >= 0, and |t - t'|^2 <= |t|^2 + |t'|^2 <= 2 tau^2. But a n
 means disjoint rows, so the two cases under replace-one are not told apart:
 
     Delta^2 = sum_b s_b^2 c_b^2 + 2 tau^2        (spread, replace-one)
+
+*Products.* An image may add q q' of an integer vector q to one matrix for all classes, with its
+numbers above the diagonal times sqrt(2) and those below left out. So its inner product with another
+is that of the matrices, <q, r>^2 >= 0, and its norm |q|^2 <= c. This is a spread block whose
+vectors have no negative inner products, like those without negative entries: sqrt(2) c. Those of a
+group, c / g each, add up to a V of norm c at most, and <V, V'> >= 0 is a sum of such squares.
 """
 
 from __future__ import annotations
@@ -57,8 +63,10 @@ class Block:
         name: what it holds, e.g. ``"phi1"``.
         kind: ``"sums"`` (one bounded vector an image, summed per class) or ``"counts"``.
         bound: L2 norm of one image's contribution, in any unit shared by all blocks: c or tau.
-        nonnegative: every entry of every contribution is >= 0 (sums of post-ReLU features).
-        spread: one unit's contribution may lie in several rows (a group, or shared taps).
+        nonnegative: no two contributions have an inner product < 0: no entry is (sums of post-ReLU
+            features), or they are products.
+        spread: one unit's contribution may lie in several rows, or a row of all classes (a group,
+            shared taps, products).
     """
 
     name: str

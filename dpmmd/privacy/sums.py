@@ -6,9 +6,8 @@ Per image, a feature vector v (all taps together, float64) becomes an integer ve
                   rounded down), checked in exact integer arithmetic,
 
 and the class sums of q are exact int64. A group of g images adds g vectors of norm at most
-floor(B / g), together at most B, whatever rows they go to. No step reduces in floating point, so
-the result is the same bits for any order, batch size, thread count or device, given the same
-features.
+floor(B / g), together at most B, whatever rows they go to. No step rounds a sum, so the result is
+the same bits for any order, batch size, thread count or device, given the same features.
 
 1. e is the exponent of max |v|, g = v 2^-e is in (-1, 1): multiplication by a power of two.
 2. s = sum over j of ceil(g_j^2 2^b), int64, with b = 62 - ceil(log2 D), so that s <= 2^62. The norm
@@ -20,6 +19,12 @@ features.
    with. No message is made, no shape changes.
 
 Steps 1 to 3 are for usefulness; the sensitivity rests on step 4 alone, whatever the encoder did.
+
+A block of products sums q q' instead, of integer vectors with |q|^2 <= B: its norm is |q|^2, and
+the inner product of two is <q, q'>^2 >= 0 (`sensitivity`). q is what steps 1 to 4 make, to a limit
+of floor(sqrt(B)) - ceil(sqrt(d) / 2), in units 2^15 times as coarse, rounded to the nearest: this
+lengthens it by sqrt(d) / 2 at most. It is certified again. The products are at most 2^30, and up to
+2^20 of them are summed as float64 by one matrix product, below 2^53: exactly, in any order.
 
 On the CPU the same steps run in csrc/cpu/bounded_sums.cpp, and on request on a CUDA device in
 kernels/bounded_sums.py or csrc/cuda/; tests compare them with the code below, their definition, bit
@@ -51,6 +56,8 @@ if TYPE_CHECKING:
 
 GRID_BITS = 30
 GUARD = 1.0 - 2.0**-20
+_HALF = GRID_BITS // 2
+_EXACTLY = 1 << 20  # products of images summed as float64
 _ON_CUDA = {"triton": "dpmmd.kernels.bounded_sums", "cuda": "dpmmd._cuda"}  # on request
 _CHUNK_ELEMENTS = 1 << 19  # rows are taken so many numbers at a time: temporaries stay in cache
 
@@ -82,6 +89,26 @@ def bounded_integers(
         limit = limits.double() * share
         integers += _quantise(group, limit, bound.startswith("ball"), clip * share)
     return certify(integers, limits, nonnegative=nonnegative)
+
+
+def factors(vectors: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
+    """Integer vectors int64 [n, d] whose products q q' have norm at most ``limits``; bool [n].
+
+    Args:
+        vectors: [n, d].
+        limits: as in `bounded_integers`.
+    """
+    roots = limits.double().sqrt().to(torch.int64)  # floor: the root is exact or apart by 2^-15
+    slack = math.ceil(math.sqrt(vectors.shape[1]) / 2)
+    fine, _ = bounded_integers(
+        [vectors.double()],
+        (roots - slack).clamp(min=0) << _HALF,
+        bound="sphere",
+        clip=1.0,
+        nonnegative=False,
+    )
+    integers, within = certify([(fine[0] + (1 << _HALF >> 1)) >> _HALF], roots, nonnegative=False)
+    return integers[0], within
 
 
 def certify(
@@ -238,6 +265,20 @@ class PrivateSums:
                 view = target[:, columns[shared] : columns[shared] + q.shape[1]]
                 view.index_add_(0, rows_of, q.mul_(within[:, None]))
                 columns[shared] += q.shape[1]
+
+    def add_products(self, vectors: Tensor, valid: Tensor, limits: Tensor) -> None:
+        """Adds the products q q' of one batch to the sums [d, d], whatever the labels.
+
+        Args:
+            vectors: [n, d].
+            valid, limits: as in `add`.
+        """
+        if self._sums is None:
+            raise RuntimeError("PrivateSums: the sums have been taken.")
+        q, within = factors(vectors, limits)
+        q = q.mul_((within & valid)[:, None]).double()
+        for part in q.split(_EXACTLY):
+            self._sums += (part.T @ part).to(torch.int64)
 
     def add_counts(self, labels: Tensor, valid: Tensor, taus: Tensor) -> None:
         """Adds each valid image's tau (int64 [n]) to the entry of its class.

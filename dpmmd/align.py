@@ -163,7 +163,6 @@ class _Released:
 
     def __init__(self, release: Release, matrix: Tensor) -> None:
         assert release.pixels is not None
-        assert release.products is not None
         m = release.metadata
         # Of a number that is released; of products, of those on the diagonal.
         sd = {b.name: m.sd / 2**m.grid_bits / b.bound for b in m.blocks}

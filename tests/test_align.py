@@ -42,8 +42,7 @@ def released(data: Any, epsilon: float, **options: Any) -> Release:
         epsilon=epsilon,
         adjacency="replace-one",
         progress=False,
-        weights={"phi1": 2.0**-20},
-        **options,
+        **{"weights": {"phi1": 2.0**-20}, **options},
     )
 
 
@@ -82,6 +81,18 @@ def test_without_noise_the_moments_are_those_released(channels: int) -> None:
     matrix = fitted.matrix.double()
     assert torch.allclose(matrix, matrix.T, atol=1e-5)  # Monge-Kantorovich: symmetric, positive
     assert float(torch.linalg.eigvalsh(matrix)[0]) > 0
+
+
+def test_without_products_images_are_moved_by_their_means_alone() -> None:
+    data, made = drawn(1, 0.5), drawn(2, 0.5)
+    options = {"insecure_test_noise": seeded(0), "weights": {"phi1": 2.0**-20, "products": 0}}
+    fitted = align.fit(released(data, 10.0, **options), *made)
+    assert torch.equal(fitted.matrix, torch.eye(SIDE * SIDE))
+    target, before = (within(torch.from_numpy(x).float() / 255, y)[0] for x, y in (data, made))
+    after, _ = within(applied(fitted, made), made[1])
+    assert float((after - target).norm()) < 0.2 * float((before - target).norm())
+    also = released(data, 10.0, insecure_test_noise=seeded(0))
+    assert also.metadata.sensitivity > released(data, 10.0, **options).metadata.sensitivity
 
 
 def test_noise_alone_changes_nothing() -> None:

@@ -230,6 +230,28 @@ class Recipe(_Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _training_suits_the_release(self) -> Recipe:
+        """What would else be refused when privacy has been spent."""
+        wanted = self.release
+        if self.train.estimator == "unbiased":
+            if not wanted.bound.startswith("sphere"):
+                raise ValueError(
+                    f"train.estimator = 'unbiased' with release.bound = {wanted.bound!r}: it holds "
+                    "for spheres; use 'batch'"
+                )
+            if wanted.shared_taps:
+                raise ValueError(
+                    f"train.estimator = 'unbiased' with release.shared_taps = "
+                    f"{wanted.shared_taps}: an image's own term is not constant there; use 'batch'"
+                )
+        if self.train.graph and self.train.memory is not None:
+            raise ValueError(
+                f"train.graph with train.memory = {self.train.memory!r}: micro-batches are cut on "
+                "the host, which a graph leaves out; choose one of the two"
+            )
+        return self
+
 
 def names() -> tuple[str, ...]:
     """The recipes that come with the package."""

@@ -94,7 +94,7 @@ def run(
             )
     elif out.exists() and any(out.iterdir()):
         raise RunError(f"{out}: exists and is not a run folder; choose another with --out.")
-    _check_before_release(settings)
+    _check_before_release(settings, where)
     encoder = load_encoder(settings.encoder).to(where)
     selection = None if settings.selection is None else load_encoder(settings.selection).to(where)
     extractors = []
@@ -150,8 +150,9 @@ def load_extractors(
     ]
 
 
-def _check_before_release(settings: recipe.Recipe) -> None:
+def _check_before_release(settings: recipe.Recipe, device: torch.device) -> None:
     """Refuses what would only fail after privacy has been spent."""
+    train.check_device(settings.train, device)
     if settings.evaluate is None:
         return
     if settings.data.num_classes is None:

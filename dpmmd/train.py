@@ -143,11 +143,7 @@ def train(
     device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
     team = Team(process_group, device)
     _check_team(team, release, encoder, settings, generator_settings, selection_encoder)
-    if settings.graph and device.type not in _GRAPHED_ON:
-        raise ValueError(
-            f"settings.graph=True with the encoder on {device}: only CUDA devices have graphs; "
-            "move the encoder there, or leave graph out."
-        )
+    check_device(settings, device)
     if settings.graph and settings.memory is not None:
         raise ValueError(
             f"settings.graph=True with settings.memory={settings.memory!r}: micro-batches are cut "
@@ -205,6 +201,15 @@ def train(
         with _compiled([generator, encoder.backbone] if settings.compile else []):
             _loop(run, device, num_classes, folder, progress)
     return run.result()
+
+
+def check_device(settings: TrainSection, device: torch.device) -> None:
+    """Raises a ValueError where these settings cannot be trained with on this device."""
+    if settings.graph and device.type not in _GRAPHED_ON:
+        raise ValueError(
+            f"settings.graph=True with the encoder on {device}: only CUDA devices have graphs; "
+            "move the encoder there, or leave graph out."
+        )
 
 
 def _check_team(

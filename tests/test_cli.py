@@ -805,6 +805,22 @@ BEFORE_THE_DATA: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "key of metrics": ("[sample]", "[metrics]\nfid = 1\n[sample]", ("'metrics.fid'", "features")),
     "classifier": ("[evaluate]", '[evaluate]\nclassifiers = ["svc"]', ("'svc'", "linear_svm")),
     "key": ("[train]", "[train]\nstep = 2", ("unknown key 'train.step'",)),
+    "estimator for balls": (
+        "[generator]",
+        'bound = "ball"\n[generator]',
+        ("train.estimator = 'unbiased'", "release.bound = 'ball'", "'batch'"),
+    ),
+    "estimator for shared taps": (
+        "[generator]",
+        "shared_taps = 1\n[generator]",
+        ("train.estimator = 'unbiased'", "release.shared_taps = 1", "'batch'"),
+    ),
+    "graph in memory": (
+        "[train]",
+        '[train]\ngraph = true\nmemory = "1GiB"',
+        ("train.graph with train.memory = '1GiB'",),
+    ),
+    "graph on a CPU": ("[train]", "[train]\ngraph = true", ("only CUDA devices have graphs",)),
     "images that may not be counted": (
         'adjacency = "replace-one"\n',
         'adjacency = "add-remove"\n[data]\nnum_images = 240\n',
@@ -828,6 +844,8 @@ def test_bad_input_is_refused_before_private_data_are_opened(
     monkeypatch.setattr(runs, "open_source", opened)
     text = (folder / "mine.toml").read_text()
     assert old in text
+    if "'unbiased'" in phrases[0]:
+        text = text.replace("[train]", '[train]\nestimator = "unbiased"')
     if "\n[data]\n" in new:  # a key of a section that is there already
         text = text.replace("num_classes = 3", "num_classes = 3\nnum_images = 240")
         new = new.partition("[data]")[0]

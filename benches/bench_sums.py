@@ -95,7 +95,7 @@ def test_products(measure: Measure) -> None:
         {
             "a row of products an image": as_features,
             "one matrix product, not bounded": lambda: double.T @ double,
-            "dpmmd": lambda: sums.add_products(vectors, valid, limits),
+            "dpmmd": lambda: sums.add_products(vectors, labels, valid, limits),
         },
         ours="dpmmd",
         dtype="float32",

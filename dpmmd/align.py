@@ -3,7 +3,8 @@
 A generator matches features. These leave the variances of fine detail free, on which a classifier
 that is trained on its images relies. A release with ``pixel_moments`` holds noised means of the
 pixels, class by class, and of their products, over all classes. (Without products, of weight 0, T
-is the identity.) `fit` finds an affine map of
+is the identity; with ``class_products`` every class has a T of its own, which follows the common
+one.) `fit` finds an affine map of
 images for each class, with one linear part for all,
 
     x  ->  T (x - m_k) + m'_k,
@@ -50,7 +51,7 @@ class Alignment(nn.Module):
     Larger images keep their detail: what the map changes in the small image is enlarged and added.
 
     Attributes:
-        matrix: T [d, d].
+        matrix: T [d, d], or [K, d, d] where each class has its own.
         before, after: m and m' [K, d].
         shape: (C, h, w) of the small images, d = C * h * w.
     """
@@ -77,7 +78,13 @@ class Alignment(nn.Module):
         if labels is None:
             labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
         x = _small(images, self.shape)
-        moved = (x - self.before[labels]) @ self.matrix.T + self.after[labels]
+        moved = x - self.before[labels]
+        if self.matrix.ndim == 2:
+            moved = moved @ self.matrix.T
+        else:
+            for k in labels.unique().tolist():
+                moved[labels == k] = moved[labels == k] @ self.matrix[k].T
+        moved += self.after[labels]
         change = (moved - x).view(-1, *self.shape)
         if change.shape != images.shape:
             change = F.interpolate(change, images.shape[-2:], mode="bilinear", align_corners=False)
@@ -117,7 +124,7 @@ def fit(release: Release, images: NDArray[np.uint8], labels: NDArray[np.int64] |
 
     matrix = transform(*shape)
     released = _Released(release, matrix)
-    made = _Generated(images, y, shape, matrix, released.shares)
+    made = _Generated(images, y, shape, matrix, released.shares, released.by_class is not None)
     spread, directions = torch.linalg.eigh(made.within)  # ascending
     spread = spread.clamp(min=_FLOOR * float(spread[-1]))
     groups = list(_groups(d))
@@ -130,20 +137,42 @@ def fit(release: Release, images: NDArray[np.uint8], labels: NDArray[np.int64] |
         gap[:, group] *= signal / (signal + noise[:, group])
     shift = (gap * spread.sqrt()) @ directions.T
 
-    before, after = made.means.float(), (made.means + shift).float()
-    if release.products is None:
-        return Alignment(torch.eye(d), before, after, shape)
+    linear = torch.eye(d, dtype=torch.float64)
+    within, centres = made.within, made.centres + shift
+    if released.second is not None:
+        gap = directions.T @ (released.second - made.second_with(shift)) @ directions
+        noise = released.product_noise(directions, released.second, released.variance)
+        linear = _transport(spread, directions, _shrunk(gap, noise, spread, groups))
+    maps = linear
+    if released.by_class is not None:
+        maps = torch.empty(classes, d, d, dtype=torch.float64)
+        for k, (second, variance) in enumerate(released.by_class):
+            within = (
+                linear @ (made.seconds[k] - torch.outer(made.centres[k], made.centres[k])) @ linear
+            )
+            spread, directions = torch.linalg.eigh(within)
+            spread = spread.clamp(min=_FLOOR * float(spread[-1]))
+            gap = second - within - torch.outer(centres[k], centres[k])
+            noise = released.product_noise(directions, second, variance)
+            gap = directions.T @ gap @ directions
+            maps[k] = _transport(spread, directions, _shrunk(gap, noise, spread, groups)) @ linear
+    return Alignment(maps.float(), made.means.float(), (made.means + shift).float(), shape)
 
-    # The covariance within classes, relative likewise: 1 + gap.
+
+def _shrunk(gap: Tensor, noise: Tensor, spread: Tensor, groups: list[NDArray[np.int64]]) -> Tensor:
+    """A covariance relative to the generated one, 1 + gap, with what is believed of the gap.
+
+    Args:
+        gap: released less generated covariance [d, d] along directions of ``spread`` [d].
+        noise: its variances.
+    """
     scale = spread.sqrt()[:, None] * spread.sqrt()
-    gap = directions.T @ (released.second - made.second_with(shift)) @ directions / scale
-    noise = released.product_noise(directions) / scale.square()
-    gap = (gap + gap.T) / 2
+    gap, noise = (gap + gap.T) / 2 / scale, noise / scale.square()
     diagonal = gap.diagonal().clone()
     for one in groups:
         for other in groups:
             part = np.ix_(one, other)
-            off = ~torch.eye(d, dtype=torch.bool)[part]
+            off = ~torch.eye(len(gap), dtype=torch.bool)[part]
             signal = _signal(gap[part][off], noise[part][off], times=2)
             gap[part] *= signal / (signal + noise[part])
         own, error = diagonal[one], noise.diagonal()[one]
@@ -154,8 +183,7 @@ def fit(release: Release, images: NDArray[np.uint8], labels: NDArray[np.int64] |
         signal = _signal(own - mean, error)
         diagonal[one] = mean + signal / (signal + error) * (own - mean)
     gap.diagonal().copy_(diagonal)
-    linear = _transport(spread, directions, torch.eye(d, dtype=gap.dtype) + gap)
-    return Alignment(linear.float(), before, after, shape)
+    return torch.eye(len(gap), dtype=gap.dtype) + gap
 
 
 class _Released:
@@ -176,28 +204,40 @@ class _Released:
         self.means = sums[:, :-1] / weights @ self._back.T
         self._mean_variance = (sd["pixels"] / weights).square()  # of a number of u
         self._along = self.means / c
-        if release.products is None:
-            return
-        total = float(m.num_units or counts.sum())
-        second = release.products.double() / total
-        weight = second[-1, -1] / c**2
-        self.second = self._back @ second[:-1, :-1] @ self._back.T / weight
         self._size = c**2
-        # Of a number of E[v v'] on the diagonal; off it, it is half of that.
-        self._product_variance = (sd["products"] / total / weight) ** 2
+        self.second, self.variance, self.by_class = None, 0.0, None
+        pooled = []  # sums of products and the variance of their noise
+        if release.products is not None:
+            pooled.append((release.products.double(), sd["products"] ** 2))
+        if release.class_products is not None:
+            sums, square = release.class_products.double(), sd["class_products"] ** 2
+            self.by_class = [self._mean(each, square) for each in sums]
+            pooled.append((sums.sum(0), square * len(sums)))
+        if pooled:
+            precision = sum(1 / square for _, square in pooled)
+            whole = sum(each / square for each, square in pooled) / precision
+            self.second, self.variance = self._mean(whole, 1 / precision)
+
+    def _mean(self, sums: Tensor, variance: float) -> tuple[Tensor, float]:
+        """The mean of x x' [d, d] of sums of v v', and the variance of a number of E[v v'].
+
+        That of those on the diagonal; off it, it is half of that.
+        """
+        weight = float(sums[-1, -1]) / self._size
+        return self._back @ sums[:-1, :-1] @ self._back.T / weight, variance / weight**2
 
     def mean_noise(self, directions: Tensor) -> Tensor:
         """Variance of the class means [K, d] along directions; that of the weights is in it."""
         own = (self._back.T @ directions).square().sum(0)
         return self._mean_variance * (own + (self._along @ directions).square())
 
-    def product_noise(self, directions: Tensor) -> Tensor:
-        """Variance of the mean of x x' [d, d] along directions; likewise."""
+    def product_noise(self, directions: Tensor, second: Tensor, variance: float) -> Tensor:
+        """Variance of a mean of x x' [d, d] along directions; likewise."""
         g = self._back.T @ directions
         inner = g.T @ g
         own = inner.diagonal()
-        along = (directions.T @ self.second @ directions / self._size).square()
-        return self._product_variance * ((own[:, None] * own + inner.square()) / 2 + along)
+        along = (directions.T @ second @ directions / self._size).square()
+        return variance * ((own[:, None] * own + inner.square()) / 2 + along)
 
 
 class _Generated:
@@ -210,11 +250,13 @@ class _Generated:
         shape: tuple[int, int, int],
         matrix: Tensor,
         shares: Tensor,
+        by_class: bool,
     ) -> None:
         classes, d = len(shares), len(matrix)
         sums = torch.zeros(classes, d + 1, dtype=torch.float64)
         last = torch.zeros_like(sums)  # of each class's products, the last column
         second = torch.zeros(d + 1, d + 1, dtype=torch.float64)
+        seconds = torch.zeros(classes if by_class else 0, d + 1, d + 1, dtype=torch.float64)
         for k in range(classes):
             own = images[(y == k).numpy()]
             for part in torch.from_numpy(own).split(1000):
@@ -223,20 +265,26 @@ class _Generated:
                 sums[k] += v.sum(0)
                 second += products
                 last[k] += products[:, -1]
+                if by_class:
+                    seconds[k] += products
         back, c = torch.linalg.inv(matrix), constant(d)
         weights = last[:, -1] / c**2
         self.means = c * sums[:, :-1] / sums[:, -1:] @ back.T
         self._shares = weights / weights.sum()
-        self._centres = last[:, :-1] / c / weights[:, None] @ back.T
+        self.centres = last[:, :-1] / c / weights[:, None] @ back.T
+        self.seconds = [
+            back @ own[:-1, :-1] @ back.T / weight
+            for own, weight in zip(seconds, weights, strict=False)
+        ]
         whole = back @ second[:-1, :-1] @ back.T / weights.sum()
-        self.within = whole - self._between(self._centres)
+        self.within = whole - self._between(self.centres)
 
     def _between(self, centres: Tensor) -> Tensor:
         return (centres * self._shares[:, None]).T @ centres
 
     def second_with(self, shift: Tensor) -> Tensor:
         """The mean of x x' [d, d], with the classes shifted by [K, d]."""
-        return self.within + self._between(self._centres + shift)
+        return self.within + self._between(self.centres + shift)
 
 
 def _small(images: Tensor, shape: tuple[int, int, int]) -> Tensor:

@@ -156,9 +156,9 @@ MUTATIONS = (
         (
             Edit(
                 MECHANISM,
-                "_noised(sums, sd, sampler, part.unit) for part, sums",
-                "_noised(sums, sd / int(raw_counts._sums.max() // counts_block.bound"
-                " if counts_block else 1) ** 0.5, sampler, part.unit) for part, sums",
+                "sums, sd, sampler, part.unit\n",
+                "sums, sd / int(raw_counts._sums.max() // counts_block.bound"
+                " if counts_block else 1) ** 0.5, sampler, part.unit\n",
             ),
         ),
         ("tests/test_release.py::test_noise_has_the_declared_sd",),
@@ -169,9 +169,9 @@ MUTATIONS = (
         (
             Edit(
                 MECHANISM,
-                "(sums, sd, sampler, part.unit)",
-                "(sums, sd, (lambda n, _: np.zeros(n, np.int64))"
-                ' if part.block.name == "selection" else sampler, part.unit)',
+                "sums, sd, sampler, part.unit\n",
+                "sums, sd, (lambda n, _: np.zeros(n, np.int64))"
+                ' if part.block.name == "selection" else sampler, part.unit\n',
             ),
         ),
         (
@@ -185,9 +185,9 @@ MUTATIONS = (
         (
             Edit(
                 MECHANISM,
-                "(sums, sd, sampler, part.unit)",
-                "(sums, sd, (lambda n, _: np.zeros(n, np.int64))"
-                ' if part.block.name == "pixels" else sampler, part.unit)',
+                "sums, sd, sampler, part.unit\n",
+                "sums, sd, (lambda n, _: np.zeros(n, np.int64))"
+                ' if part.block.name == "pixels" else sampler, part.unit\n',
             ),
         ),
         ("tests/test_release.py::test_every_block_has_noise_of_its_own",),
@@ -198,8 +198,8 @@ MUTATIONS = (
         (
             Edit(
                 MECHANISM,
-                'block("products", "sums", True, True)',
-                'block("products", "sums", True)',
+                '"sums", True, name == "products")',
+                '"sums", True)',
             ),
         ),
         ("tests/test_release.py::test_pixel_moments",),
@@ -219,7 +219,7 @@ MUTATIONS = (
     Mutation(
         "products-of-a-group",
         "the products of every image of a group are bounded as if it were alone",
-        (Edit(MECHANISM, "[0], valid, limits)", "[0], valid, limits * share)"),),
+        (Edit(MECHANISM, "rows, valid, limits)", "rows, valid, limits * share)"),),
         ("tests/test_units.py::test_a_large_group_weighs_no_more_than_a_small_one",),
     ),
     Mutation(
@@ -260,11 +260,11 @@ MUTATIONS = (
             ),
             Edit(
                 MECHANISM,
-                "    released = [\n        (_noised_products",
+                "    noised = {\n        part.block.name: (_noised",
                 "    exact = 1.0\n"
                 "    if counts_block is not None:\n"
                 "        exact = (raw_counts._sums / counts_block.bound).clamp(min=1)\n"
-                "    released = [\n        (_noised_products",
+                "    noised = {\n        part.block.name: (_noised",
             ),
         ),
         (_SUMS_OF, "tests/test_release.py::test_noise_has_the_declared_sd"),

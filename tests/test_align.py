@@ -65,6 +65,39 @@ def within(x: Tensor, y: np.ndarray) -> tuple[Tensor, Tensor]:
     return means, rest.T @ rest / len(x)
 
 
+def spread_by_class(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first class at half the contrast, the last at half as much again."""
+    x, y = drawn(seed, 0.5)
+    factor = np.array([0.5, 1.0, 1.5])[y][:, None, None, None]
+    return ((x - 127.5) * factor + 127.5).clip(0, 255).round().astype(np.uint8), y
+
+
+@pytest.mark.parametrize("pooled", [0.7, 0])
+def test_classes_have_covariances_of_their_own(pooled: float) -> None:
+    data, made = spread_by_class(1), drawn(2, 0.5)
+    weights = {"phi1": 2.0**-20, "products": pooled}
+    distances = {}
+    for own in (0, 0.7):
+        release = released(
+            data, 50.0, insecure_test_noise=seeded(0), weights={**weights, "class_products": own}
+        )
+        fitted = align.fit(release, *made)
+        assert fitted.matrix.ndim == (3 if own else 2)
+        after = applied(fitted, made).flatten(1).double()
+        distances[own] = [
+            float(
+                (after[torch.from_numpy(made[1] == k)].T.cov() - of_class(data, k).T.cov()).norm()
+            )
+            for k in (0, 2)
+        ]
+    for own, common in zip(distances[0.7], distances[0], strict=True):
+        assert own < 0.7 * common
+
+
+def of_class(data: tuple[np.ndarray, np.ndarray], k: int) -> Tensor:
+    return torch.from_numpy(data[0][data[1] == k]).flatten(1).double() / 255
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_without_noise_the_moments_are_those_released(channels: int) -> None:
     data, made = drawn(1, 0.5, channels=channels), drawn(2, 0.5, channels=channels)
@@ -146,7 +179,8 @@ def test_the_noise_is_what_it_takes_it_for() -> None:
     # the noise of the weight of a mean is told for the released mean; of the exact one here
     ratio = means.square() / exact.mean_noise(directions)
     assert float(ratio.mean()) == pytest.approx(1, abs=0.1)
-    ratio = second.square() / exact.product_noise(directions)
+    assert exact.second is not None
+    ratio = second.square() / exact.product_noise(directions, exact.second, exact.variance)
     assert float(ratio.mean()) == pytest.approx(1, abs=0.1)
     assert float(torch.diagonal(ratio, dim1=1, dim2=2).mean()) == pytest.approx(1, abs=0.2)
 

@@ -18,7 +18,7 @@ def products(vectors: Tensor, limits: Tensor, valid: Tensor | None = None) -> Te
     d = vectors.shape[1]
     sums = PrivateSums(d, d)
     valid = torch.ones(len(vectors), dtype=torch.bool) if valid is None else valid
-    sums.add_products(vectors, valid, limits)
+    sums.add_products(vectors, torch.zeros_like(limits), valid, limits)
     return sums.take()[0]
 
 
@@ -79,10 +79,21 @@ def test_sums_are_exact_in_any_batches() -> None:
     assert (products(vectors, limits, valid).numpy().astype(object) == exact).all()
     sums = PrivateSums(40, 40)
     for part in (torch.arange(0, 7), torch.arange(299, 150, -1), torch.arange(7, 151)):
-        sums.add_products(vectors[part], valid[part], limits[part])
+        sums.add_products(vectors[part], torch.zeros_like(part), valid[part], limits[part])
     assert torch.equal(sums.take()[0], products(vectors, limits, valid))
     with pytest.raises(RuntimeError, match="taken"):
-        sums.add_products(vectors, valid, limits)
+        sums.add_products(vectors, torch.zeros_like(limits), valid, limits)
+
+
+def test_classes_have_matrices_of_their_own() -> None:
+    rng = torch.Generator().manual_seed(0)
+    vectors, limits = torch.randn(60, 5, generator=rng), torch.full((60,), 2**30)
+    labels, valid = torch.arange(60) % 3, torch.arange(60) % 7 > 0
+    sums = PrivateSums(20, 5)
+    sums.add_products(vectors, labels, valid, limits)
+    for k, found in enumerate(sums.take()[0].view(4, 5, 5)):
+        own = valid & (labels == k)
+        assert torch.equal(found, products(vectors[own], limits[own]))
 
 
 @pytest.mark.parametrize("adjacency", ["replace-one", "zero-out", "add-remove"])

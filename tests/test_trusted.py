@@ -39,8 +39,8 @@ def code_lines(path: Path) -> int:
 
 def test_the_trusted_core_is_small() -> None:
     lines = {name: code_lines(ROOT / f"dpmmd/privacy/{name}.py") for name in TRUSTED}
-    assert sum(lines[name] for name in CORE) <= 1000, lines
-    assert sum(lines.values()) <= 1320, lines
+    assert sum(lines[name] for name in CORE) <= 1020, lines
+    assert sum(lines.values()) <= 1345, lines
 
 
 @pytest.mark.parametrize("name", TRUSTED)

@@ -58,7 +58,8 @@ Sampler = Callable[[int, float], np.ndarray]  # n, sd -> int64 [n]
 # the counts are free; elsewhere 0.1 adds 0.5 % to the noise, and class counts get noise of about 53
 # images at epsilon = 1. A selection block of 0.25 adds 3 %.
 WEIGHTS = {"phi1": 1.0, "phi2": 1.0, "phi1+phi2": 1.0}
-WEIGHTS |= {"pixels": 0.7, "products": 0.7, "selection": 0.25, "counts": 0.1}
+WEIGHTS |= {"pixels": 0.7, "products": 0.7, "class_products": 0.0, "selection": 0.25, "counts": 0.1}
+PRODUCTS = ("products", "class_products")  # may have the weight 0: left out
 
 
 @dataclass(frozen=True)
@@ -72,19 +73,29 @@ class _Part:
     bound: str
     clip: float
     shared_taps: int
-    products: bool = False
+
+    @property
+    def pooled(self) -> bool:
+        """Whether all of it is summed over all classes."""
+        return self.block.name == "products"
+
+    @property
+    def products(self) -> bool:
+        """Whether products are summed."""
+        return self.block.name in PRODUCTS
 
     def zero(self, classes: int, device: torch.device) -> PrivateSums:
         """Sums of no image."""
         if self.products:
-            return PrivateSums(self.encoder.dim, self.encoder.dim, device=device)
+            d = self.encoder.dim
+            return PrivateSums(d if self.pooled else classes * d, d, device=device)
         return PrivateSums(classes, self.dim, self.shared, device)
 
     @property
     def shared(self) -> int:
         """Numbers that all classes share."""
         if self.products:
-            return self.encoder.dim * (self.encoder.dim + 1) // 2
+            return self.encoder.dim * (self.encoder.dim + 1) // 2 if self.pooled else 0
         taps = self.encoder.taps[: self.shared_taps]
         return sum(tap.size for tap in taps) * len(self.moments)
 
@@ -92,7 +103,7 @@ class _Part:
     def dim(self) -> int:
         """Columns of a class."""
         if self.products:
-            return 0
+            return 0 if self.pooled else self.encoder.dim * (self.encoder.dim + 1) // 2
         return self.encoder.dim * len(self.moments) - self.shared
 
     @property
@@ -151,11 +162,13 @@ def release(
         weights: what one image may contribute to each block of the released vector, in (0, 1],
             relative to the others: more weight, less noise on that block and more on the rest.
             Default: 1 for "phi1", "phi2" (or "phi1+phi2"), 0.7 for "pixels" and "products", 0.25
-            for "selection", 0.1 for "counts". "products" may be 0: they are left out.
+            for "selection", 0.1 for "counts", 0 for "class_products". "products" and
+            "class_products" are left out where their weight is 0.
             See `dpmmd.privacy.optimal_weights`.
         pixel_moments: further blocks, "pixels" and "products": noised means of the pixels, class by
-            class, and of all their products, over all classes, of the images brought to this side.
-            Generated images can be aligned with them (`dpmmd.align`).
+            class, and of all their products, over all classes, of the images brought to this side;
+            "class_products", with a weight, are products class by class. Generated images can be
+            aligned with them (`dpmmd.align`).
         selection: an encoder of its own for a further block: noised class means by which training
             picks its best checkpoint without looking at private data.
         shared_taps: hybrid taps: the first (shallow) so many of the encoder's taps are summed over
@@ -343,7 +356,8 @@ def release(
                 for part, sums in zip(parts, raw, strict=True):
                     limits = int(part.block.bound) // share
                     if part.products:
-                        sums.add_products(features[id(part.encoder)][0], valid, limits)
+                        rows = torch.zeros_like(labels) if part.pooled else labels
+                        sums.add_products(features[id(part.encoder)][0], rows, valid, limits)
                         continue
                     sums.add(
                         features[id(part.encoder)],
@@ -374,13 +388,18 @@ def release(
     if ranks.rank:
         return _done(ranks.share(None), store)
     sampler = insecure_test_noise or rounded_gaussian
-    released = [
-        (_noised_products if part.products else _noised)(sums, sd, sampler, part.unit)
+    noised = {
+        part.block.name: (_noised_products if part.products else _noised)(
+            sums, sd, sampler, part.unit
+        )
         for part, sums in zip(parts, raw, strict=True)
-    ]  # [K, D] and [1, D'] each; [K, 2 D] and [1, 2 D'] for a joint block; [d, d] for products
-    chosen = released.pop()[0].float() if selection is not None else None
-    products = released.pop()[0] if parts[len(released) - 1].products else None
-    of_pixels = released.pop()[0] if pixel_encoder is not None else None
+    }  # [K, D] and [1, D'] each; [K, 2 D] and [1, 2 D'] for a joint block; [K, d, d] for products
+    chosen, of_pixels, products, class_products = (
+        noised.pop(name)[0] if name in noised else None
+        for name in ("selection", "pixels", *PRODUCTS)
+    )
+    products = None if products is None else products[0]
+    released = list(noised.values())
     if joint_weight is not None:
         halves = [values.chunk(2, dim=1) for values in released[0]]
         released = [(sums, shared) for sums, shared in zip(*halves, strict=True)]
@@ -394,9 +413,10 @@ def release(
     else:
         counts = torch.tensor([float(num_units)], dtype=torch.float64)
 
-    digest = array_hash(sums_out, counts, chosen, shared_out, of_pixels, products)
+    further = (chosen, shared_out, of_pixels, products, class_products)  # as in FURTHER
+    digest = array_hash(sums_out, counts, *further)
     metadata = metadata.model_copy(update={"array_sha256": digest})
-    result = Release(sums_out, counts, metadata, chosen, shared_out, of_pixels, products)
+    result = Release(sums_out, counts, metadata, *further)
     if book is not None and spend is not None:
         book.confirm(spend, digest)
     if out is not None:
@@ -443,9 +463,8 @@ def _blocks(
     names = ["+".join(f"phi{m}" for m in group) for group in groups]
     weights = dict(weights or {})
     if pixels is not None:
-        names += ["pixels"] if weights.get("products") == 0 else ["pixels", "products"]
-        if "products" not in names:
-            del weights["products"]
+        names += ["pixels", *(n for n in PRODUCTS if weights.get(n, WEIGHTS[n]) != 0)]
+        weights = {n: w for n, w in weights.items() if w != 0 or n not in PRODUCTS}
     names += ["selection"] * (selection is not None) + ["counts"] * with_counts
     for name, weight in weights.items():
         if name not in names:
@@ -465,9 +484,10 @@ def _blocks(
     if pixels is not None:
         sums = block("pixels", "sums", _nonnegative(pixels))
         parts.append(_Part(sums, pixels, (1,), 1.0, "sphere", 1.0, 0))
-        if "products" in names:
-            sums = block("products", "sums", True, True)
-            parts.append(_Part(sums, pixels, (1,), 1.0, "sphere", 1.0, 0, products=True))
+        for name in PRODUCTS:
+            if name in names:
+                sums = block(name, "sums", True, name == "products")
+                parts.append(_Part(sums, pixels, (1,), 1.0, "sphere", 1.0, 0))
     if selection is not None:
         sums = block("selection", "sums", _nonnegative(selection))
         parts.append(_Part(sums, selection, (1,), 1.0, "sphere", 1.0, 0))
@@ -535,16 +555,19 @@ def _noised(
 def _noised_products(
     sums: PrivateSums, sd: float, sampler: Sampler, unit: float
 ) -> tuple[Tensor, ...]:
-    """The same of products: symmetric [d, d].
+    """The same of products: symmetric [K, d, d].
 
     What is noised is the diagonal and, times sqrt(2), what is above it (`sensitivity`). Noise of
     sd on sqrt(2) S is noise of sd / sqrt(2) on S.
     """
     taken = sums.take()[0]
-    rows, columns = torch.triu_indices(len(taken), len(taken), 1)
-    result = _with_noise(taken.diagonal().clone(), sd, sampler, unit).diag()
-    above = _with_noise(taken[rows, columns], sd / math.sqrt(2), sampler, unit)
-    result[rows, columns] = result[columns, rows] = above
+    d = taken.shape[1]
+    rows, columns = torch.triu_indices(d, d, 1)
+    result = torch.empty(taken.shape).view(-1, d, d)
+    for square, out in zip(taken.view(-1, d, d), result, strict=True):
+        out.diagonal().copy_(_with_noise(square.diagonal().clone(), sd, sampler, unit))
+        above = _with_noise(square[rows, columns], sd / math.sqrt(2), sampler, unit)
+        out[rows, columns] = out[columns, rows] = above
     return (result,)
 
 

@@ -26,7 +26,8 @@ from dpmmd.privacy.accounting import delta as delta_of
 from dpmmd.privacy.sensitivity import Block, sensitivity
 
 FORMAT = 2
-FURTHER = ("selection", "shared", "pixels", "products")  # arrays that a release may have
+# Arrays that a release may have.
+FURTHER = ("selection", "shared", "pixels", "products", "class_products")
 
 
 class PrivacyError(ValueError):
@@ -107,6 +108,7 @@ class Release:
         pixels: noised sums of pixels, by class, float32 [K, d] (`dpmmd.encoders.pixels`), or None.
         products: noised sums of their products over all classes, float32 [d, d] and symmetric, or
             None. Their common scale is up to a percent below that of products of ``pixels``.
+        class_products: the same class by class, float32 [K, d, d], or None.
     """
 
     sums: Tensor
@@ -116,6 +118,7 @@ class Release:
     shared: Tensor | None = None
     pixels: Tensor | None = None
     products: Tensor | None = None
+    class_products: Tensor | None = None
 
     @property
     def target(self) -> Tensor:
@@ -220,10 +223,16 @@ class Release:
         release._verify(str(path))
         return release
 
+    def _shape(self, name: str) -> tuple[int, ...] | None:
+        tensor = getattr(self, name)
+        return None if tensor is None else tuple(tensor.shape)
+
     def _verify(self, name: str) -> None:
         m = self.metadata
         expected = (len(m.moments), m.num_classes)
-        size = 0 if self.pixels is None else self.pixels.shape[-1]
+        d = 0 if self.pixels is None else self.pixels.shape[-1]
+        shapes = {"products": (d, d), "class_products": (m.num_classes, d, d)}
+        products = {b.name: shapes[b.name] for b in m.blocks if b.name in shapes}
         if (
             self.sums.ndim != 3
             or tuple(self.sums.shape[:2]) != expected
@@ -233,8 +242,8 @@ class Release:
             or (self.selection is None) != (m.selection_encoder is None)
             or (self.shared is None) != (m.shared_taps == 0)
             or (self.pixels is None) != (m.pixel_encoder is None)
-            or (self.products is None) != all(b.name != "products" for b in m.blocks)
-            or (self.products is not None and self.products.shape != (size, size))
+            or (self._shape("products"), self._shape("class_products"))
+            != (products.get("products"), products.get("class_products"))
             or (self.shared is not None and tuple(self.shared.shape[:2]) != (len(m.moments), 1))
         ):
             raise PrivacyError(

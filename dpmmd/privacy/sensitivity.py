@@ -39,11 +39,12 @@ means disjoint rows, so the two cases under replace-one are not told apart:
 
     Delta^2 = sum_b s_b^2 c_b^2 + 2 tau^2        (spread, replace-one)
 
-*Products.* An image may add q q' of an integer vector q to one matrix for all classes, with its
-numbers above the diagonal times sqrt(2) and those below left out. So its inner product with another
-is that of the matrices, <q, r>^2 >= 0, and its norm |q|^2 <= c. This is a spread block whose
-vectors have no negative inner products, like those without negative entries: sqrt(2) c. Those of a
-group, c / g each, add up to a V of norm c at most, and <V, V'> >= 0 is a sum of such squares.
+*Products.* An image may add q q' of an integer vector q to the matrix of its class, or to one for
+all classes (spread), with its numbers above the diagonal times sqrt(2) and those below left out. So
+its inner product with another is that of the matrices, <q, r>^2 >= 0 or (in two classes) 0, and its
+norm |q|^2 <= c. This is a block whose vectors have no negative inner products, like those without
+negative entries: sqrt(2) c. Those of a group, c / g each, add up to a V of norm c at most, and
+<V, V'> >= 0 is a sum of such squares.
 """
 
 from __future__ import annotations

@@ -266,19 +266,20 @@ class PrivateSums:
                 view.index_add_(0, rows_of, q.mul_(within[:, None]))
                 columns[shared] += q.shape[1]
 
-    def add_products(self, vectors: Tensor, valid: Tensor, limits: Tensor) -> None:
-        """Adds the products q q' of one batch to the sums [d, d], whatever the labels.
+    def add_products(self, vectors: Tensor, labels: Tensor, valid: Tensor, limits: Tensor) -> None:
+        """Adds the products q q' of one batch to the sums [K d, d], those of a class on its own.
 
         Args:
             vectors: [n, d].
-            valid, limits: as in `add`.
+            labels, valid, limits: as in `add`.
         """
         if self._sums is None:
             raise RuntimeError("PrivateSums: the sums have been taken.")
         q, within = factors(vectors, limits)
         q = q.mul_((within & valid)[:, None]).double()
-        for part in q.split(_EXACTLY):
-            self._sums += (part.T @ part).to(torch.int64)
+        for k, sums in enumerate(self._sums.view(-1, q.shape[1], q.shape[1])):
+            for part in q[labels == k].split(_EXACTLY):
+                sums += (part.T @ part).to(torch.int64)
 
     def add_counts(self, labels: Tensor, valid: Tensor, taus: Tensor) -> None:
         """Adds each valid image's tau (int64 [n]) to the entry of its class.

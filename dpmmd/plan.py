@@ -231,7 +231,9 @@ def of_recipe(settings: Recipe, memory: str, device: torch.device) -> Plan:
     numbers = len(wanted.moments) * (classes * (encoder.dim - common) + common)
     if (moments := wanted.pixel_moments) is not None:
         pixels = shape[0] * moments**2 + 1
-        numbers += (classes + pixels) * pixels
+        weights = wanted.weights or {}
+        squares = (weights.get("products") != 0) + classes * bool(weights.get("class_products"))
+        numbers += (classes + squares * pixels) * pixels
     plan = make(
         memory,
         encoder,

@@ -111,6 +111,13 @@ TRIED = (
         (*_SMALL[:2], "train.steps=1500"),
         predicted="better: less of the noise is learnt",
     ),
+    Row(
+        "steps-3000-10",
+        "64 px, aligned, 3,000 steps instead of 6,000",
+        "10",
+        ("release.weights={phi1 = 0.3}", "train.steps=3000"),
+        predicted="as good: little noise to learn, little left to gain",
+    ),
     Row("size-32", "32 px, temperature 1", changes=_PLAIN, recipe=_UNALIGNED),
     Row(
         "size-32-warm",

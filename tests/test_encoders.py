@@ -398,6 +398,11 @@ def test_autocast():
 
 # ---- precision
 
+in_bfloat16 = pytest.mark.skipif(
+    not (base._cpu_has_bfloat16() or torch.cuda.is_available()),
+    reason="this CPU has no bfloat16; that it is refused is tested below",
+)
+
 
 def rounded_to_bfloat16(encoder):
     """The float64 encoder with weights, and what every convolution takes and gives, rounded."""
@@ -414,6 +419,7 @@ def rounded_to_bfloat16(encoder):
     return encoder
 
 
+@in_bfloat16
 @pytest.mark.parametrize("name", [*PACKAGED, "vgg11", "resnet18"])
 def test_bfloat16(name):
     encoder = load(name, precision="bfloat16")
@@ -438,6 +444,7 @@ def test_bfloat16(name):
     assert (grad.flatten(1).abs().amax(1) > 0).all()
 
 
+@in_bfloat16
 def test_half_precision_normalises_images_in_float32():
     backbone = load("squeezenet1.1", precision="bfloat16").backbone
     assert backbone.mean.dtype == backbone.std.dtype == torch.float32
@@ -445,6 +452,7 @@ def test_half_precision_normalises_images_in_float32():
     assert backbone.to(torch.float64).mean.dtype == torch.float64
 
 
+@in_bfloat16
 def test_precision_of_release_and_training_must_agree():
     x = (images(12) * 255).byte().numpy()
     options = {"epsilon": 5.0, "delta": 1e-3, "adjacency": "replace-one", "num_classes": 2}

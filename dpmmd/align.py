@@ -138,7 +138,7 @@ def fit(release: Release, images: NDArray[np.uint8], labels: NDArray[np.int64] |
     shift = (gap * spread.sqrt()) @ directions.T
 
     linear = torch.eye(d, dtype=torch.float64)
-    within, centres = made.within, made.centres + shift
+    centres = made.centres + shift
     if released.second is not None:
         gap = directions.T @ (released.second - made.second_with(shift)) @ directions
         noise = released.product_noise(directions, released.second, released.variance)

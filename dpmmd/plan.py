@@ -229,8 +229,8 @@ def of_recipe(settings: Recipe, memory: str, device: torch.device) -> Plan:
     common = sum(tap.size for tap in encoder.taps[: wanted.shared_taps])
     classes = data.num_classes or 1
     numbers = len(wanted.moments) * (classes * (encoder.dim - common) + common)
-    if (moments := wanted.pixel_moments) is not None:
-        pixels = shape[0] * moments**2 + 1
+    if (small := wanted.pixel_moments) is not None:
+        pixels = shape[0] * small**2 + 1
         weights = wanted.weights or {}
         squares = (weights.get("products") != 0) + classes * bool(weights.get("class_products"))
         numbers += (classes + squares * pixels) * pixels

@@ -26,7 +26,7 @@ from dpmmd.privacy.accounting import delta as delta_of
 from dpmmd.privacy.sensitivity import Block, sensitivity
 
 FORMAT = 2
-# Arrays that a release may have.
+# Arrays that a release may have, in the order of its fields.
 FURTHER = ("selection", "shared", "pixels", "products", "class_products")
 
 

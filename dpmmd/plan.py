@@ -210,7 +210,7 @@ def of_recipe(settings: Recipe, memory: str, device: torch.device) -> Plan:
     Raises:
         PlanError: as `make`, or the recipe does not say which size the images have.
     """
-    data, wanted = settings.data, settings.release
+    data = settings.data
     known = NAMED[data.source].shape if data.source in NAMED else None
     side = data.image_size if data.image_size is not None else known and known[1:]
     if settings.generator.image_size is None and side is None:
@@ -226,15 +226,34 @@ def of_recipe(settings: Recipe, memory: str, device: torch.device) -> Plan:
     # It is held beside the other while training runs.
     selection = None if settings.selection is None else _loaded(settings.selection).to(device)
     generator = build_generator(settings.generator.completed(shape), data.num_classes).to(device)
+    plan = before_release(settings, memory, encoder, generator, shape[0])
+    del selection
+    return plan
+
+
+def before_release(
+    settings: Recipe, memory: str, encoder: Encoder, generator: nn.Module, channels: int
+) -> Plan:
+    """The plan of a recipe's training, beside a release that is not made yet.
+
+    Args:
+        settings: the recipe.
+        memory: see `parse`.
+        encoder, generator: on their device.
+        channels: of the private images.
+
+    Raises:
+        PlanError: as `make`.
+    """
+    wanted, classes = settings.release, settings.data.num_classes or 1
     common = sum(tap.size for tap in encoder.taps[: wanted.shared_taps])
-    classes = data.num_classes or 1
     numbers = len(wanted.moments) * (classes * (encoder.dim - common) + common)
     if (small := wanted.pixel_moments) is not None:
-        pixels = shape[0] * small**2 + 1
+        pixels = channels * small**2 + 1
         weights = wanted.weights or {}
         squares = (weights.get("products") != 0) + classes * bool(weights.get("class_products"))
         numbers += (classes + squares * pixels) * pixels
-    plan = make(
+    return make(
         memory,
         encoder,
         generator,
@@ -244,14 +263,13 @@ def of_recipe(settings: Recipe, memory: str, device: torch.device) -> Plan:
             "clip": wanted.clip,
             "joint_weight": wanted.joint_weight,
             "num_classes": classes,
-            "labelled": data.num_classes is not None,
+            "labelled": settings.data.num_classes is not None,
             "shared_taps": wanted.shared_taps,
         },
         settings.train,
-        held=4 * numbers if device.type == "cpu" else 0,  # the release
+        # The release, which stays on the host.
+        held=0 if next(generator.parameters()).device.type != "cpu" else 4 * numbers,
     )
-    del selection
-    return plan
 
 
 def _loaded(section: EncoderSection) -> Encoder:

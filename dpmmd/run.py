@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpmmd import align, encoders, export, metrics, recipe, train
+from dpmmd import align, encoders, export, metrics, plan, recipe, train
 from dpmmd._memory import return_freed_memory
 from dpmmd.data import open_source
 from dpmmd.encoders import Encoder
@@ -232,7 +232,11 @@ def _release(
                     "the key or leave it out."
                 )
             generator = settings.generator.completed(source.image_shape)
-            train.build_generator(generator, data.num_classes)  # refused before privacy is spent
+            model = train.build_generator(generator, data.num_classes)  # before privacy is spent
+            if (budget := settings.train.memory) is not None:
+                model = model.to(next(p.device for p in encoder.parameters()))
+                plan.before_release(settings, budget, encoder, model, source.image_shape[0])
+            del model
             side = generator.image_size
             made = (generator.channels, side, side)
             if wanted.pixel_moments is not None and generator.channels != source.image_shape[0]:

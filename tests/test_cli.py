@@ -665,6 +665,7 @@ BAD_RECIPES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "source": ("train.npz", "absent.npz", ("absent.npz", "does not exist")),
     "budget": ("[generator]", "budget = [1, 0.1]\n[generator]", ("release.budget", "'ledger'")),
     "joint": ("[generator]", "joint_weight = 1.0\n[generator]", ("joint_weight=1.0",)),
+    "memory": ("[train]", '[train]\nmemory = "50MiB"', ("memory='50MiB'", "step of batch_size=12")),
 }
 
 

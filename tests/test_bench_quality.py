@@ -42,5 +42,6 @@ def test_the_docs_show_the_results() -> None:
     text = (DOCS / "QUALITY.md").read_text()
     assert quality.claims() in text
     assert quality.tried() in text
-    names = {row.name for row in (*quality.CLAIMS, *quality.TRIED)}
+    assert quality.ablations() in text
+    names = {row.name for row in (*quality.CLAIMS, *quality.TRIED, *quality.ABLATIONS)}
     assert {each["row"] for each in quality._read()} <= names

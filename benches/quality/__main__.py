@@ -64,9 +64,11 @@ _SMALL = (
     "train.steps=3000",
 )
 _PLAIN = ("encoder.image_size=32", "sample.temperature=1")
+_BY_CLASS = "release.weights={phi1 = 0.3, products = 0.5, class_products = 0.5}"
 CLAIMS = (
     # Noise on the features costs nothing here: most of the bound goes to the moments of pixels.
-    Row("epsilon-10", "epsilon = 10", "10", ("release.weights={phi1 = 0.3}",), repeats=3),
+    # A covariance of each class stands out from the noise, too.
+    Row("epsilon-10", "epsilon = 10", "10", (_BY_CLASS,), repeats=3),
     Row("unaligned-10", "the same, not aligned", "10", recipe=_UNALIGNED),
     Row("epsilon-1", "epsilon = 1", "1", repeats=3),
     Row("unaligned-1", "the same, not aligned", "1", repeats=2, recipe=_UNALIGNED),
@@ -112,47 +114,66 @@ TRIED = (
         predicted="better: less of the noise is learnt",
     ),
     Row(
+        "pooled-10",
+        "64 px, aligned, one covariance for all classes",
+        "10",
+        ("release.weights={phi1 = 0.3}",),
+        predicted="worse than class by class",
+    ),
+    Row(
         "steps-3000-10",
-        "64 px, aligned, 3,000 steps instead of 6,000",
+        "the same, 3,000 steps instead of 6,000",
         "10",
         ("release.weights={phi1 = 0.3}", "train.steps=3000"),
         predicted="as good: little noise to learn, little left to gain",
     ),
-    Row("size-32", "32 px, temperature 1", changes=_PLAIN, recipe=_UNALIGNED),
+)
+# Without noise, and short (the recipe of the demo): what limits the images when noise does not.
+_PLAINLY = (
+    "encoder.image_size=32",
+    "train.steps=2000",
+    "train.ema_decay=0.998",
+    "sample.temperature=1",
+    "evaluate.num_train=20000",
+)
+_DEMO = "fashion-demo"
+ABLATIONS = (
+    Row("demo", "the demo: aligned, 32 px, batch 100, 2,000 steps, width 32", recipe=_DEMO),
     Row(
-        "size-32-warm",
-        "32 px, temperature 1.3",
-        changes=_PLAIN[:1],
-        predicted="more variety",
-        recipe=_UNALIGNED,
-    ),
-    Row(
-        "size-64",
-        "64 px, temperature 1",
-        changes=_PLAIN[1:],
-        predicted="finer detail: better",
-        recipe=_UNALIGNED,
-    ),
-    Row("size-64-warm", "64 px, temperature 1.3", predicted="both", recipe=_UNALIGNED),
-    Row(
-        "cosine",
-        "64 px, cosine schedule",
-        changes=(*_PLAIN[1:], "train.schedule=cosine"),
-        predicted="better: less noise at the end",
-        recipe=_UNALIGNED,
-    ),
-    Row(
-        "moments",
-        "32 px, both moments",
-        changes=(*_PLAIN, "release.moments=[1,2]"),
-        predicted="more variety: better",
+        "demo-unaligned",
+        "not aligned",
+        changes=_PLAINLY,
+        predicted="worse, most of all the linear one",
         recipe=_UNALIGNED,
     ),
     *(
+        Row(f"demo-{name}", what, changes=changes, predicted=predicted, recipe=_DEMO)
+        for name, what, changes, predicted in (
+            (
+                "by-class",
+                "aligned class by class",
+                ("release.weights={products = 0.5, class_products = 0.5}",),
+                "better",
+            ),
+            ("steps-6000", "6,000 steps", ("train.steps=6000", "train.ema_decay=0.999"), "better"),
+            ("size-64", "input of 64 px", ("encoder.image_size=64",), "finer detail: better"),
+            ("batch-50", "batch 50", ("train.batch_size=50",), "worse: noisier gradients"),
+            ("batch-200", "batch 200", ("train.batch_size=200",), "a little better"),
+            ("width-16", "width 16", ("generator.base_channels=16",), "worse"),
+            ("width-64", "width 64", ("generator.base_channels=64",), "better"),
+            ("cosine", "cosine schedule", ("train.schedule=cosine",), "better: quieter at the end"),
+            ("no-average", "no average of weights", ("train.ema_decay=0",), "worse"),
+            ("batch-means", "estimator batch", ("train.estimator=batch",), "less variety: worse"),
+            ("phi2", "phi1 and phi2", ("release.moments=[1,2]",), "more variety: better"),
+            ("lite0", "EfficientNet-Lite0", ("encoder.name=efficientnet-lite0",), "as good"),
+            ("warm", "temperature 1.3", ("sample.temperature=1.3",), "no better once aligned"),
+        )
+    ),
+    *(
         Row(
-            name,
-            f"32 px, and the {name.replace('-', ' ')}",
-            statistic=("--statistic", name, "--temperatures", "1"),
+            f"demo-{name}",
+            f"not aligned, and matching the {name.replace('-', ' ')}",
+            statistic=("--statistic", name),
             predicted=predicted,
         )
         for name, predicted in (
@@ -191,7 +212,7 @@ def run(row: Row, repeat: int, folder: Path) -> dict[str, Any]:
 def measure(only: str | None) -> None:
     kept = _read()
     done = {(r["row"], r["repeat"]) for r in kept}
-    for row in (*CLAIMS, *TRIED):
+    for row in (*CLAIMS, *TRIED, *ABLATIONS):
         if only is not None and row.name != only:
             continue
         for repeat in range(row.repeats):
@@ -250,18 +271,26 @@ def claims() -> str:
 
 
 def tried() -> str:
-    """The table of experiments, as Markdown; empty while none is measured."""
-    lines = [
-        f"| what | epsilon | predicted | {' | '.join(TITLES)} |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in TRIED:
-        scores = _scores(row.name)
-        if not scores:
-            continue
-        cells = [_cell(scores[c]) for c in CLASSIFIERS]
-        lines.append(f"| {row.what} | {row.epsilon} | {row.predicted} | {' | '.join(cells)} |")
-    return "\n".join(lines) if len(lines) > 2 else ""
+    """The table of experiments at some epsilon, as Markdown; empty while none is measured."""
+    return _experiments(TRIED)
+
+
+def ablations() -> str:
+    """The table of experiments without noise, likewise."""
+    return _experiments(ABLATIONS)
+
+
+def _experiments(rows: tuple[Row, ...]) -> str:
+    noisy = any(row.epsilon != "inf" for row in rows)
+    head = ["what", *(["epsilon"] if noisy else []), "predicted", *TITLES]
+    lines = []
+    for row in rows:
+        if scores := _scores(row.name):
+            named = [row.what, *([row.epsilon] if noisy else []), row.predicted]
+            lines.append([*named, *(_cell(scores[c]) for c in CLASSIFIERS)])
+    if not lines:
+        return ""
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
 
 
 def plot(path: Path) -> None:
@@ -296,7 +325,7 @@ def plot(path: Path) -> None:
 
 def update(path: Path) -> None:
     text = path.read_text()
-    for name, table in (("claims", claims()), ("tried", tried())):
+    for name, table in (("claims", claims()), ("tried", tried()), ("ablations", ablations())):
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
         if not table:
             continue

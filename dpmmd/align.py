@@ -24,6 +24,9 @@ Moments are weighted means, since the bound norms images: weights are 1 / |(u, c
 and 1 / |(u, c)|^2 for products (`dpmmd.encoders.pixels`), for released and generated images alike.
 Where a generator's classes vary in brightness otherwise than those of the data, the two weightings
 do not quite go together, and the covariance is met approximately.
+
+Pixels that leave [0, 1] are clipped. That brightens a dark background, which then looks hazy; an
+offset of each pixel and class brings the means of clipped images back to those released.
 """
 
 from __future__ import annotations
@@ -42,6 +45,8 @@ from dpmmd.privacy import PrivacyError, Release
 _ERRORS = 2.0  # standard errors taken off an estimated variance
 _MOST = 0.1  # of a relative difference: the variance that is believed
 _LEAST = 0.02  # of the variance that is left of a direction
+_ROUNDS = 10  # of finding offsets
+_STEP = 0.05  # the most that an offset changes in one
 _FLOOR = 1e-6  # of the largest variance: below it a direction is constant in generated images
 
 
@@ -156,7 +161,25 @@ def fit(release: Release, images: NDArray[np.uint8], labels: NDArray[np.int64] |
             noise = released.product_noise(directions, second, variance)
             gap = directions.T @ gap @ directions
             maps[k] = _transport(spread, directions, _shrunk(gap, noise, spread, groups)) @ linear
-    return Alignment(maps.float(), made.means.float(), (made.means + shift).float(), shape)
+    wanted = (made.means + shift).float()
+    fitted = Alignment(maps.float(), made.means.float(), wanted.clone(), shape)
+    for k in range(classes):
+        small = _small(torch.from_numpy(images[(y == k).numpy()]).float() / 255, shape)
+        linear = fitted.matrix if fitted.matrix.ndim == 2 else fitted.matrix[k]
+        _offset(fitted.after[k], (small - fitted.before[k]) @ linear.T, wanted[k], matrix.float())
+    return fitted
+
+
+def _offset(after: Tensor, moved: Tensor, wanted: Tensor, matrix: Tensor) -> None:
+    """Changes ``after`` [d] so that clip(moved + after) [n, d] has the weighted mean ``wanted``."""
+    for _ in range(_ROUNDS):
+        x = moved + after
+        clipped = x.clamp(0, 1)
+        size = constant(len(matrix)) ** 2 + (clipped @ matrix.T).square().sum(1)
+        weights = F.normalize(size.rsqrt(), p=1, dim=0)
+        inside = weights @ ((x > 0) & (x < 1)).float()
+        left = wanted.clamp(0, 1) - weights @ clipped
+        after += (left / inside.clamp(min=0.1)).clamp(-_STEP, _STEP)
 
 
 def _shrunk(gap: Tensor, noise: Tensor, spread: Tensor, groups: list[NDArray[np.int64]]) -> Tensor:
@@ -317,10 +340,17 @@ def _signal(values: Tensor, noise: Tensor, times: int = 1) -> Tensor:
 
 
 def _transport(spread: Tensor, directions: Tensor, relative: Tensor) -> Tensor:
-    """T with T S T = S^(1/2) R S^(1/2), S = V diag(spread) V', R in the same directions."""
+    """T with T S T = S^(1/2) R S^(1/2), S = V diag(spread) V', R in the same directions.
+
+    Noise makes R indefinite. Without its negative part every direction has more variance than R
+    says, up to several times as much, so the rest is scaled back to the diagonal of R.
+    """
     values, vectors = torch.linalg.eigh(relative)
+    positive = (vectors * values.clamp(min=_LEAST)) @ vectors.T
+    kept = (relative.diagonal().clamp(min=_LEAST) / positive.diagonal()).sqrt()
     root = spread.sqrt()
-    wanted = root[:, None] * ((vectors * values.clamp(min=_LEAST)) @ vectors.T) * root
+    scale = root * kept
+    wanted = scale[:, None] * positive * scale
     values, vectors = torch.linalg.eigh(root[:, None] * wanted * root)
     inner = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     return (directions / root) @ inner @ (directions / root).T

@@ -57,7 +57,7 @@ class Alignment(nn.Module):
 
     Attributes:
         matrix: T [d, d], or [K, d, d] where each class has its own.
-        before, after: m and m' [K, d].
+        before, after: m and m' [K, d], m' less what clipping adds.
         shape: (C, h, w) of the small images, d = C * h * w.
     """
 

@@ -129,7 +129,7 @@ TRIED = (
     ),
 )
 # Without noise, and short (the recipe of the demo): what limits the images when noise does not.
-_PLAINLY = (
+_LIKE_DEMO = (
     "encoder.image_size=32",
     "train.steps=2000",
     "train.ema_decay=0.998",
@@ -142,7 +142,7 @@ ABLATIONS = (
     Row(
         "demo-unaligned",
         "not aligned",
-        changes=_PLAINLY,
+        changes=_LIKE_DEMO,
         predicted="worse, most of all the linear one",
         recipe=_UNALIGNED,
     ),

@@ -267,8 +267,7 @@ def before_release(
             "shared_taps": wanted.shared_taps,
         },
         settings.train,
-        # The release, which stays on the host.
-        held=0 if next(generator.parameters()).device.type != "cpu" else 4 * numbers,
+        held=4 * numbers if next(generator.parameters()).device.type == "cpu" else 0,  # the release
     )
 
 

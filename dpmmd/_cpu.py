@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from math import prod
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -45,13 +46,17 @@ def layout(tap: Tensor) -> int | None:
     """ROWS, PLANES, or None where an image's features are not in one piece."""
     if tap.ndim != 4:
         return ROWS if tap.is_contiguous() or _one_piece(tap) else None
-    if tap.is_contiguous(memory_format=torch.channels_last):
+    if _channels_last(tap):
         return ROWS
     if tap.is_contiguous():
         return PLANES
     if _one_piece(tap.permute(0, 2, 3, 1)):
         return ROWS
     return PLANES if _one_piece(tap) else None
+
+
+def _channels_last(tap: Tensor) -> bool:
+    return tap.ndim == 4 and tap.is_contiguous(memory_format=torch.channels_last)
 
 
 def _one_piece(tap: Tensor) -> bool:
@@ -66,11 +71,45 @@ def _one_piece(tap: Tensor) -> bool:
 
 def empty_gradient(tap: Tensor) -> Tensor:
     """Uninitialised, with the tap's shape and memory format."""
-    if tap.is_contiguous():
+    if tap.is_contiguous() or _channels_last(tap):
         return torch.empty_like(tap)
     if tap.ndim == 4 and layout(tap) != PLANES:
         return torch.empty_like(tap, memory_format=torch.channels_last)
     return torch.empty_like(tap, memory_format=torch.contiguous_format)
+
+
+class Pieces(NamedTuple):
+    """Taps whose images are in one piece, with what is asked of each more than once.
+
+    Attributes:
+        tensors: the taps.
+        widths: columns of each.
+        planes: indices of those that lie as PLANES.
+    """
+
+    tensors: list[Tensor]
+    widths: list[int]
+    planes: list[int]
+
+    def to_columns(self, means: Tensor) -> None:
+        """Puts [M, K, D] as the taps lie into the order of columns, in place."""
+        if self.planes:
+            pieces = means.split(self.widths, dim=2)
+            for i in self.planes:
+                by_plane = pieces[i].unflatten(2, (self.tensors[i].shape[1], -1))
+                pieces[i].copy_(by_plane.transpose(2, 3).flatten(2))
+
+    def from_columns(self, upstream: Tensor) -> Tensor:
+        """[M, K, D] in the order of columns as the taps lie."""
+        if not self.planes:
+            return upstream
+        ordered = upstream.clone()
+        sources, pieces = upstream.split(self.widths, dim=2), ordered.split(self.widths, dim=2)
+        for i in self.planes:
+            channels = self.tensors[i].shape[1]
+            by_pixel = sources[i].unflatten(2, (-1, channels))
+            pieces[i].unflatten(2, (channels, -1)).copy_(by_pixel.transpose(2, 3))
+        return ordered
 
 
 def forward(
@@ -97,8 +136,8 @@ def forward(
         means [M, K, D], counts [K], and per norm, image and block of taps scale and projection
         [N, n, B], all float32. N is 1 for a joint bound, else M; B is 1, or L for per-tap bounds.
     """
-    taps = _pieces(features)
-    n, dim = features[0].shape[0], sum(prod(f.shape[1:]) for f in features)
+    pieces = gather(features, _FEATURES)
+    n = features[0].shape[0]
     size = statistics_shape(features, moments, bound, joint_weight)
     if statistics is None:
         scale, projection = torch.empty(size), torch.empty(size)
@@ -106,19 +145,15 @@ def forward(
         scale, projection = statistics
         _check_buffer("scale", scale, size)
         _check_buffer("projection", projection, size)
-    means = torch.empty(len(moments), num_classes, dim)
+    means = torch.empty(len(moments), num_classes, sum(pieces.widths))
     counts = torch.empty(num_classes)
     labels = _checked_labels(labels, n)
     _run(
-        taps, None, labels, num_classes, moments, bound, clip, joint_weight,
+        pieces, None, labels, num_classes, moments, bound, clip, joint_weight,
         scale, projection, means, counts, None, None, phases, threads,
     )  # fmt: skip
     if phases & CLASS_SUMS:
-        widths = [prod(t.shape[1:]) for t in taps]
-        for piece, tap in zip(means.split(widths, dim=2), taps, strict=True):
-            if layout(tap) == PLANES:
-                by_plane = piece.unflatten(2, (tap.shape[1], -1))
-                piece.copy_(by_plane.transpose(2, 3).flatten(2))
+        pieces.to_columns(means)
     return means, counts, scale, projection
 
 
@@ -151,8 +186,8 @@ def backward(
         One gradient per tap, with its shape, dtype and memory format (empty where not needed), and
         the coefficients.
     """
-    taps = _pieces(features)
-    n, widths = features[0].shape[0], [prod(f.shape[1:]) for f in features]
+    pieces = gather(features, _FEATURES)
+    n = features[0].shape[0]
     size = statistics_shape(features, moments, bound, joint_weight)
     for name, buffer in (("scale", scale), ("projection", projection)):
         _check_buffer(name, buffer, size)
@@ -162,25 +197,17 @@ def backward(
         _check_buffer("coefficients", coefficients, size)
     if not upstream.is_contiguous():
         upstream = upstream.contiguous()
-    _check_buffer("upstream", upstream, (len(moments), num_classes, sum(widths)))
-    if any(layout(tap) == PLANES for tap in taps):
-        ordered = upstream.clone()
-        for source, piece, tap in zip(
-            upstream.split(widths, dim=2), ordered.split(widths, dim=2), taps, strict=True
-        ):
-            if layout(tap) == PLANES:
-                by_pixel = source.unflatten(2, (-1, tap.shape[1]))
-                piece.unflatten(2, (tap.shape[1], -1)).copy_(by_pixel.transpose(2, 3))
-        upstream = ordered
+    _check_buffer("upstream", upstream, (len(moments), num_classes, sum(pieces.widths)))
+    upstream = pieces.from_columns(upstream)
     if needed is None:
-        needed = [True] * len(taps)
+        needed = [True] * len(pieces.tensors)
     gradients = [
         empty_gradient(tap) if wanted else tap.new_empty(0)
-        for tap, wanted in zip(taps, needed, strict=True)
+        for tap, wanted in zip(pieces.tensors, needed, strict=True)
     ]
     labels = _checked_labels(labels, n)
     _run(
-        taps, gradients, labels, num_classes, moments, bound, 1.0, joint_weight,
+        pieces, gradients, labels, num_classes, moments, bound, 1.0, joint_weight,
         scale, projection, None, None, upstream, coefficients, phases, threads,
     )  # fmt: skip
     return gradients, coefficients
@@ -215,8 +242,8 @@ def rectified_gradient(
     Returns:
         A new tensor like f.
     """
-    (piece,) = _pieces([tap], planes=False)
-    n, columns = tap.shape[0], prod(tap.shape[1:])
+    piece = gather([tap], _FEATURES, planes=False)
+    n, columns = tap.shape[0], piece.widths[0]
     factors = {"scale": scale, "projection": projection, "coefficients": coefficients}
     size = (1 if joint_weight is not None else len(moments), n)
     for name, buffer in factors.items():
@@ -226,12 +253,12 @@ def rectified_gradient(
         raise ValueError(f"ceiling={ceiling!r}: expected None or a number > 0.")
     if incoming is not None:
         if incoming.shape != tap.shape or incoming.dtype != tap.dtype:
-            raise ValueError(f"incoming: {_brief(incoming)}, expected it like tap: {_brief(tap)}.")
-        (incoming,) = _pieces([incoming], planes=False)
+            raise ValueError(f"incoming: {brief(incoming)}, expected it like tap: {brief(tap)}.")
+        incoming = gather([incoming], _FEATURES, planes=False).tensors[0]
     top = torch.tensor(float("inf") if ceiling is None else ceiling, dtype=tap.dtype).item()
-    out = torch.empty_like(piece, memory_format=torch.preserve_format)
+    out = torch.empty_like(piece.tensors[0], memory_format=torch.preserve_format)
     _run(
-        [piece], [out], _checked_labels(labels, n), num_classes, moments, "sphere", 1.0,
+        piece, [out], _checked_labels(labels, n), num_classes, moments, "sphere", 1.0,
         joint_weight, scale, projection, None, None, upstream, coefficients, GRADIENT, threads,
         top, incoming,
     )  # fmt: skip
@@ -246,7 +273,7 @@ def statistics_shape(
 
 
 def _run(
-    taps: Sequence[Tensor],
+    pieces: Pieces,
     gradients: Sequence[Tensor] | None,
     labels: Tensor | None,
     num_classes: int,
@@ -268,9 +295,9 @@ def _run(
     status = _native.mean_embedding(
         upstream is not None,
         phases,
-        _addresses(taps, gradients),
-        _TYPES[taps[0].dtype],
-        taps[0].shape[0],
+        addresses(pieces, gradients),
+        _TYPES[pieces.tensors[0].dtype],
+        pieces.tensors[0].shape[0],
         _address(labels),
         num_classes,
         sum(moments),  # the bits of (1,), (2,) and (1, 2)
@@ -391,16 +418,16 @@ def bounded_sums(
         shared: int64 [1, M (D - D')], added to whatever the label; None where ``shared_taps`` is 0.
         shared_taps: how many leading taps are shared by all classes.
     """
-    taps = _pieces(features, _TYPES, planes=False)
-    n, widths = features[0].shape[0], [prod(f.shape[1:]) for f in features]
-    if not 0 <= shared_taps <= len(taps):
-        raise ValueError(f"shared_taps={shared_taps!r}: expected 0..{len(taps)}.")
+    pieces = gather(features, _TYPES, planes=False)
+    n = features[0].shape[0]
+    if not 0 <= shared_taps <= len(features):
+        raise ValueError(f"shared_taps={shared_taps!r}: expected 0..{len(features)}.")
     if (shared is None) != (shared_taps == 0):
         raise ValueError(
-            f"shared: {_brief(shared)} with shared_taps={shared_taps}; give both or neither."
+            f"shared: {brief(shared)} with shared_taps={shared_taps}; give both or neither."
         )
-    of_shared = len(moments) * sum(widths[:shared_taps])
-    own = len(moments) * sum(widths[shared_taps:])
+    of_shared = len(moments) * sum(pieces.widths[:shared_taps])
+    own = len(moments) * sum(pieces.widths[shared_taps:])
     _check_buffer("labels", labels, (n,), torch.int64)
     _check_buffer("valid", valid, (n,), torch.bool)
     _check_buffer("limits", limits, (n,), torch.int64)
@@ -412,8 +439,8 @@ def bounded_sums(
     inputs = {f"features[{i}]": tap for i, tap in enumerate(features)}
     _check_apart(outputs, inputs | {"labels": labels, "valid": valid, "limits": limits})
     status = _native.bounded_sums(
-        _addresses(taps, None),
-        _TYPES[taps[0].dtype],
+        addresses(pieces),
+        _TYPES[features[0].dtype],
         n,
         _address(labels),
         sums.shape[0],
@@ -433,49 +460,91 @@ def bounded_sums(
     _check_status(status)
 
 
-def _pieces(
+def gather(
     features: Sequence[Tensor],
-    dtypes: Sequence[torch.dtype] | dict[torch.dtype, int] = _FEATURES,
+    dtypes: Sequence[torch.dtype] | dict[torch.dtype, int],
+    kind: str = "cpu",
     *,
     planes: bool = True,
-) -> list[Tensor]:
-    """The taps, checked; a tap whose images are not in one piece as a copy that is."""
+) -> Pieces:
+    """The taps, checked; a tap whose images are not in one piece as a copy that is.
+
+    Args:
+        features: on one device, of type ``kind``.
+        dtypes: that are taken.
+        planes: whether maps may stay in that order; else they are copied to channels-last.
+    """
     if not features:
         raise ValueError("features: expected at least one tap.")
     first = features[0]
-    pieces = []
+    n, dtype, device = first.shape[:1], first.dtype, first.device
+    if device.type != kind or dtype not in dtypes:
+        _refuse(features, dtypes, kind)
+    tensors, widths, of_planes = [], [], []
     for i, tap in enumerate(features):
-        if tap.device.type != "cpu" or tap.layout != torch.strided:
-            raise ValueError(f"features[{i}]: {_brief(tap)}, expected a dense tensor on the CPU.")
-        if tap.dtype not in dtypes or tap.dtype != first.dtype:
-            expected = first.dtype if first.dtype in dtypes else " or ".join(map(str, dtypes))
-            raise ValueError(f"features[{i}]: {_brief(tap)}, expected {expected}.")
-        if tap.ndim < 2:
-            raise ValueError(f"features[{i}]: {_brief(tap)}, expected [n, ...], at least 2-d.")
-        if tap.shape[0] != first.shape[0]:
-            raise ValueError(
-                f"features[{i}]: {_brief(tap)}, expected n={first.shape[0]} as in features[0]."
-            )
+        shape = tap.shape
+        if (
+            tap.dtype != dtype
+            or tap.device != device
+            or len(shape) < 2
+            or shape[:1] != n
+            or tap.layout != torch.strided
+        ):
+            _refuse(features, dtypes, kind)
         how = layout(tap)
         if how is None or (how == PLANES and not planes):
-            tap = tap.contiguous(
-                memory_format=torch.channels_last if tap.ndim == 4 else torch.contiguous_format
+            tap, how = _in_rows(tap), ROWS
+        tensors.append(tap)
+        widths.append(prod(shape[1:]))
+        if how == PLANES:
+            of_planes.append(i)
+    return Pieces(tensors, widths, of_planes)
+
+
+def _in_rows(tap: Tensor) -> Tensor:
+    last = torch.channels_last if tap.ndim == 4 else torch.contiguous_format
+    return tap.contiguous(memory_format=last)
+
+
+def _refuse(
+    features: Sequence[Tensor], dtypes: Sequence[torch.dtype] | dict[torch.dtype, int], kind: str
+) -> NoReturn:
+    first = features[0]
+    for i, tap in enumerate(features):
+        if tap.device.type != kind or tap.device != first.device or tap.layout != torch.strided:
+            where = str(first.device) if first.device.type == kind else f"a {kind} device"
+            raise ValueError(f"features[{i}]: {brief(tap)}, expected a dense tensor on {where}.")
+        if tap.dtype not in dtypes or tap.dtype != first.dtype:
+            expected = first.dtype if first.dtype in dtypes else " or ".join(map(str, dtypes))
+            raise ValueError(f"features[{i}]: {brief(tap)}, expected {expected}.")
+        if tap.ndim < 2:
+            raise ValueError(f"features[{i}]: {brief(tap)}, expected [n, ...], at least 2-d.")
+        if tap.shape[0] != first.shape[0]:
+            raise ValueError(
+                f"features[{i}]: {brief(tap)}, expected n={first.shape[0]} as in features[0]."
             )
-        pieces.append(tap)
-    return pieces
+    raise AssertionError("taps that fit")
 
 
-def _addresses(
-    taps: Sequence[Tensor], gradients: Sequence[Tensor] | None
+def addresses(
+    pieces: Pieces, gradients: Sequence[Tensor] | None = None
 ) -> list[tuple[int, int, int, int, int]]:
-    numbers = []
-    for i, tap in enumerate(taps):
-        columns = prod(tap.shape[1:])
-        gradient, stride = 0, 0
-        if gradients is not None and gradients[i].numel():
-            gradient, stride = gradients[i].data_ptr(), columns
-        numbers.append((tap.data_ptr(), tap.stride(0), columns, gradient, stride))
-    return numbers
+    """What the native cores know of each tap: its address, step and columns, and the gradient's."""
+    tensors, widths, _ = pieces
+    if gradients is None:
+        return [
+            (tap.data_ptr(), tap.stride(0), columns, 0, 0)
+            for tap, columns in zip(tensors, widths, strict=True)
+        ]
+    return [
+        (
+            tap.data_ptr(),
+            tap.stride(0),
+            columns,
+            *((out.data_ptr(), columns) if len(out) else (0, 0)),
+        )
+        for tap, columns, out in zip(tensors, widths, gradients, strict=True)
+    ]
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -486,7 +555,7 @@ def _checked_labels(labels: Tensor | None, n: int) -> Tensor | None:
     if labels is None:
         return None
     if labels.dtype != torch.int64 or labels.shape != (n,) or labels.device.type != "cpu":
-        raise ValueError(f"labels: {_brief(labels)}, expected int64 [{n}] on the CPU.")
+        raise ValueError(f"labels: {brief(labels)}, expected int64 [{n}] on the CPU.")
     return labels.contiguous()
 
 
@@ -500,7 +569,7 @@ def _check_buffer(
         or not buffer.is_contiguous()
     ):
         raise ValueError(
-            f"{name}: {_brief(buffer)}{'' if buffer.is_contiguous() else ', not contiguous'}; "
+            f"{name}: {brief(buffer)}{'' if buffer.is_contiguous() else ', not contiguous'}; "
             f"expected {dtype} {list(shape)} on the CPU, contiguous."
         )
 
@@ -531,7 +600,7 @@ def _check_status(status: int) -> None:
         raise MemoryError(f"dpmmd._native: no workspace (status {status}).")
 
 
-def _brief(value: object) -> str:
+def brief(value: object) -> str:
     if isinstance(value, Tensor):
         return f"{value.dtype} {list(value.shape)} on {value.device}"
     return type(value).__name__

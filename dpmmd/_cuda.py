@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dpmmd import _cpu
-from dpmmd._cpu import PLANES, _address, _addresses, _brief, _check_apart, layout
+from dpmmd._cpu import Pieces, _address, _check_apart, addresses, brief, gather
 
 _native: Any = None if _cpu.missing is not None else _cpu._native
 DEVICE = "cuda"  # the type of device; tests run the kernels on the host
@@ -67,25 +66,22 @@ def forward(
         means [M, K, D], counts [K], scale and projection [N, n, B] as `dpmmd._cpu.forward` has
         them, all float32, and the schedule of the labels, int32 [`schedule_size`(n, K)].
     """
-    taps = _pieces(features)
-    n, device, widths = taps[0].shape[0], taps[0].device, [prod(f.shape[1:]) for f in features]
+    pieces = gather(features, TYPES, DEVICE)
+    n, device = features[0].shape[0], features[0].device
     size = _cpu.statistics_shape(features, moments, bound, joint_weight)
     labels = _checked_labels(labels, n, device)
     length = schedule_size(n, None if labels is None else num_classes)
     with _ready(device) as stream:
-        new = taps[0].new_empty
+        new = features[0].new_empty
         scale, projection = (new(size, dtype=torch.float32) for _ in range(2))
-        means = new((len(moments), num_classes, sum(widths)), dtype=torch.float32)
+        means = new((len(moments), num_classes, sum(pieces.widths)), dtype=torch.float32)
         counts = new((num_classes,), dtype=torch.float32)
         schedule = new((length,), dtype=torch.int32)
         _embed(
-            taps, None, labels, num_classes, moments, bound, clip, joint_weight,
+            pieces, None, labels, num_classes, moments, bound, clip, joint_weight,
             scale, projection, means, counts, None, None, schedule, stream,
         )  # fmt: skip
-        for piece, tap in zip(means.split(widths, dim=2), taps, strict=True):
-            if layout(tap) == PLANES and piece.numel():
-                by_plane = piece.unflatten(2, (tap.shape[1], -1))
-                piece.copy_(by_plane.transpose(2, 3).flatten(2))
+        pieces.to_columns(means)
     return means, counts, scale, projection, schedule
 
 
@@ -114,8 +110,8 @@ def backward(
         One gradient per tap, with its shape, dtype and memory format (empty where not needed), and
         the coefficients [N, n, B].
     """
-    taps = _pieces(features)
-    n, device, widths = taps[0].shape[0], taps[0].device, [prod(f.shape[1:]) for f in features]
+    pieces = gather(features, TYPES, DEVICE)
+    n, device = features[0].shape[0], features[0].device
     size = _cpu.statistics_shape(features, moments, bound, joint_weight)
     labels = _checked_labels(labels, n, device)
     upstream = upstream.contiguous()
@@ -123,32 +119,24 @@ def backward(
     _check_buffer("scale", scale, size, device)
     _check_buffer("projection", projection, size, device)
     _check_buffer("schedule", schedule, (length,), device, torch.int32)
-    _check_buffer("upstream", upstream, (len(moments), num_classes, sum(widths)), device)
-    needed = [True] * len(taps) if needed is None else needed
+    _check_buffer("upstream", upstream, (len(moments), num_classes, sum(pieces.widths)), device)
+    needed = [True] * len(features) if needed is None else needed
     with _ready(device) as stream:
-        if any(layout(tap) == PLANES for tap in taps):
-            ordered = upstream.clone()
-            for source, piece, tap in zip(
-                upstream.split(widths, dim=2), ordered.split(widths, dim=2), taps, strict=True
-            ):
-                if layout(tap) == PLANES and piece.numel():
-                    by_pixel = source.unflatten(2, (-1, tap.shape[1]))
-                    piece.unflatten(2, (tap.shape[1], -1)).copy_(by_pixel.transpose(2, 3))
-            upstream = ordered
+        upstream = pieces.from_columns(upstream)
         coefficients = torch.empty_like(scale)
         gradients = [
             _cpu.empty_gradient(tap) if wanted else tap.new_empty(0)
-            for tap, wanted in zip(taps, needed, strict=True)
+            for tap, wanted in zip(pieces.tensors, needed, strict=True)
         ]
         _embed(
-            taps, gradients, labels, num_classes, moments, bound, 1.0, joint_weight,
+            pieces, gradients, labels, num_classes, moments, bound, 1.0, joint_weight,
             scale, projection, None, None, upstream, coefficients, schedule, stream,
         )  # fmt: skip
     return gradients, coefficients
 
 
 def _embed(
-    taps: Sequence[Tensor],
+    pieces: Pieces,
     gradients: Sequence[Tensor] | None,
     labels: Tensor | None,
     num_classes: int,
@@ -165,12 +153,13 @@ def _embed(
     schedule: Tensor,
     stream: int,
 ) -> None:
-    allocate, _kept = _workspace(taps[0].device)
+    first = pieces.tensors[0]
+    allocate, _kept = _workspace(first.device)
     status = _native.cuda_mean_embedding(
         upstream is not None,
-        _addresses(taps, gradients),
-        TYPES[taps[0].dtype],
-        taps[0].shape[0],
+        addresses(pieces, gradients),
+        TYPES[first.dtype],
+        first.shape[0],
         _address(labels),
         num_classes,
         sum(moments),
@@ -271,13 +260,13 @@ def bounded_sums(
     Arguments as of `dpmmd._cpu.bounded_sums`, on one CUDA device; float32 and bfloat16 features.
     What the images hold never raises, and never stops the device.
     """
-    taps = _pieces(features, planes=False)
-    n, device, widths = taps[0].shape[0], taps[0].device, [prod(f.shape[1:]) for f in features]
-    if not 0 <= shared_taps <= len(taps):
-        raise ValueError(f"shared_taps={shared_taps!r}: expected 0..{len(taps)}.")
+    pieces = gather(features, TYPES, DEVICE, planes=False)
+    n, device, widths = features[0].shape[0], features[0].device, pieces.widths
+    if not 0 <= shared_taps <= len(features):
+        raise ValueError(f"shared_taps={shared_taps!r}: expected 0..{len(features)}.")
     if (shared is None) != (shared_taps == 0):
         raise ValueError(
-            f"shared: {_brief(shared)} with shared_taps={shared_taps}; give both or neither."
+            f"shared: {brief(shared)} with shared_taps={shared_taps}; give both or neither."
         )
     of_shared = len(moments) * sum(widths[:shared_taps])
     own = len(moments) * sum(widths[shared_taps:])
@@ -295,8 +284,8 @@ def bounded_sums(
     with _ready(device) as stream:
         allocate, _kept = _workspace(device)
         status = _native.cuda_bounded_sums(
-            _addresses(taps, None),
-            TYPES[taps[0].dtype],
+            addresses(pieces),
+            TYPES[features[0].dtype],
             n,
             _address(labels),
             num_classes,
@@ -357,39 +346,11 @@ def _workspace(device: torch.device) -> tuple[Callable[[int], int], list[Tensor]
     return allocate, kept
 
 
-def _pieces(features: Sequence[Tensor], *, planes: bool = True) -> list[Tensor]:
-    """The taps, checked; a tap whose images are not in one piece as a copy that is."""
-    if not features:
-        raise ValueError("features: expected at least one tap.")
-    first = features[0]
-    pieces = []
-    for i, tap in enumerate(features):
-        if tap.device.type != DEVICE or tap.device != first.device or tap.layout != torch.strided:
-            where = f"on {first.device}" if first.device.type == DEVICE else f"on a {DEVICE} device"
-            raise ValueError(f"features[{i}]: {_brief(tap)}, expected a dense tensor {where}.")
-        if tap.dtype not in TYPES or tap.dtype != first.dtype:
-            expected = first.dtype if first.dtype in TYPES else " or ".join(map(str, TYPES))
-            raise ValueError(f"features[{i}]: {_brief(tap)}, expected {expected}.")
-        if tap.ndim < 2:
-            raise ValueError(f"features[{i}]: {_brief(tap)}, expected [n, ...], at least 2-d.")
-        if tap.shape[0] != first.shape[0]:
-            raise ValueError(
-                f"features[{i}]: {_brief(tap)}, expected n={first.shape[0]} as in features[0]."
-            )
-        how = layout(tap)
-        if how is None or (how == PLANES and not planes):
-            tap = tap.contiguous(
-                memory_format=torch.channels_last if tap.ndim == 4 else torch.contiguous_format
-            )
-        pieces.append(tap)
-    return pieces
-
-
 def _checked_labels(labels: Tensor | None, n: int, device: torch.device) -> Tensor | None:
     if labels is None:
         return None
     if labels.dtype != torch.int64 or labels.shape != (n,) or labels.device != device:
-        raise ValueError(f"labels: {_brief(labels)}, expected int64 [{n}] on {device}.")
+        raise ValueError(f"labels: {brief(labels)}, expected int64 [{n}] on {device}.")
     return labels.contiguous()
 
 
@@ -409,7 +370,7 @@ def _check_buffer(
     ):
         where = device if device.type == DEVICE else f"a {DEVICE} device"
         raise ValueError(
-            f"{name}: {_brief(buffer)}{'' if buffer.is_contiguous() else ', not contiguous'}; "
+            f"{name}: {brief(buffer)}{'' if buffer.is_contiguous() else ', not contiguous'}; "
             f"expected {dtype} {list(shape)} on {where}, contiguous."
         )
 

@@ -4,11 +4,11 @@
 choice runs as chosen or raises.
 
 - ``"cpu"``: the native core (csrc/), for float32 and bfloat16 tensors on the CPU;
-- ``"triton"``: the kernels in dpmmd.kernels, for float32 and bfloat16 tensors on a CUDA device; on
-  request only, since they have not been measured on one;
-- ``"cuda"``: the CUDA core (csrc/cuda/), where dpmmd was installed with nvcc at hand; for the same
-  tensors, and on request only, for the same reason. It needs no Triton and compiles nothing when
-  it runs;
+- ``"cuda"``: the CUDA core (csrc/cuda/), for float32 and bfloat16 tensors on a CUDA device of
+  compute capability 8.0 or more, where dpmmd was installed with nvcc at hand. It needs no Triton
+  and compiles nothing when it runs;
+- ``"triton"``: the kernels in dpmmd.kernels, for the same tensors; ``auto`` takes them where there
+  is no CUDA core. Triton compiles them at their first launch, and needs a C compiler for that;
 - ``"torch"``: plain PyTorch, for every floating dtype and device.
 """
 
@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import lru_cache
 
 import torch
 
@@ -83,8 +85,13 @@ def resolve(backend: str = "auto", device: str = "cpu", dtype: torch.dtype = tor
             raise ValueError(f"{origin}='cuda': {hindrance}, or use 'auto'.")
     if backend != "auto":
         return backend
+    if device == "cuda" and dtype in NATIVE_DTYPES:
+        return _on_cuda()
     if fits and _cpu.missing is not None:
-        _warn_once()
+        _warn_once(
+            f"dpmmd._native did not load ({_cpu.missing}): plain PyTorch runs in its place, "
+            "many times slower. Install dpmmd with a C++ compiler at hand."
+        )
     return "cpu" if fits and _cpu.missing is None else "torch"
 
 
@@ -110,16 +117,33 @@ def _requested(backend: str) -> tuple[str, str]:
     return origin, backend
 
 
-def _warn_once() -> None:
+@lru_cache(maxsize=1)
+def _on_cuda() -> str:
+    """The fastest that runs on every CUDA device that is visible."""
+    devices = range(torch.cuda.device_count())
+    if not devices or min(map(torch.cuda.get_device_capability, devices)) < (8, 0):
+        return "torch"
+    core = _cuda.hindrance()
+    if core is None:
+        return "cuda"
+    if importlib.util.find_spec("triton") is None:
+        missing = "the package triton is not installed"
+    elif not any(map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))):
+        missing = "Triton finds no C compiler"
+    else:
+        return "triton"
+    _warn_once(
+        f"no kernels for the GPU ({core}; {missing}): plain PyTorch runs in their place, many "
+        "times slower."
+    )
+    return "torch"
+
+
+def _warn_once(message: str) -> None:
     global _warned
     if not _warned:
         _warned = True
-        warnings.warn(
-            f"dpmmd._native did not load ({_cpu.missing}): plain PyTorch runs in its place, "
-            "many times slower. Install dpmmd with a C++ compiler at hand.",
-            RuntimeWarning,
-            stacklevel=4,
-        )
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dpmmd import _cpu, _cuda, backends
@@ -69,16 +69,11 @@ def mean_embedding(
     first = features[0]
     core = backends.resolve(backend, first.device.type, first.dtype)
     if core != "torch":
-        means, counts, _, _, _ = torch.ops.dpmmd.mean_embedding(
-            list(features),
-            labels,
-            num_classes,
-            list(moments),
-            bound,
-            float(clip),
-            joint_weight,
-            core,
-        )
+        options = num_classes, list(moments), bound, float(clip), joint_weight, core
+        if _plain(*features, labels):
+            means, counts = _Embedding.apply(labels, options, *features)
+        else:
+            means, counts, *_ = torch.ops.dpmmd.mean_embedding(list(features), labels, *options)
         return means, counts
     labels = _checked_values(labels, first, num_classes)
     taps = [rows_of(f) for f in features]
@@ -107,6 +102,8 @@ def mmd_loss(means: Tensor, counts: Tensor, target: Tensor, *, backend: str = "a
     """
     core = _core(backend, means, counts, target)
     if core != "torch":
+        if _plain(means, counts, target):
+            return _Loss.apply(means, partial(_difference(core), counts=counts, target=target), ())
         value, gradient = torch.ops.dpmmd.squared_mmd(means.detach(), counts, target, core)
         return torch.ops.dpmmd.with_gradient(means, value, gradient)
     return mean_difference(means, counts, target).square().sum()
@@ -143,6 +140,18 @@ def ema_loss(
     """
     core = _core(backend, means, counts, target, estimate, steps)
     if core != "torch":
+        if _plain(means, counts, target, *(states := (estimate, steps))):
+            run = partial(
+                _difference(core),
+                counts=counts,
+                target=target,
+                estimator="ema",
+                estimate=estimate,
+                steps=steps,
+                decay=decay,
+                update=update,
+            )
+            return _Loss.apply(means, run, states if update else ())
         value, gradient = torch.ops.dpmmd.ema_step(
             means.detach(), counts, target, estimate, steps, decay, update, core
         )
@@ -192,8 +201,24 @@ def adam_loss(
     Raises:
         ValueError: shapes differ.
     """
-    core = _core(backend, means, counts, target, estimate, first_moment, second_moment, steps)
+    states = (estimate, first_moment, second_moment, steps)
+    core = _core(backend, means, counts, target, *states)
     if core != "torch":
+        if _plain(means, counts, target, *states):
+            run = partial(
+                _difference(core),
+                counts=counts,
+                target=target,
+                estimator="adam",
+                estimate=estimate,
+                first_moment=first_moment,
+                second_moment=second_moment,
+                steps=steps,
+                lr=lr,
+                numbers=numbers,
+                update=update,
+            )
+            return _Loss.apply(means, run, states if update else ())
         value, gradient = torch.ops.dpmmd.adam_step(
             means.detach(),
             counts,
@@ -497,12 +522,91 @@ def _usable_rows(f: Tensor, scale: Tensor, column: int, blank: bool) -> Tensor:
     return torch.where(usable > 0, f, 0)
 
 
-# The operations of the cores, known to torch.compile as opaque: `core` is "cpu", the native one,
-# "cuda", or "triton", whose modules are imported when they are first asked for.
+# The operations of the cores: `core` is "cpu", the native one, "cuda", or "triton", whose modules
+# are imported when they are first asked for. There are two ways to call them. As custom operators
+# they are opaque to torch.compile, torch.export and whatever else traces; but a call of such an
+# operator with twenty taps takes a millisecond of Python. Where nothing traces, `_Embedding` and
+# `_Loss` call them as they are.
 
 
-@torch.library.custom_op("dpmmd::mean_embedding", mutates_args=(), device_types=("cpu", "cuda"))
-def _mean_embedding(
+def _plain(*tensors: Tensor | None) -> bool:
+    """Whether nothing stands between a call and its kernels but autograd."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return all(type(t) is Tensor or type(t) is nn.Parameter for t in tensors if t is not None)
+
+
+class _Embedding(torch.autograd.Function):
+    """`_mean_embedding` and its derivative."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        labels: Tensor | None,
+        options: tuple[int, list[int], str, float, float | None, str],
+        *features: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        means, counts, *statistics = _embed(features, labels, *options)
+        ctx.mark_non_differentiable(counts)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(labels, *statistics, *features)
+        ctx.options = options
+        return means, counts
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        labels, scale, projection, schedule, *features = ctx.saved_tensors
+        num_classes, moments, bound, _clip, joint_weight, core = ctx.options
+        needed = ctx.needs_input_grad[2:]
+        if grad is None:
+            return (None,) * (2 + len(needed))
+        # With create_graph=True the operator, whose gradient is an error.
+        traced = torch.is_grad_enabled()
+        run = torch.ops.dpmmd.mean_embedding_backward if traced else _embed_backward
+        grads = run(
+            features,
+            labels,
+            num_classes,
+            moments,
+            bound,
+            joint_weight,
+            scale,
+            projection,
+            schedule,
+            grad,
+            list(needed),
+            core,
+        )
+        return None, None, *(g if need else None for g, need in zip(grads, needed, strict=True))
+
+
+class _Loss(torch.autograd.Function):
+    """What ``run(means)``, a difference estimator, returns: its value, with its gradient.
+
+    ``states`` are tensors that it changes in place.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        means: Tensor,
+        run: Callable[[Tensor], tuple[Tensor, Tensor]],
+        states: tuple[Tensor, ...],
+    ) -> Tensor:
+        value, gradient = run(means.detach())
+        for state in states:
+            torch.autograd.graph.increment_version(state)
+        ctx.save_for_backward(means, gradient)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _give_gradient(ctx, grad)
+
+
+def _embed(
     features: Sequence[Tensor],
     labels: Tensor | None,
     num_classes: int,
@@ -522,6 +626,11 @@ def _mean_embedding(
         return _cuda.forward(features, labels, num_classes, **options)  # type: ignore[arg-type]
     nothing = features[0].new_empty(0, dtype=torch.int32)
     return (*_cpu.forward(features, labels, num_classes, **options), nothing)  # type: ignore[arg-type]
+
+
+_mean_embedding = torch.library.custom_op(
+    "dpmmd::mean_embedding", _embed, mutates_args=(), device_types=("cpu", "cuda")
+)
 
 
 @_mean_embedding.register_fake
@@ -554,16 +663,7 @@ def _(
     )
 
 
-@torch.library.custom_op(
-    "dpmmd::mean_embedding_backward",
-    mutates_args=(),
-    device_types=("cpu", "cuda"),
-    # Written out: older versions of PyTorch cannot infer a list that is returned.
-    schema="(Tensor[] features, Tensor? labels, SymInt num_classes, SymInt[] moments, str bound, "
-    "float? joint_weight, Tensor scale, Tensor projection, Tensor schedule, Tensor upstream, "
-    "bool[] needed, str core) -> Tensor[]",
-)
-def _mean_embedding_backward(
+def _embed_backward(
     features: Sequence[Tensor],
     labels: Tensor | None,
     num_classes: int,
@@ -603,6 +703,18 @@ def _mean_embedding_backward(
     if core == "cuda":
         return _cuda.backward(features, labels, num_classes, schedule=schedule, **options)[0]
     return _cpu.backward(features, labels, num_classes, **options)[0]
+
+
+_mean_embedding_backward = torch.library.custom_op(
+    "dpmmd::mean_embedding_backward",
+    _embed_backward,
+    mutates_args=(),
+    device_types=("cpu", "cuda"),
+    # Written out: older versions of PyTorch cannot infer a list that is returned.
+    schema="(Tensor[] features, Tensor? labels, SymInt num_classes, SymInt[] moments, str bound, "
+    "float? joint_weight, Tensor scale, Tensor projection, Tensor schedule, Tensor upstream, "
+    "bool[] needed, str core) -> Tensor[]",
+)
 
 
 @_mean_embedding_backward.register_fake

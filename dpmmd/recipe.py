@@ -137,9 +137,10 @@ class TrainSection(_Section):
 
     ``lr`` decays to zero over the steps by ``schedule``; ``ema_decay`` averages the weights that
     images are sampled from (0: the last weights). ``inject`` is an argument of
-    `dpmmd.nn.MMDLoss`; ``graph`` records the whole step once as a CUDA graph and replays it;
-    ``compile`` runs generator and encoder through torch.compile. ``memory`` is a budget for a step,
-    such as "8GiB", or a fraction of what is free, "0.8": see `dpmmd.plan`.
+    `dpmmd.nn.MMDLoss`; ``graph`` records the whole step once as a CUDA graph and replays it (None:
+    on a CUDA device, in one process and without ``memory``, unless the generator cannot be
+    captured); ``compile`` runs generator and encoder through torch.compile. ``memory`` is a budget
+    for a step, such as "8GiB", or a fraction of what is free, "0.8": see `dpmmd.plan`.
     """
 
     steps: int = Field(default=2000, ge=1)
@@ -153,7 +154,7 @@ class TrainSection(_Section):
     estimator_lr: float = Field(default=1e-3, gt=0, lt=1)
     ema_decay: float = Field(default=0.99, ge=0, lt=1)
     inject: bool = False
-    graph: bool = False
+    graph: bool | None = None
     compile: bool = False
     seed: int = 0
     checkpoint_every: int = Field(default=500, ge=1)

@@ -152,7 +152,7 @@ def load_extractors(
 
 def _check_before_release(settings: recipe.Recipe, device: torch.device) -> None:
     """Refuses what would only fail after privacy has been spent."""
-    train.check_device(settings.train, device)
+    train.is_graphed(settings.train, device)  # raises where a graph is asked for and cannot be
     if settings.evaluate is None:
         return
     if settings.data.num_classes is None:

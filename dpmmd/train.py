@@ -6,9 +6,12 @@ import contextlib
 import inspect
 import io
 import math
+import random
 import signal
 import sys
 import threading
+import traceback
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -128,8 +131,8 @@ def train(
 
     Raises:
         CheckpointError: the checkpoint in ``out`` cannot be used.
-        ValueError: ``settings.graph`` elsewhere than on a CUDA device, over several processes or
-            with ``settings.memory``, a batch of fewer images than processes, or processes that
+        ValueError: ``settings.graph=True`` elsewhere than on a CUDA device, over several processes
+            or with ``settings.memory``, a batch of fewer images than processes, or processes that
             were not started alike.
         TypeError: ``generator`` has no attribute ``z_dim``.
         PrivacyError: release and encoder do not belong together.
@@ -143,12 +146,7 @@ def train(
     device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
     team = Team(process_group, device)
     _check_team(team, release, encoder, settings, generator_settings, selection_encoder)
-    check_device(settings, device)
-    if settings.graph and settings.memory is not None:
-        raise ValueError(
-            f"settings.graph=True with settings.memory={settings.memory!r}: micro-batches are cut "
-            "on the host, which a graph leaves out; choose one of the two."
-        )
+    graphed = is_graphed(settings, device, team)
     num_classes = release.num_classes if release.metadata.labelled else None
     rng = torch.Generator().manual_seed(settings.seed)
     if generator is None:
@@ -184,13 +182,13 @@ def train(
         process_group=process_group,
         **planned,
     ).train()
-    optimizer = _adam(generator, settings, device)
+    optimizer = _adam(generator, settings, device, graphed)
     selection = None
     if selection_encoder is not None:
         selection = _Selection(release, selection_encoder, device)
         if "micro_batch" in planned:
             selection.at_once = min(selection.at_once, planned["micro_batch"])
-    run = _Run(generator, optimizer, loss, rng, settings, release, record, selection, team)
+    run = _Run(generator, optimizer, loss, rng, settings, release, record, selection, team, graphed)
     folder = None if out is None else Path(out) / "checkpoints"
     if folder is not None:
         state = team.from_first(lambda: _found(folder / CHECKPOINT))
@@ -203,13 +201,32 @@ def train(
     return run.result()
 
 
-def check_device(settings: TrainSection, device: torch.device) -> None:
-    """Raises a ValueError where these settings cannot be trained with on this device."""
-    if settings.graph and device.type not in _GRAPHED_ON:
-        raise ValueError(
-            f"settings.graph=True with the encoder on {device}: only CUDA devices have graphs; "
-            "move the encoder there, or leave graph out."
+def is_graphed(settings: TrainSection, device: torch.device, team: Team | None = None) -> bool:
+    """Whether a step is to be a CUDA graph: unless ``settings.graph`` is False, where it can be.
+
+    Raises:
+        ValueError: ``settings.graph`` is True where it cannot.
+    """
+    if team is not None and team.group is not None:
+        why = (
+            f"with {team.size} processes: a graph holds the step of one process alone; leave graph "
+            "out, or train in one process."
         )
+    elif device.type not in _GRAPHED_ON:
+        why = (
+            f"with the encoder on {device}: only CUDA devices have graphs; move the encoder there, "
+            "or leave graph out."
+        )
+    elif settings.memory is not None:
+        why = (
+            f"with settings.memory={settings.memory!r}: micro-batches are cut on the host, which a "
+            "graph leaves out; choose one of the two."
+        )
+    else:
+        return settings.graph is not False
+    if settings.graph:
+        raise ValueError(f"settings.graph=True {why}")
+    return False
 
 
 def _check_team(
@@ -235,11 +252,6 @@ def _check_team(
         raise ValueError(
             f"settings.batch_size={settings.batch_size}: expected at least one image for each of "
             f"the {team.size} processes; start fewer, or use larger batches."
-        )
-    if settings.graph:
-        raise ValueError(
-            f"settings.graph=True with {team.size} processes: a graph holds the step of one "
-            "process alone; leave graph out, or train in one process."
         )
 
 
@@ -278,11 +290,11 @@ def rate(settings: TrainSection, step: int) -> float:
 
 
 def _adam(
-    generator: nn.Module, settings: TrainSection, device: torch.device
+    generator: nn.Module, settings: TrainSection, device: torch.device, graphed: bool
 ) -> torch.optim.Optimizer:
     """Adam; for a graph, whose replays read the rate from the device, with a tensor as rate."""
     parameters = generator.parameters()
-    if not settings.graph:
+    if not graphed:
         return torch.optim.Adam(parameters, lr=settings.lr, betas=settings.betas, foreach=True)
     return torch.optim.Adam(
         parameters,
@@ -402,11 +414,12 @@ class _Run:
         record: dict[str, Any],
         selection: _Selection | None,
         team: Team,
+        graphed: bool,
     ) -> None:
         self.generator, self.optimizer, self.loss = generator, optimizer, loss
         self.model, self.team = generator, team
         self.averaged = AveragedModel(generator, multi_avg_fn=self._average, use_buffers=True)
-        self.rng, self.settings = rng, settings
+        self.rng, self.settings, self.graphed = rng, settings, graphed
         self.metadata, self.record = release.metadata, record
         self.labelled = release.metadata.labelled
         with _seeded(settings.seed):
@@ -460,7 +473,7 @@ class _Run:
         self.decay = torch.zeros((), device=device)  # of the weights' average, in a graph
         self.value = torch.zeros((), device=device)
         self.work = self._work
-        if self.settings.graph:
+        if self.graphed:
             self.work = self._captured()
 
     def advance(self) -> Tensor:
@@ -477,7 +490,7 @@ class _Run:
         first = int(self.averaged.n_averaged) == 0
         self.decay.fill_(0.0 if first else self._decay())
         self.work()
-        if self.settings.graph:
+        if self.graphed:
             self.averaged.n_averaged += 1
         self.step += 1
         self.global_rng = torch.get_rng_state()
@@ -496,14 +509,46 @@ class _Run:
         value = self.loss(self.model(self.z, self.y), self.y)
         value.backward()
         self.optimizer.step()
-        if self.settings.graph:
+        if self.graphed:
             self._average_on_device()
         else:
             self.averaged.update_parameters(self.generator)
         self.value.copy_(value.detach())
 
     def _captured(self) -> Callable[[], None]:
-        """`_work` as one graph, whose warm-up leaves no trace."""
+        """`_work` as one graph, whose warm-up leaves no trace.
+
+        Where it was not asked for and cannot be, `_work` itself, with a warning.
+        """
+        device, automatic = self.z.device, self.settings.graph is None
+        forget, first = self._trace(), _plain(self.generator)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            _warm_up(self._work, device, _WARM_UP_STEPS)
+            try:
+                if automatic:
+                    self._rehearse(device, first)
+                forget()
+                return _record(self._work, device)
+            except Exception as error:
+                forget()
+                if not automatic:
+                    raise
+                why = _reason(error)
+        self.graphed = False
+        state = self.optimizer.state_dict()
+        self.optimizer = _adam(self.generator, self.settings, device, graphed=False)
+        self._restore_optimizer(state)
+        warnings.warn(
+            f"settings.graph: a step cannot be a CUDA graph ({why}). Its kernels are launched one "
+            "by one, with the same result, but it may take several times as long. Leave nothing of "
+            "the generator's forward pass to the host, or set graph=False, which silences this.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return self._work
+
+    def _trace(self) -> Callable[[], None]:
+        """What sets back everything that steps move, in place, but torch's random states."""
         held = [
             *self.generator.parameters(),
             *self.generator.buffers(),
@@ -516,15 +561,41 @@ class _Run:
             p: {k: v.clone() for k, v in self.optimizer.state[p].items()}
             for p in self.optimizer.state
         }
-        _warm_up(self._work, self.z.device)
-        with torch.no_grad():
+        drawn = random.getstate()
+
+        @torch.no_grad()
+        def forget() -> None:
             for tensor, value in zip(held, before, strict=True):
                 tensor.copy_(value)
             for p, state in self.optimizer.state.items():
                 for key, tensor in state.items():
                     tensor.copy_(moments[p][key] if p in moments else torch.zeros_like(tensor))
-        self.optimizer.zero_grad(set_to_none=True)
-        return _record(self._work)
+            self.optimizer.zero_grad(set_to_none=True)
+            random.setstate(drawn)
+
+        return forget
+
+    def _rehearse(self, device: torch.device, first: Mapping[tuple[nn.Module, str], Any]) -> None:
+        """One more step, which raises a RuntimeError if the host takes part in it.
+
+        A replay would leave the host's part out: what it waits for cannot be captured, and what it
+        counts or draws would stay as it was, without an error. Attributes that a step moves go back
+        to their ``first`` values.
+        """
+        plain, drawn = _plain(self.generator), _drawn()
+        try:
+            with _waiting_refused(device):
+                _warm_up(self._work, device, 1)
+        finally:
+            now = _plain(self.generator)
+            moved = [key for key in now if plain.get(key) != now[key]]
+            for part, name in set(moved) & set(first):
+                setattr(part, name, first[part, name])
+        if moved:
+            part, name = moved[0]
+            raise RuntimeError(f"a forward pass changes {type(part).__qualname__}.{name}")
+        if _drawn() != drawn:
+            raise RuntimeError("random numbers are drawn on the host")
 
     def _decay(self) -> float:
         """Of the moving average, whose memory is short at first: (1 + t) / (10 + t)."""
@@ -637,23 +708,70 @@ class _Run:
                     held["step"] = held["step"].to(p.device if group["capturable"] else "cpu")
 
 
-def _warm_up(work: Callable[[], None], device: torch.device) -> None:
-    """Runs a step some times on a side stream: libraries choose kernels and allocate then."""
-    random = torch.cuda.get_rng_state(device)
+def _plain(module: nn.Module) -> dict[tuple[nn.Module, str], Any]:
+    """Numbers, flags and strings that the modules hold as attributes."""
+    return {
+        (part, name): value
+        for part in module.modules()
+        for name, value in vars(part).items()
+        if type(value) in (bool, int, float, str)
+    }
+
+
+def _drawn() -> tuple[Any, ...]:
+    """Where the host's random generators are."""
+    return torch.get_rng_state().tolist(), random.getstate()
+
+
+def _reason(error: BaseException) -> str:
+    """The first error's first line, and where it was; others follow it when a capture ends."""
+    while error.__context__ is not None:
+        error = error.__context__
+    text = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    places = [p for p in traceback.extract_tb(error.__traceback__)[-1:] if p.filename != __file__]
+    return ", ".join([text, *(f"{place.filename}:{place.lineno}" for place in places)])
+
+
+def _warm_up(work: Callable[[], None], device: torch.device, steps: int) -> None:
+    """Runs steps on a side stream: libraries choose kernels and allocate then."""
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        for _ in range(_WARM_UP_STEPS):
+    with warnings.catch_warnings(), torch.cuda.stream(side):
+        warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
+        for _ in range(steps):
             work()
     torch.cuda.current_stream(device).wait_stream(side)
-    torch.cuda.set_rng_state(random, device)
 
 
-def _record(work: Callable[[], None]) -> Callable[[], None]:
+@contextlib.contextmanager
+def _waiting_refused(device: torch.device) -> Iterator[None]:
+    """Within the block operations of PyTorch that wait for a GPU raise a RuntimeError."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def _record(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """Captures a step in a CUDA graph, without running it; returns what runs it."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+    try:
+        # A capture that fails leaves its stream the current one; the outer block does not.
+        with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
+            work()
+    except BaseException:
+        torch.cuda.synchronize(device)
+        # It also leaves the random generator as if it were going on; a copy of its state is not.
+        generator = torch.cuda.default_generators[stream.device.index]
+        generator.graphsafe_set_state(generator.clone_state())
+        raise
     return graph.replay
 
 

@@ -38,9 +38,9 @@ def class_sums_kernel(
     """means[m, k] = sum over images i of class k of s_i v_m / n_k; v_1 = f, v_2 = weight f^2.
 
     A program has one block of columns and one class, and goes over the class's images in their
-    order, ROWS at a time: running sums [ROWS, BLOCK] a moment, added up at the end. Rows without
-    use (s = 0) are not even loaded: they may hold NaN. Absent classes become zero. Grid [blocks of
-    the launch, K].
+    order, ROWS at a time. A block is as wide as its threads' loads, so that a thread has its columns
+    to itself: no sum crosses threads. Rows without use (s = 0) are not even loaded: they may hold
+    NaN. Absent classes become zero. Grid [blocks of the launch, K].
     Shapes: features [n, d_l] a tap; scale float32 [N, n, B]; means float32 [M, K, D].
     Bytes: the features once, 4 M K D out. Deterministic.
     """
@@ -48,8 +48,8 @@ def class_sums_kernel(
     k = tl.program_id(1)
     start, end = class_range(schedule, k, n, num_classes, LABELLED)
     scale += number * PER_TAP
-    sum1 = tl.zeros([ROWS, BLOCK], tl.float32)
-    sum2 = tl.zeros([ROWS, BLOCK], tl.float32)
+    sum1 = tl.zeros([BLOCK], tl.float32)
+    sum2 = tl.zeros([BLOCK], tl.float32)
     for first in range(start, end, ROWS):
         positions = first + tl.arange(0, ROWS)
         live = positions < end
@@ -61,9 +61,9 @@ def class_sums_kernel(
         used = (one != 0) | (two != 0)
         f = load_tile(pointer, stride, images, used, rest, BLOCK)
         if MOMENTS & 1:
-            sum1 += one[:, None] * f
+            sum1 += tl.sum(one[:, None] * f, axis=0)
         if MOMENTS & 2:
-            sum2 += two[:, None] * (f * f)
+            sum2 += tl.sum(two[:, None] * (f * f), axis=0)
     share = 1.0 / tl.maximum(end - start, 1).to(tl.float32)
     columns = tl.arange(0, BLOCK)
     step = dim.to(tl.int64)
@@ -71,11 +71,11 @@ def class_sums_kernel(
         step = tl.multiple_of(step, VECTOR)
     at = means + k.to(tl.int64) * step + column
     if MOMENTS & 1:
-        tl.store(at + columns, tl.sum(sum1, axis=0) * share, mask=columns < rest)
+        tl.store(at + columns, sum1 * share, mask=columns < rest)
         at += num_classes.to(tl.int64) * step
     if MOMENTS & 2:
         share = share * tl.cast(weight, tl.float32)
-        tl.store(at + columns, tl.sum(sum2, axis=0) * share, mask=columns < rest)
+        tl.store(at + columns, sum2 * share, mask=columns < rest)
 
 
 def class_sums_into(

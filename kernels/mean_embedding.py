@@ -53,10 +53,11 @@ def forward(
     means = class_sums(
         taps, schedule, scale, num_classes, moments=moments, joint_weight=joint_weight
     )
-    for piece, tap in zip(means.split(taps.widths, dim=2), taps.tensors, strict=True):
-        if layout(tap) == PLANES and piece.numel():
-            by_plane = piece.unflatten(2, (tap.shape[1], -1))
-            piece.copy_(by_plane.transpose(2, 3).flatten(2))
+    if any(layout(tap) == PLANES for tap in taps.tensors):
+        for piece, tap in zip(means.split(taps.widths, dim=2), taps.tensors, strict=True):
+            if layout(tap) == PLANES and piece.numel():
+                by_plane = piece.unflatten(2, (tap.shape[1], -1))
+                piece.copy_(by_plane.transpose(2, 3).flatten(2))
     return means, counts, scale, projection, schedule
 
 

@@ -46,8 +46,8 @@ FINISH_REGISTERS = 64
 _BF16: dict[str, tuple[tuple[float, Config], ...]] = {
     "row_statistics": ((float("inf"), Config(1024, 8, 4, 1, 128)),),
     "class_sums": (
-        (65_536, Config(256, 16, 4, 1, 128)),
-        (float("inf"), Config(512, 8, 4, 1, 168)),
+        (65_536, Config(256, 16, 1, 1, 168)),
+        (float("inf"), Config(1024, 8, 4, 1, 128)),
     ),
     "row_dots": ((float("inf"), Config(512, TILE_ROWS, 4, 1, 168)),),
     "gradient": ((float("inf"), Config(512, TILE_ROWS, 4, 1, 168)),),
@@ -56,7 +56,10 @@ _BF16: dict[str, tuple[tuple[float, Config], ...]] = {
 }
 _FP32: dict[str, tuple[tuple[float, Config], ...]] = _BF16 | {
     "row_statistics": ((float("inf"), Config(512, 8, 4, 1, 128)),),
-    "class_sums": ((float("inf"), Config(256, 8, 4, 1, 128)),),
+    "class_sums": (
+        (65_536, Config(128, 16, 1, 1, 168)),
+        (float("inf"), Config(512, 8, 4, 1, 128)),
+    ),
     "row_dots": ((float("inf"), Config(256, TILE_ROWS, 4, 1, 128)),),
     "gradient": ((float("inf"), Config(256, TILE_ROWS, 4, 1, 128)),),
 }

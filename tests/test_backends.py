@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import warnings
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-from dpmmd import _cpu, backends, functional
+from dpmmd import _cpu, _cuda, backends, functional
 
 
 def test_resolution_order(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,13 +51,59 @@ def test_auto_takes_what_fits_and_an_explicit_choice_raises(
         backends.resolve("auto", device, dtype)
 
 
-def test_triton_is_taken_on_request_only() -> None:
+def test_triton_refuses_what_does_not_fit() -> None:
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.float64)):
         with pytest.raises(ValueError, match=f"backend='triton': cannot run {dtype} on {device}"):
             backends.resolve("triton", device, dtype)
-    assert backends.resolve("auto", "cuda") == "torch"
     if importlib.util.find_spec("triton"):
         assert backends.resolve("triton", "cuda") == "triton"
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
+    """Compute capabilities of the CUDA devices that are visible: two, to be changed."""
+    found = [(9, 0), (8, 0)]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(found))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: found[i])
+    monkeypatch.setattr(_cuda, "hindrance", lambda: None)
+    monkeypatch.setattr(backends, "_warned", False)
+    backends._on_cuda.cache_clear()
+    yield found
+    backends._on_cuda.cache_clear()
+
+
+def test_auto_on_a_gpu_takes_the_cuda_core(gpus: list[tuple[int, int]]) -> None:
+    assert backends.resolve("auto", "cuda") == "cuda"
+    assert backends.resolve("auto", "cuda", torch.bfloat16) == "cuda"
+    assert backends.resolve("auto", "cuda", torch.float64) == "torch"
+    with backends.use("torch"):
+        assert backends.resolve("auto", "cuda") == "torch"
+
+
+@pytest.mark.parametrize("capabilities", [[], [(7, 5)], [(9, 0), (7, 0)]])
+def test_auto_on_gpus_without_kernels_takes_torch(
+    capabilities: list[tuple[int, int]], gpus: list[tuple[int, int]]
+) -> None:
+    gpus[:] = capabilities
+    assert backends.resolve("auto", "cuda") == "torch"
+
+
+def test_auto_on_a_gpu_without_the_cuda_core(
+    gpus: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_cuda, "hindrance", lambda: "this build is without CUDA")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert backends.resolve("auto", "cuda") == "triton"
+    backends._on_cuda.cache_clear()
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.warns(RuntimeWarning, match="without CUDA; Triton finds no C compiler"):
+        assert backends.resolve("auto", "cuda") == "torch"
+    backends._on_cuda.cache_clear()
+    monkeypatch.setattr(backends, "_warned", False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.warns(RuntimeWarning, match="without CUDA; the package triton is not installed"):
+        assert backends.resolve("auto", "cuda") == "torch"
 
 
 def test_triton_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

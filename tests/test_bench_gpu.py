@@ -34,6 +34,7 @@ from benches.gpu import (
     inputs,
     measure,
     operations,
+    released,
     report,
     sanitizer,
     steps,
@@ -113,7 +114,8 @@ def test_a_dry_run_of_everything(tmp_path: Path) -> None:
     assert not results["errors"]
     assert {"triton", "torch"} <= set(rows_of(results, operations.LOSS))
     wanted = [*operations.BYTES, operations.FORWARD, operations.BACKWARD, operations.ESTIMATE]
-    for operation in (*wanted, operations.SUMS, steps.STEP, steps.TRAIN, "copy"):
+    wanted += [operations.SUMS, steps.STEP, steps.TRAIN, released.RELEASE, released.WHOLE, "copy"]
+    for operation in wanted:
         assert rows_of(results, operation)["triton" if operation != "copy" else "copy"]["seconds"]
     # Neither the program nor the tables take it for a measurement.
     assert "DRY RUN" in done.stdout
@@ -143,7 +145,8 @@ def test_a_run_on_a_played_device(
     before = torch.backends.cudnn.allow_tf32
     monkeypatch.setattr(steps, "AuthorsStep", authors)
     monkeypatch.setattr(torch, "compile", no_compiler)
-    monkeypatch.setattr(inputs, "TINY", replace(inputs.TINY, compile=True, authors=True))
+    sizes = replace(inputs.TINY, compile=True, authors=True, step=((32, 2), (64, 1)))
+    monkeypatch.setattr(inputs, "TINY", sizes)
     played = Played()
     sections = ("checks", "copy", "kernels", "loss", "steps")
     code, results = run(*sections, on=played)
@@ -153,8 +156,11 @@ def test_a_run_on_a_played_device(
     captured = rows_of(results, steps.CAPTURED)
     assert captured["cpu"]["how"] == captured[steps.FLOOR]["how"] == "graph"
     assert "torch" not in captured
+    of_steps = [r for r in results["rows"] if r["operation"] == steps.CAPTURED and r["seconds"]]
+    for words in ("32 px, n=2,", "64 px, n=1,"):  # of all sizes, not of the first alone
+        assert {r["variant"] for r in of_steps if words in r["shape"]} >= {"cpu", steps.FLOOR}
     assert set(steps.AUTHORS) <= set(rows_of(results, steps.STEP))
-    assert {(2, 2, 2), True, False} == set(seen)
+    assert {(2, 2, 2), (2, 1, 2), True, False} == set(seen)
     assert torch.backends.cudnn.allow_tf32 == before
     assert rows_of(results, operations.LOSS)["compile"]["note"] == "RuntimeError: no compiler"
     assert rows_of(results, f"{operations.LOSS}, replayed")["cpu"]["how"] == "graph"
@@ -165,6 +171,60 @@ def test_a_run_on_a_played_device(
     output = capsys.readouterr().out
     assert "NVIDIA Played 80GB" in output
     assert "not measured" in output
+
+
+def test_cores_are_replayed_where_a_graph_can_hold_them(run: Any) -> None:
+    code, results = run("cores")
+    assert code == 0, results["errors"]
+    for operation in (operations.FORWARD, operations.ESTIMATE):
+        rows = rows_of(results, operation)
+        assert (rows["torch"]["how"], rows["cpu"]["how"]) == ("launches", "graph"), operation
+    assert {r["how"] for r in rows_of(results, operations.BACKWARD).values()} == {"launches"}
+    assert {v: r["how"] for v, r in rows_of(results, operations.SUMS).items()} == {"cpu": "graph"}
+
+
+def test_kernels_are_replayed_where_the_device_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they compute is for `checks`: here they are played, and asked for as on a GPU."""
+    pytest.importorskip("triton")
+    from dpmmd.kernels import class_sums, gradient, row_dots, row_statistics
+
+    like = inputs.case(inputs.TINY, 32, torch.float32)
+    vector = inputs.target(like, torch.device("cpu"))
+    statistics = (vector, vector, vector, vector)
+    for module, name, result in (
+        (row_statistics, "row_statistics", statistics), (row_statistics, "row_statistics_into", 0),
+        (class_sums, "class_sums_into", 0), (row_dots, "row_dots", vector),
+        (row_dots, "row_dots_into", 0), (gradient, "gradient_into", 0),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, lambda *_, result=result, **__: result)
+    for on, broken, how in (
+        (Played(), set(), "graph"),
+        (device.Host(), set(), "launches"),
+        (Played(), {("triton", "graph")}, "launches"),  # its capture failed a check
+    ):
+        timed = measure.Measure(on, Budget(60), (1, 1), 0.0)
+        operations.pieces(timed, inputs.TINY, broken)
+        assert {row["operation"] for row in timed.rows} == set(operations.BYTES)
+        assert {row["how"] for row in timed.rows} == {how}
+        assert ("no CUDA graphs" in timed.rows[0]["note"]) == on.dry
+
+
+def test_a_release_is_measured_without_plain_torch(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inputs, "TINY", replace(inputs.TINY, precisions=("float32", "tf32")))
+    code, results = run("release")
+    assert code == 0, results["errors"]
+    rows = [(r["operation"], r["dtype"], r["variant"]) for r in results["rows"]]
+    sums, whole = released.RELEASE, released.WHOLE
+    assert rows == [
+        (sums, "float32", released.ALONE), (sums, "float32", "cpu"),
+        (sums, "tf32", released.ALONE), (sums, "tf32", "cpu"),
+        (whole, "float32", "cpu"), (whole, "tf32", "cpu"),
+    ]  # fmt: skip
+    assert all(r["seconds"] for r in results["rows"] if r["operation"] == sums)
+    # Whole, it is a difference of two times, which a disturbance may make 0.
+    assert not any(r.get("note") for r in results["rows"])
 
 
 def test_wrong_use(capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,7 +266,7 @@ def test_a_wrong_result_is_an_error_and_is_not_timed(
     assert all("error" in why for why in failed.values())
     assert set(rows_of(results, operations.LOSS)) == {"eager"}
     assert not rows_of(results, operations.FORWARD)
-    assert rows_of(results, operations.SUMS)["torch"]["seconds"]  # the rest goes on
+    assert rows_of(results, operations.SUMS)["cpu"]["seconds"]  # the rest goes on
     assert rows_of(results, "copy")
 
 
@@ -441,11 +501,11 @@ def test_a_variant_that_fails_is_noted() -> None:
         time.sleep(5)
 
     variants = {"compile": [fails], "big": [memory], "slow": [slow], "cpu": [lambda: None]}
-    timed("op", "shape", "float32", variants, theirs=("compile",), limit=0.2)
+    timed("op", "shape", "float32", variants, graph=("cpu",), theirs=("compile",), limit=0.2)
     rows = {row["variant"]: row for row in timed.rows}
     assert rows["compile"]["note"] == "RuntimeError: no compiler in ./build and more"
     assert rows["big"]["note"] == "out of memory"
-    assert rows["slow"]["note"] == "not done in 0 s"
+    assert rows["slow"]["note"] == "not done in 0.2 s"
     assert rows["cpu"]["rounds"] == 2
     assert rows["cpu"]["how"] == "graph"
     assert not timed.errors
@@ -454,30 +514,51 @@ def test_a_variant_that_fails_is_noted() -> None:
         "op, shape, float32, cpu: RuntimeError: no compiler in ./build and more"
     ]
     dry = measure.Measure(device.Host(), budget, (1, 1), 0.0)
-    dry("op", "shape", "float32", {"cpu": [lambda: None]})
+    dry("op", "shape", "float32", {"cpu": [lambda: None]}, graph=("cpu",))
     assert dry.rows[0]["note"] == "no graph: a CPU has no CUDA graphs"
 
 
 def test_times_are_those_of_one_call() -> None:
     class Clock(Played):
-        """Each call of the device takes what the calls in it say."""
+        """Each call of the device takes what the calls in it say; launched, 100 us at least."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.replays: list[float] = []
+
+        def capture(self, run: Any) -> Any:
+            def replay() -> None:
+                run()
+                self.replays.append(sum(spent))
+                graph.append(True)
+
+            self.captures += 1
+            return replay
 
         def seconds(self, run: Any) -> float:
             spent.clear()
+            graph.clear()
             run()
-            return sum(spent)
+            return sum(spent) if graph else sum(max(s, 100e-6) for s in spent)
 
     spent: list[float] = []
-    timed = measure.Measure(Clock(), Budget(60), (3, 3), 0.0)
+    graph: list[bool] = []
+    clock = Clock()
+    timed = measure.Measure(clock, Budget(60), (3, 3), 0.0)
     variants = {
         "short": [functools.partial(spent.append, 10e-6)] * 2,
+        "launched": [functools.partial(spent.append, 10e-6)] * 2,
         "long": [functools.partial(spent.append, 0.25)] * 3,
     }
-    timed("op", "shape", "float32", variants, min_bytes=7)
-    short, long = timed.rows
-    assert (short["how"], long["how"]) == ("graph", "launches")
+    timed("op", "shape", "float32", variants, min_bytes=7, graph=("short", "long"))
+    short, launched, long = timed.rows
+    assert (short["how"], launched["how"], long["how"]) == ("graph", "launches", "graph")
     assert short["seconds"] == pytest.approx(10e-6)
+    assert launched["seconds"] == pytest.approx(100e-6)  # the host's
     assert long["seconds"] == pytest.approx(0.25)
+    # The short one's graph was too short by what launching takes, and was captured again.
+    assert clock.captures == 3
+    assert clock.replays[-2] >= 0.99 * measure.GRAPH_SECONDS
     assert measure.sets_of(77_600_000, 50 << 20) == 3
     assert measure.sets_of(5 << 30, 50 << 20) == measure.sets_of(0, 0) == 1
 
@@ -569,6 +650,27 @@ def test_stand_ins_refuse_what_they_do_not_know() -> None:
 
 
 # Time --------------------------------------------------------------------------------------------
+
+
+def test_the_sections_together_fit_in_the_budget() -> None:
+    starting = 10  # seconds, importing and compiling until the first section
+    assert sum(program.SECTIONS.values()) + starting <= program.arguments([]).budget
+
+
+def test_a_measurement_stops_when_the_time_is_over() -> None:
+    now = [0.0]
+
+    def work() -> None:
+        now[0] += 1.0
+
+    timed = measure.Measure(Played(), Budget(5.5, lambda: now[0]), (10, 50), 0.0)
+    timed("op", "shape", "float32", {"cpu": [work]})  # twice to get going, rounds of a second
+    assert timed.rows[0]["rounds"] == 4
+    now[0] = 0.0
+    timed = measure.Measure(Played(), Budget(3.5, lambda: now[0]), (10, 50), 0.0)
+    timed("op", "shape", "float32", {"a": [work, work], "b": [work], "c": [work]})
+    a, b, c = timed.rows
+    assert (a["rounds"], b["note"], c["note"]) == (measure.FEWEST, "no time left", "no time left")
 
 
 def test_sections_keep_to_the_budget() -> None:
@@ -791,6 +893,7 @@ def results(**seconds: float) -> dict[str, Any]:
         row("training step", step, "triton, injected", 0.0104),
         row("training step", step, "eager, TF32 off", 0.07, peak_bytes=4 * 10**9),
         row("training step", step, "eager, TF32 on", 0.04),
+        row("training step, captured", step, "cuda", 0.005, how="graph"),
         row("release, encoder and sums", "any", "encoder alone", 0.9),
         row("release, encoder and sums", "any", "triton", 1.0),
         row("big", "any", "triton", 0.0, note="out of memory"),
@@ -817,6 +920,9 @@ def test_targets() -> None:
     authors = "training step against the authors' procedure (eager, TF32 {})"
     assert found[authors.format("off")] == (pytest.approx(70 / 10.5), "at least 6", True)
     assert found[authors.format("on")] == (pytest.approx(40 / 10.5), "at least 4", False)
+    authors = "training step, captured, against the authors' procedure (eager, TF32 {})"
+    assert found[authors.format("off")] == (pytest.approx(14), "at least 6", True)
+    assert found[authors.format("on")] == (pytest.approx(8), "at least 4", True)
     release = "release throughput over that of the encoder alone, bfloat16"
     assert found[release] == (pytest.approx(0.9), "at least 0.95", False)
     peak = "peak memory of a step over the authors' procedure"
@@ -835,6 +941,9 @@ def test_the_tables_of_a_card(tmp_path: Path) -> None:
         "the loss takes 150.0 us launched, 110.0 us replayed",
     ):  # fmt: skip
         assert words in whole, words
+    # A captured step too is compared with the authors', which is launched.
+    assert re.search(r"^training step, captured .* cuda +5\.00 ms +8\.00 ", whole, re.MULTILINE)
+    assert report._time(1.54455) == "1.54 s"
     path = report.save(tmp_path, results())
     assert path.name == "nvidia-played-80gb.json"
     loaded = table.load(path)

@@ -176,6 +176,29 @@ def test_the_protocol_of_copies_to_a_cuda_device(monkeypatch: pytest.MonkeyPatch
     assert [entry[3] for entry in after] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_callers_inference_mode_is_not_the_readers(
+    monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    """The reading thread writes into what is made for the first batch, which the caller reads."""
+    _Fake(monkeypatch)
+
+    def reused() -> Iterator[Batch]:
+        """As a source with a buffer of its own."""
+        place = Batch(torch.zeros(2, 1, 1, 1), torch.zeros(2).long(), torch.ones(2).bool())
+        for number in range(7):
+            place.images.fill_(number)
+            yield Batch(place.images.clone(), place.labels, place.valid)
+
+    with torch.inference_mode():
+        seen = []
+        for batch in prefetch(reused(), torch.device(device)):
+            assert torch.is_inference_mode_enabled()
+            assert not batch.images.is_inference()
+            seen.append(float(batch.images[0, 0, 0, 0]))
+    assert seen == [0, 1, 2, 3, 4, 5, 6]
+
+
 def test_batches_of_other_shapes_are_refused_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     _Fake(monkeypatch)
 

@@ -174,11 +174,13 @@ def test_layouts_give_the_same_bits(layout: str, dtype: torch.dtype) -> None:
 
 def test_features_in_one_piece_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[int]] = []
-    original = _cpu._addresses
+    original = _cpu.addresses
     monkeypatch.setattr(
         _cpu,
-        "_addresses",
-        lambda taps, g: seen.append([t.data_ptr() for t in taps]) or original(taps, g),
+        "addresses",
+        lambda pieces, g: (
+            seen.append([t.data_ptr() for t in pieces.tensors]) or original(pieces, g)
+        ),
     )
     (f,) = features(4, [(3, 4, 5)], torch.float32)
     for layout in ("contiguous", "channels-last", "batch-strided"):

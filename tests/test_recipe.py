@@ -142,6 +142,17 @@ def test_revised() -> None:
         revised(section, {"stpes": 1})
 
 
+def test_a_graph_is_left_to_the_device_unless_the_recipe_says() -> None:
+    assert parse(MINIMAL).train.graph is None
+    assert parse(MINIMAL + '[train]\nmemory = "8GiB"').train.graph is None  # which excludes a graph
+    for graph in (True, False):
+        settings, written = with_changes(MINIMAL, [f"train.graph={str(graph).lower()}"])
+        assert parse(written).train.graph is settings.train.graph is graph
+    settings, written = with_changes(MINIMAL, ["train.seed=3"])
+    assert "graph" not in written
+    assert revised(settings.train, {"steps": 5, "graph": None}).graph is None
+
+
 PAPER_EPSILONS = (10, 5, 2, 1, 0.5, 0.2, float("inf"))
 
 

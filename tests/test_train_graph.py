@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import random
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dpmmd import train as training
+from dpmmd.generators import ConvGenerator
 from dpmmd.nn import ESTIMATORS
 from dpmmd.privacy import Release
 from dpmmd.recipe import TrainSection
@@ -27,12 +31,20 @@ class Played:
 
     def __init__(self, warm_up_steps: int = 3) -> None:
         self.warm_up_steps, self.replays = warm_up_steps, 0
+        self.fails: Exception | None = None
 
-    def warm_up(self, work: Work, device: torch.device) -> None:
-        for _ in range(self.warm_up_steps):
+    def warm_up(self, work: Work, device: torch.device, steps: int) -> None:
+        for _ in range(min(steps, self.warm_up_steps)):
             work()
 
-    def record(self, work: Work) -> Work:
+    def record(self, work: Work, device: torch.device) -> Work:
+        if self.fails is not None:
+            work()  # what a CPU does while it is recorded, it has done
+            try:
+                raise self.fails
+            finally:
+                raise RuntimeError("failed due to a previous error")  # as torch.cuda.graph
+
         def replay() -> None:
             self.replays += 1
             work()
@@ -45,7 +57,7 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Played:
     it = Played()
     monkeypatch.setattr(training, "_GRAPHED_ON", ("cpu",))
     monkeypatch.setattr(training, "_warm_up", lambda *a: it.warm_up(*a))
-    monkeypatch.setattr(training, "_record", lambda work: it.record(work))
+    monkeypatch.setattr(training, "_record", lambda *a: it.record(*a))
     return it
 
 
@@ -58,8 +70,9 @@ def test_graphed_steps_are_ordinary_steps(
     released: Release, played: Played, estimator: str, tmp_path: Path
 ) -> None:
     """Also with a schedule, an average of the weights and batch norm, whose states all move."""
-    run(released, quick(estimator=estimator), out=tmp_path / "plain")
-    run(released, quick(estimator=estimator, graph=True), out=tmp_path / "graph")
+    run(released, quick(estimator=estimator, graph=False), out=tmp_path / "plain")
+    assert not played.replays
+    run(released, quick(estimator=estimator, graph=None), out=tmp_path / "graph")
     assert played.replays == quick().steps
     plain, graphed = (state_of(tmp_path / name) for name in ("plain", "graph"))
     for key, value in weights(plain).items():
@@ -114,7 +127,6 @@ def test_a_graphed_training_resumes_with_or_without_a_graph(
 def test_injected_steps_are_ordinary_steps(released: Release, tmp_path: Path) -> None:
     """Through an encoder that has ReLUs to inject into, in training and resumed without."""
     import dpmmd
-    from dpmmd.generators import ConvGenerator
 
     encoder = dpmmd.encoders.load("squeezenet1.1", taps=["conv1", "fire2"], precision="float64")
     x = (images(30)[0], images(30)[1])
@@ -140,6 +152,232 @@ def test_a_graph_needs_cuda(released: Release) -> None:
 def test_a_graph_has_no_micro_batches(released: Release, played: Played) -> None:
     with pytest.raises(ValueError, match=r"settings.memory='8GiB': micro-batches are cut on the"):
         run(released, quick(graph=True, memory="8GiB"))
+
+
+def test_a_graph_is_the_default_where_it_can_be() -> None:
+    def team(size: int) -> Any:
+        """A group of one process is one, too."""
+        return type("Team", (), {"group": object(), "size": size})()
+
+    cpu, gpu = torch.device("cpu"), torch.device("cuda:1")
+    for graph, wanted in ((None, True), (True, True), (False, False)):
+        assert training.is_graphed(TrainSection(graph=graph), gpu) is wanted
+    for graph in (None, False):
+        assert not training.is_graphed(TrainSection(graph=graph), cpu)
+        assert not training.is_graphed(TrainSection(graph=graph, memory="8GiB"), gpu)
+        for size in (1, 2):
+            assert not training.is_graphed(TrainSection(graph=graph), gpu, team(size))
+    with pytest.raises(ValueError, match=r"settings.graph=True with 2 processes"):
+        training.is_graphed(TrainSection(graph=True), gpu, team(2))
+
+
+# ----------------------------------------------------------------------------- what cannot be one
+
+
+class Own(nn.Module):
+    """A generator of the user's own; the parts below leave some of its work to the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            self.inner = ConvGenerator(num_classes=3, image_size=8, z_dim=5, base_channels=4)
+        self.z_dim, self.calls = 5, 0
+
+    def forward(self, z: Tensor, y: Tensor | None) -> Tensor:
+        return self.inner(z, y)
+
+
+class Counts(Own):
+    def forward(self, z: Tensor, y: Tensor | None) -> Tensor:
+        self.calls += self.training
+        return self.inner(z, y) * (1 if self.calls % 3 else 0.8)
+
+
+class Draws(Own):
+    def forward(self, z: Tensor, y: Tensor | None) -> Tensor:
+        return self.inner(z, y) * (1 if torch.rand(()) < 0.5 else 0.8)
+
+
+class DrawsOfPython(Own):
+    def forward(self, z: Tensor, y: Tensor | None) -> Tensor:
+        return self.inner(z, y) * (1 if random.random() < 0.5 else 0.8)
+
+
+class Breaks(Own):
+    def forward(self, z: Tensor, y: Tensor | None) -> Tensor:
+        raise RuntimeError("a mistake")
+
+
+class Waits(Own):
+    def forward(self, z: Tensor, y: Tensor | None) -> Tensor:
+        images = self.inner(z, y)
+        return images * (1 if images.mean().item() > 0.5 else 0.8)
+
+
+class Repeats(Own):
+    """Reads the state of the random generator, which only the capture itself refuses."""
+
+    def forward(self, z: Tensor, y: Tensor | None) -> Tensor:
+        def part(z: Tensor) -> Tensor:
+            return nn.functional.dropout(self.inner(z, y), 0.2, self.training)
+
+        return checkpoint(part, z, use_reentrant=False)
+
+
+HOSTS = {
+    Counts: r"a forward pass changes Counts\.calls",
+    Draws: "random numbers are drawn on the host",
+    DrawsOfPython: "random numbers are drawn on the host",
+}
+
+
+@pytest.mark.parametrize("kind", HOSTS)
+def test_work_of_the_host_is_found_before_it_is_left_out(
+    released: Release, played: Played, kind: type[Own], tmp_path: Path
+) -> None:
+    """And nothing of what was tried remains."""
+    for graph in (False, None):
+        random.seed(5)
+        expected = pytest.warns(RuntimeWarning, match=HOSTS[kind])
+        with contextlib.nullcontext() if graph is False else expected as found:
+            run(released, quick(graph=graph), generator=kind(), out=tmp_path / str(graph))
+    assert found is not None
+    assert len(found) == 1
+    assert not played.replays
+    compare_eager(tmp_path)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_failed_capture_leaves_no_trace(
+    released: Release, played: Played, estimator: str, tmp_path: Path
+) -> None:
+    run(released, quick(estimator=estimator, graph=False), out=tmp_path / "False")
+    played.fails = RuntimeError("not permitted when stream is capturing.\nCompile with ...")
+    with pytest.warns(RuntimeWarning, match=r"\(not permitted when stream is capturing, .*:\d+\)"):
+        run(released, quick(estimator=estimator), out=tmp_path / "None")
+    assert not played.replays
+    compare_eager(tmp_path)
+
+
+def compare_eager(folder: Path) -> None:
+    """What was to be a graph is to the bit what was not, to the optimiser's options."""
+    states = [state_of(folder / name) for name in ("False", "None")]
+    for state in states:
+        del state["settings"]["graph"]
+    assert_same(*states)
+
+
+def test_a_failed_capture_resumes_where_it_was(
+    released: Release, played: Played, tmp_path: Path
+) -> None:
+    """The state before the warm-up is then not that of a new training."""
+    for name in ("False", "None"):
+        run(released, quick(steps=5, schedule="constant", graph=False), out=tmp_path / name)
+    played.fails = RuntimeError("not permitted")
+    go_on = {"steps": 9, "schedule": "constant"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "_WITHOUT_EFFECT", training._WITHOUT_EFFECT | {"steps"})
+        run(released, quick(**go_on, graph=False), out=tmp_path / "False")
+        with pytest.warns(RuntimeWarning, match="not permitted"):
+            run(released, quick(**go_on), out=tmp_path / "None")
+    compare_eager(tmp_path)
+
+
+def test_a_graph_that_was_asked_for_is_no_less(released: Release, played: Played) -> None:
+    played.fails = RuntimeError("not permitted")
+    with pytest.raises(RuntimeError, match="failed due to a previous error"):
+        run(released, quick(graph=True))
+
+
+@pytest.mark.parametrize("graph", [None, True])
+def test_a_mistake_is_not_taken_for_a_capture(
+    released: Release, played: Played, graph: bool | None
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeError, match="a mistake"):
+            run(released, quick(graph=graph), generator=Breaks())
+
+
+def test_the_callers_random_states_are_left_alone(released: Release, played: Played) -> None:
+    encoder, generator = small_encoder(), Draws()
+    before = torch.get_rng_state(), random.getstate()
+    with pytest.warns(RuntimeWarning, match="drawn"):
+        train(released, encoder, generator, quick(steps=1), progress=False)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_a_gpus_checkpoint_resumes_on_a_cpu(
+    released: Release, played: Played, graph: bool, tmp_path: Path
+) -> None:
+    """Its optimiser had the steps on the device and the rate in a tensor."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for folder, steps in ((whole, 12), (parts, 5)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(training, "rate", lambda settings, step: 1e-2)
+            run(released, quick(steps=steps, graph=graph), out=folder)
+    path = parts / "checkpoints" / "last.pt"
+    state = training.load_checkpoint(path)
+    for group in state["optimizer"]["param_groups"]:
+        group.update(capturable=True, foreach=None, lr=torch.tensor(0.5))
+    state["settings"].update(steps=12, graph=None)
+    torch.save(state, path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "rate", lambda settings, step: 1e-2)
+        run(released, quick(graph=graph), out=parts)
+    compare = [state_of(folder) for folder in (whole, parts)]
+    assert_same(*(weights(state) for state in compare))
+    for state in compare:
+        (group,) = state["optimizer"]["param_groups"]
+        assert group["capturable"] is False
+        assert isinstance(group["lr"], Tensor) is graph
+        assert float(group["lr"]) == pytest.approx(1e-2)
+
+
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def picture(release: Release, kind: type[Own], graph: bool | None) -> Tensor:
+    """Samples of a generator trained on a GPU, float32 [C, H, W] in 0..255."""
+    random.seed(5)
+    encoder = small_encoder().cuda()
+    trained = train(release, encoder, kind(), quick(graph=graph), progress=False)
+    device = torch.device("cuda")
+    return torch.from_numpy(training.sample_grid(trained.generator, 3, device)).float()
+
+
+def all_is_as_before() -> None:
+    assert torch.cuda.get_sync_debug_mode() == 0
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    torch.rand(3, device="cuda")  # raises in a random generator that is left in a capture
+
+
+@on_a_gpu
+@pytest.mark.parametrize(
+    ("kind", "reason"), [(Own, None), (Waits, "synchronizing"), (Repeats, "captur"), *HOSTS.items()]
+)
+def test_the_default_on_a_gpu(released: Release, kind: type[Own], reason: str | None) -> None:
+    with warnings.catch_warnings():
+        for category in (UserWarning, RuntimeWarning):
+            warnings.simplefilter("error", category)
+        plain = picture(released, kind, graph=False)
+        with pytest.warns(RuntimeWarning, match=reason) if reason else contextlib.nullcontext():
+            graphed = picture(released, kind, graph=None)
+    assert float((plain - graphed).abs().mean()) < 3
+    all_is_as_before()
+
+
+@on_a_gpu
+def test_a_failed_capture_on_a_gpu(released: Release) -> None:
+    """It raises where a graph was asked for, and a training that draws on the device can follow."""
+    with pytest.raises(RuntimeError):
+        picture(released, Waits, graph=True)
+    all_is_as_before()
+    picture(released, Repeats, graph=False)
+    picture(released, Own, graph=True)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -224,4 +462,4 @@ def test_modules_are_not_left_compiled(released: Release) -> None:
         raise KeyError
     assert encoder.backbone._compiled_call_impl is None
     assert generator._compiled_call_impl is None
-    assert TrainSection().graph is TrainSection().compile is False
+    assert TrainSection().compile is False

@@ -102,7 +102,7 @@ class Budget:
             return
 
         def stop(number: int, frame: FrameType | None) -> None:
-            raise OutOfTimeError(f"not done in {limit:.0f} s")
+            raise OutOfTimeError(f"not done in {round(limit, 1):g} s")
 
         limit = max(0.01, min(seconds, self.left))
         before = signal.signal(signal.SIGALRM, stop)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,8 +13,8 @@ import torch
 from benches.gpu.budget import Budget, OutOfTimeError
 from benches.gpu.device import NoGraph, brief
 
-SHORT = 100e-6  # seconds; what takes less is timed by replays of a CUDA graph
 GRAPH_SECONDS = 1e-3  # that a replay should take at least
+FEWEST = 3  # rounds, even where the time is over
 CACHES = 3  # sets of inputs together exceed the L2 so many times
 
 Call = Callable[[], Any]
@@ -78,7 +79,7 @@ class Measure:
         variants: Mapping[str, Sequence[Call]],
         *,
         min_bytes: int | None = None,
-        graph: bool | None = None,
+        graph: Container[str] = (),
         theirs: Sequence[str] = (),
         items: int | None = None,
         peaks: Mapping[str, int | None] | None = None,
@@ -89,7 +90,8 @@ class Measure:
         Args:
             operation, shape, dtype, min_bytes, items: see `Row`.
             variants: name -> one call for each set of inputs.
-            graph: whether a variant is replayed as a graph; None: where a call is `SHORT`.
+            graph: variants that are captured and replayed, since launching them takes the host
+                longer than the device; launched nevertheless if they cannot be captured.
             theirs: variants that are not the library's; if one fails, that is no error of ours.
             peaks: name -> peak_bytes.
             limit: seconds that a variant may take to get going (compile) before it is left out.
@@ -101,9 +103,14 @@ class Measure:
         notes: dict[str, str] = {}
         estimates: dict[str, float] = {}
         for variant, calls in variants.items():
+            if self.budget.left <= 0:
+                notes[variant] = "no time left"
+                continue
             try:
                 with self.budget.at_most(limit):
-                    call, count, how, note, estimates[variant] = self._prepare(calls, graph)
+                    call, count, how, note, estimates[variant] = self._prepare(
+                        calls, variant in graph
+                    )
                 ready[variant] = (call, count, how, note)
             except OutOfTimeError as error:
                 notes[variant] = str(error)
@@ -118,7 +125,9 @@ class Measure:
         least, most = self.rounds
         rounds = min(max(int(min(self.seconds, self.budget.left) / max(whole, 1e-9)), least), most)
         times: dict[str, list[float]] = {variant: [] for variant in ready}
-        for _ in range(rounds if ready else 0):
+        for done in range(rounds if ready else 0):
+            if done >= FEWEST and self.budget.left <= 0:
+                break
             for variant, (call, count, _, _) in ready.items():
                 times[variant].append(self.device.seconds(call) / count)
         for variant in variants:
@@ -134,7 +143,7 @@ class Measure:
                     variant,
                     statistics.median(times[variant]),
                     min(times[variant]),
-                    rounds,
+                    len(times[variant]),
                     how,
                     min_bytes,
                     (peaks or {}).get(variant),
@@ -143,9 +152,7 @@ class Measure:
                 )
             )
 
-    def _prepare(
-        self, calls: Sequence[Call], graph: bool | None
-    ) -> tuple[Call, int, str, str, float]:
+    def _prepare(self, calls: Sequence[Call], graph: bool) -> tuple[Call, int, str, str, float]:
         """Warms a variant up; what is timed, how many calls it is, how, a note, and its time."""
 
         def once() -> None:
@@ -154,8 +161,6 @@ class Measure:
 
         once()
         seconds = max(self.device.seconds(once), 1e-9)
-        if graph is None:
-            graph = seconds / len(calls) < SHORT
         if not graph:
             return once, len(calls), "launches", "", seconds
         repeats = max(1, int(GRAPH_SECONDS / seconds))
@@ -165,11 +170,19 @@ class Measure:
                 once()
 
         try:
-            replay = self.device.capture(many)
+            replay, seconds = self._captured(many)
+            if seconds < GRAPH_SECONDS / 2:  # what was launched took the host's time
+                repeats = math.ceil(repeats * GRAPH_SECONDS / seconds)
+                replay, seconds = self._captured(many)
         except NoGraph as error:
             return once, len(calls), "launches", f"no graph: {error}", seconds
-        seconds = max(self.device.seconds(replay), 1e-9)
         return replay, repeats * len(calls), "graph", "", seconds
+
+    def _captured(self, run: Call) -> tuple[Call, float]:
+        """A graph, and the time of a replay: of the second, for the first one uploads it."""
+        replay = self.device.capture(run)
+        replay()
+        return replay, max(self.device.seconds(replay), 1e-9)
 
     def keep(self, row: Row) -> None:
         self.rows.append(asdict(row))

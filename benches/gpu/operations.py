@@ -15,8 +15,7 @@ from benches.gpu.checks import bounded_sums_of
 from benches.gpu.inputs import Scale
 from benches.gpu.measure import Call, Measure, sets_of
 from benches.shapes import Case
-from dpmmd import backends, functional, reference
-from dpmmd.privacy.sums import PrivateSums
+from dpmmd import functional, reference
 
 COPY = "copy"
 CASES: tuple[tuple[int, tuple[int, ...]], ...] = ((1, (1,)), (10, (1, 2)))  # K, moments
@@ -33,7 +32,7 @@ def copy(measure: Measure, scale: Scale) -> None:
     to = torch.empty_like(source)
     measure(
         COPY, f"{size / 1e9:.1f} GB", "float32", {COPY: [lambda: to.copy_(source)]},
-        min_bytes=2 * size, graph=False,
+        min_bytes=2 * size,
     )  # fmt: skip
 
 
@@ -42,7 +41,7 @@ def _cases(scale: Scale) -> list[tuple[int, tuple[int, ...]]]:
 
 
 def pieces(measure: Measure, scale: Scale, broken: set[tuple[str, str]]) -> None:
-    """Triton's kernels one by one, each with its launches: over the bytes that it moves."""
+    """Triton's kernels one by one, replayed as graphs: over the bytes that each moves."""
     for pixels in scale.pixels:
         dtypes = (torch.bfloat16, torch.float32) if pixels == scale.pixels[0] else (torch.bfloat16,)
         for dtype in dtypes:
@@ -109,6 +108,7 @@ def _pieces(measure: Measure, like: Case, broken: set[tuple[str, str]]) -> None:
         measure(
             name, like.shape, like.dtype_name, {"triton": calls[name]},
             min_bytes=reads * like.feature_bytes + vectors * like.d_vector_bytes,
+            graph=capturable(["triton"], broken),
         )  # fmt: skip
 
 
@@ -189,11 +189,11 @@ def _loss(
         "min_bytes": 3 * like.feature_bytes + 3 * like.d_vector_bytes,
         "theirs": ("eager", "compile"),
     }
-    measure(LOSS, like.shape, like.dtype_name, variants, graph=False, **arguments)
+    measure(LOSS, like.shape, like.dtype_name, variants, **arguments)
     # Replayed, the same launches cost nothing but what the device does.
     again = {name: variants[name] for name in sound if name in replayable}
     if again and not device.dry:
-        measure(f"{LOSS}, replayed", like.shape, like.dtype_name, again, graph=True, **arguments)
+        measure(f"{LOSS}, replayed", like.shape, like.dtype_name, again, graph=again, **arguments)
 
 
 def _authors_loss(
@@ -210,7 +210,7 @@ def _authors_loss(
 def cores(
     measure: Measure, scale: Scale, present: Sequence[str], broken: set[tuple[str, str]]
 ) -> None:
-    """The same operations by every core of the library that is there."""
+    """The same operations by every core of the library, replayed as graphs where they can be."""
     for pixels in scale.pixels[:3:2] if len(scale.pixels) > 2 else scale.pixels:
         like = inputs.case(scale, pixels, torch.bfloat16, *_cases(scale)[1])
         for part in (_embedding, _estimate, _sums):
@@ -255,11 +255,12 @@ def _embedding(
                 for fs in sets
             ]
     bytes_, vectors = like.feature_bytes, like.d_vector_bytes
-    measure(FORWARD, like.shape, like.dtype_name, forward, min_bytes=2 * bytes_ + vectors)
-    # A graph cannot replay the backward of a forward that it does not hold.
     measure(
-        BACKWARD, like.shape, like.dtype_name, backward, min_bytes=3 * bytes_ + vectors, graph=False
-    )
+        FORWARD, like.shape, like.dtype_name, forward, min_bytes=2 * bytes_ + vectors,
+        graph=capturable(present, broken),
+    )  # fmt: skip
+    # A graph cannot replay the backward of a forward that it does not hold.
+    measure(BACKWARD, like.shape, like.dtype_name, backward, min_bytes=3 * bytes_ + vectors)
 
 
 def _estimate(
@@ -282,12 +283,16 @@ def _estimate(
                 means, counts, target, **states, steps=steps, lr=1e-3, backend=backend,
             )
         ]  # fmt: skip
-    measure(ESTIMATE, like.shape, "float32", variants, min_bytes=9 * like.d_vector_bytes)
+    measure(
+        ESTIMATE, like.shape, "float32", variants, min_bytes=9 * like.d_vector_bytes,
+        graph=capturable(present, broken),
+    )  # fmt: skip
 
 
 def _sums(
     measure: Measure, like: Case, present: Sequence[str], broken: set[tuple[str, str]]
 ) -> None:
+    """Without plain torch, which is the definition, no competitor: it takes seconds a call."""
     device = measure.device
     count = sets_of(like.feature_bytes, device.cache_bytes)
     sets = [reference.flatten(inputs.features(like, device.device, seed)) for seed in range(count)]
@@ -304,24 +309,17 @@ def _sums(
         "clip": 1.0,
         "nonnegative": True,
     }
-    private = PrivateSums(into.shape[0], into.shape[1], device=device.device)
-
-    def definition(features: list[Tensor]) -> None:
-        with backends.use("torch"):
-            private.add(features, y, valid, limits, **options)
-
     variants: dict[str, list[Call]] = {}
     for backend in present:
-        if (backend, "sums") not in broken:
-            add = definition
-            if backend != "torch":
-                add = functools.partial(
-                    bounded_sums_of(backend),
-                    labels=y, valid=valid, limits=limits, sums=into, **options,
-                )  # fmt: skip
+        if backend != "torch" and (backend, "sums") not in broken:
+            add = functools.partial(
+                bounded_sums_of(backend),
+                labels=y, valid=valid, limits=limits, sums=into, **options,
+            )  # fmt: skip
             variants[backend] = [functools.partial(add, features) for features in sets]
     # Four passes over the features: their largest, their squares, the certificate, the sums.
     measure(
         SUMS, like.shape, like.dtype_name, variants,
-        min_bytes=4 * like.feature_bytes + 4 * like.d_vector_bytes, graph=False,
+        min_bytes=4 * like.feature_bytes + 4 * like.d_vector_bytes,
+        graph=capturable(present, broken),
     )  # fmt: skip

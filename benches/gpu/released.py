@@ -1,4 +1,7 @@
-"""Throughput of a release: the encoder alone, with integer sums on the device, and whole."""
+"""Throughput of a release: the encoder alone, with integer sums on the device, and whole.
+
+Of plain torch nothing: its sums are the definition, no competitor, and take seconds a batch.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from benches.gpu.inputs import Scale
 from benches.gpu.measure import Call, Measure, Row
 from benches.gpu.steps import encoder_of, no_noise
 from dpmmd import backends, reference
+from dpmmd.encoders import Encoder
 from dpmmd.privacy.sums import PrivateSums
 
 RELEASE, WHOLE = "release, encoder and sums", "dpmmd.release, images in memory"
@@ -26,8 +30,6 @@ ALONE = "encoder alone"
 
 def serves(backend: str, device: torch.device) -> bool:
     """Whether `PrivateSums` takes a backend's kernel where that backend is asked for."""
-    if backend == "torch":
-        return True
     function = bounded_sums_of(backend)
     features, one = [torch.ones(1, 8, device=device)], torch.ones(1, device=device).long()
     with mock.patch(f"{function.__module__}.bounded_sums", wraps=function) as called:
@@ -42,17 +44,31 @@ def serves(backend: str, device: torch.device) -> bool:
 def released(
     measure: Measure, scale: Scale, present: Sequence[str], broken: set[tuple[str, str]]
 ) -> None:
-    sound = [b for b in present if (b, "sums") not in broken]
-    for precision in scale.precisions:
+    device, (pixels, batch, _) = measure.device, scale.release
+    sound = [b for b in present if b != "torch" and (b, "sums") not in broken]
+    shape = f"{scale.encoder} {pixels} px, n={batch}, K={scale.classes}, moments 1"
+    encoders: dict[str, Encoder] = {}
+    for precision in scale.precisions:  # first what targets are about
         if measure.budget.fits(f"{RELEASE}, {precision}"):
-            _released(measure, scale, precision, sound)
-        measure.device.free()
+            encoders[precision] = encoder_of(scale, pixels, precision, device.device)
+            _sums(measure, scale, shape, precision, encoders[precision], sound)
+        device.free()
+    for precision, encoder in encoders.items():
+        _whole(measure, scale, shape, precision, encoder, sound)
+        device.free()
 
 
-def _released(measure: Measure, scale: Scale, precision: str, sound: Sequence[str]) -> None:
+def _sums(
+    measure: Measure,
+    scale: Scale,
+    shape: str,
+    precision: str,
+    encoder: Encoder,
+    sound: Sequence[str],
+) -> None:
+    """Batches on the device through the encoder, their features to integer sums."""
     device = measure.device
     pixels, batch, count = scale.release
-    encoder = encoder_of(scale, pixels, precision, device.device)
     batches = [torch.rand(batch, 3, pixels, pixels, device=device.device) for _ in range(2)]
     y = (torch.arange(batch) % scale.classes).to(device.device)
     valid = torch.ones(batch, dtype=torch.bool, device=device.device)
@@ -70,22 +86,26 @@ def _released(measure: Measure, scale: Scale, precision: str, sound: Sequence[st
 
     variants: dict[str, list[Call]] = {ALONE: [functools.partial(loop, None)]}
     for backend in sound:
-        if backend == "torch":
-            private = PrivateSums(scale.classes, encoder.dim, device=device.device)
-
-            def add(features: list[Tensor], private: PrivateSums = private) -> None:
-                with backends.use("torch"):
-                    private.add(features, y, valid, limits, **options)
-        else:
-            into = torch.zeros(scale.classes, encoder.dim, dtype=torch.int64, device=device.device)
-            add = functools.partial(
-                bounded_sums_of(backend),
-                labels=y, valid=valid, limits=limits, sums=into, **options,
-            )  # fmt: skip
+        into = torch.zeros(scale.classes, encoder.dim, dtype=torch.int64, device=device.device)
+        add = functools.partial(
+            bounded_sums_of(backend),
+            labels=y, valid=valid, limits=limits, sums=into, **options,
+        )  # fmt: skip
         variants[backend] = [functools.partial(loop, add)]
-    shape = f"{scale.encoder} {pixels} px, n={batch}, K={scale.classes}, moments 1"
-    measure(RELEASE, shape, precision, variants, graph=False, items=batch * count)
+    measure(RELEASE, shape, precision, variants, items=batch * count)
 
+
+def _whole(
+    measure: Measure,
+    scale: Scale,
+    shape: str,
+    precision: str,
+    encoder: Encoder,
+    sound: Sequence[str],
+) -> None:
+    """`dpmmd.release` of so many images, by the difference of one of twice as many."""
+    device = measure.device
+    pixels, batch, count = scale.release
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (2 * batch * count, 3, pixels, pixels), dtype=np.uint8)
 
@@ -100,7 +120,7 @@ def _released(measure: Measure, scale: Scale, precision: str, sound: Sequence[st
         if not serves(backend, device.device):
             measure.budget.skip(f"{WHOLE}, {backend}", "a release does not use its sums")
             continue
-        if not measure.budget.fits(f"{WHOLE}, {backend}"):
+        if not measure.budget.fits(f"{WHOLE}, {precision}, {backend}"):
             continue
         try:
             with backends.use(backend):
@@ -109,7 +129,7 @@ def _released(measure: Measure, scale: Scale, precision: str, sound: Sequence[st
                 seconds = max(device.seconds(lambda: whole(2 * batch * count)) - half, 0.0)
         except Exception as error:
             measure.keep(Row(WHOLE, shape, precision, backend, note=brief(error)))
-            measure.errors.append(f"{WHOLE}, {backend}: {brief(error)}")
+            measure.errors.append(f"{WHOLE}, {precision}, {backend}: {brief(error)}")
             continue
         measure.keep(
             Row(

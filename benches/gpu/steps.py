@@ -105,7 +105,7 @@ def steps(
     sound = [b for b in present if not {(b, o) for o in NEEDS} & broken]
     for pixels, batch in scale.step:
         small = pixels == scale.step[0][0]
-        for precision in scale.precisions[: None if small else 1]:
+        for precision in scale.precisions:
             what = f"{STEP}, {pixels} px, {precision}"
             if not measure.budget.fits(what):
                 continue
@@ -142,7 +142,7 @@ def _steps(
     captured: dict[str, list[Call]] = {}
     peaks: dict[str, int | None] = {}
 
-    def add(name: str, make: Callable[[], Call], own: int = 0, into: Any = variants) -> None:
+    def add(name: str, make: Callable[[], Call], own: int = 0, operation: str = STEP) -> None:
         """Builds a variant, and finds how much memory a step of it takes."""
         start = device.allocated()
         try:
@@ -151,12 +151,13 @@ def _steps(
             peak = device.peak(call)
         except torch.OutOfMemoryError:
             device.free()
-            if into is variants:
-                measure.keep(Row(STEP, shape, precision, name, note="out of memory"))
+            measure.keep(Row(operation, shape, precision, name, note="out of memory"))
             return
-        into[name] = [call]
-        if into is variants:
-            peaks[name] = None if peak is None else peak - start + own
+        if operation == CAPTURED:
+            captured[name] = [call]
+            return
+        variants[name] = [call]
+        peaks[name] = None if peak is None else peak - start + own
 
     def last(x: Tensor, y: Tensor) -> Tensor:
         return encoder(x)[-1].float().sum()
@@ -182,15 +183,15 @@ def _steps(
             losses[name] = lambda backend=backend, chosen=chosen: MMDLoss(  # type: ignore[misc]
                 release, encoder, estimator="adam", backend=backend, **chosen
             ).train()
+    kinds = () if device.dry else (FLOOR, *replayable, *(b + INJECTED for b in replayable))
     for name, loss in losses.items():
-        try:
-            add(name, ours(loss, False), shared)
-            kinds = (FLOOR, *replayable, *(b + INJECTED for b in replayable))
-            if small and not device.dry and name in kinds:
-                add(name, ours(loss, True), shared, captured)
-        except Exception as error:
-            measure.keep(Row(STEP, shape, precision, name, note=brief(error)))
-            measure.errors.append(f"{STEP}, {name}: {brief(error)}")
+        for operation in (STEP, CAPTURED) if name in kinds else (STEP,):
+            try:
+                add(name, ours(loss, operation == CAPTURED), shared, operation)
+            except Exception as error:
+                measure.keep(Row(operation, shape, precision, name, note=brief(error)))
+                measure.errors.append(f"{operation}, {name}: {brief(error)}")
+                break
     if precision == scale.precisions[0] and scale.authors:
         for name, allowed in AUTHORS.items():
 
@@ -211,13 +212,12 @@ def _steps(
         shape,
         precision,
         variants,
-        graph=False,
         theirs=tuple(AUTHORS),
         peaks=peaks,
         items=batch,
     )
     if captured:
-        measure(CAPTURED, shape, precision, captured, graph=True, items=batch)
+        measure(CAPTURED, shape, precision, captured, graph=captured, items=batch)
     if small and precision == scale.precisions[0] and sound:
         _trained(measure, scale, shape, precision, release, encoder, batch, sound[-1])
 
@@ -247,8 +247,8 @@ def _trained(
     """A step of `dpmmd.train.train`, by the difference of a long and a short run."""
     few, many = scale.train_steps
     kinds: dict[str, dict[str, Any]] = {backend: {}}
-    if next(encoder.parameters()).is_cuda:
-        kinds[f"{backend}, graph = true"] = {"graph": True}
+    if next(encoder.parameters()).is_cuda:  # both, whatever the default does
+        kinds = {f"{backend}, graph = {str(g).lower()}": {"graph": g} for g in (False, True)}
     for name, chosen in kinds.items():
 
         def run(steps: int, chosen: dict[str, Any] = chosen) -> float:
@@ -272,6 +272,6 @@ def _trained(
         measure.keep(
             Row(
                 TRAIN, shape, precision, name, statistics.median(a_step), min(a_step), len(a_step),
-                "launches", items=batch,
+                "graph" if chosen.get("graph") else "launches", items=batch,
             )
         )  # fmt: skip

@@ -39,7 +39,7 @@ def prefetch(batches: Iterator[Batch], device: torch.device) -> Generator[Batch,
 
     Args:
         batches: of a source. The first is read by the calling thread, where worker processes are
-            best started.
+            best started, outside of its inference mode.
         device: where the batches are wanted; the copy to others than CUDA's is the caller's.
     """
     with quiet():
@@ -78,7 +78,9 @@ def _read_ahead(items: Iterator[Any]) -> Generator[Any, None, None]:
                 items.close()  # by the thread that runs it
 
     thread = threading.Thread(target=read, name="dpmmd-prefetch", daemon=True)
-    if (item := next(items, _END)) is _END:
+    with torch.inference_mode(False):  # as in the thread, which writes what this makes later on
+        item = next(items, _END)
+    if item is _END:
         return
     try:
         thread.start()

@@ -26,10 +26,9 @@ of floor(sqrt(B)) - ceil(sqrt(d) / 2), in units 2^15 times as coarse, rounded to
 lengthens it by sqrt(d) / 2 at most. It is certified again. The products are at most 2^30, and up to
 2^20 of them are summed as float64 by one matrix product, below 2^53: exactly, in any order.
 
-On the CPU the same steps run in csrc/cpu/bounded_sums.cpp, and on request on a CUDA device in
-kernels/bounded_sums.py or csrc/cuda/; tests compare them with the code below, their definition, bit
-for bit. ``DPMMD_BACKEND=torch`` runs the definition itself, which is what runs on a CUDA device
-without a request.
+On the CPU the same steps run in csrc/cpu/bounded_sums.cpp, on a CUDA device in csrc/cuda/ or
+kernels/bounded_sums.py; tests compare them with the code below, their definition, bit for bit, and
+`benches.gpu` does so on a GPU. ``DPMMD_BACKEND=torch`` runs the definition itself.
 
 The definition has the same bits on every device because it rounds in products, quotients and roots
 of float64 alone, which IEEE 754 fixes, each an operation of its own (nothing that a compiler could
@@ -58,7 +57,7 @@ GRID_BITS = 30
 GUARD = 1.0 - 2.0**-20
 _HALF = GRID_BITS // 2
 _EXACTLY = 1 << 20  # products of images summed as float64
-_ON_CUDA = {"triton": "dpmmd.kernels.bounded_sums", "cuda": "dpmmd._cuda"}  # on request
+_ON_CUDA = {"triton": "dpmmd.kernels.bounded_sums", "cuda": "dpmmd._cuda"}
 _CHUNK_ELEMENTS = 1 << 19  # rows are taken so many numbers at a time: temporaries stay in cache
 
 
@@ -164,7 +163,7 @@ def _power_of_two(exponent: Tensor) -> Tensor:
 def _implementation(like: Tensor) -> Callable[..., None] | None:
     """What adds bounded sums of features such as these; None for the definition in torch."""
     chosen = backends.resolve("auto", like.device.type)
-    if chosen in _ON_CUDA:
+    if chosen in _ON_CUDA and like.dtype in backends.NATIVE_DTYPES:
         return importlib.import_module(_ON_CUDA[chosen]).bounded_sums
     return _cpu.bounded_sums if chosen == "cpu" and like.dtype in _cpu.SUMMED else None
 

@@ -25,8 +25,13 @@ and 1 / |(u, c)|^2 for products (`dpmmd.encoders.pixels`), for released and gene
 Where a generator's classes vary in brightness otherwise than those of the data, the two weightings
 do not quite go together, and the covariance is met approximately.
 
-Pixels that leave [0, 1] are clipped. That brightens a dark background, which then looks hazy; an
-offset of each pixel and class brings the means of clipped images back to those released.
+Where a background is black in all images of a class, real and generated, the map would paint into
+it what noise is left in the class's mean, faint but the same in all of them: a classifier that is
+trained on many such images takes that for the class. So a pixel at an end of [0, 1] stays there,
+and one within two standard errors of the shift (of its class, at that pixel) changes less, unless
+the released mean of that pixel is itself more than twice as far from the ends. An offset of each
+pixel and class brings the means of the images that come out to those released, as far as pixels
+change.
 """
 
 from __future__ import annotations
@@ -42,11 +47,13 @@ from torch import Tensor, nn
 from dpmmd.encoders.pixels import augmented, constant, transform
 from dpmmd.privacy import PrivacyError, Release
 
-_ERRORS = 2.0  # standard errors taken off an estimated variance
+_ERRORS = 2.0  # standard errors taken off an estimated variance, and within which changes fade
 _MOST = 0.1  # of a relative difference: the variance that is believed
 _LEAST = 0.02  # of the variance that is left of a direction
 _ROUNDS = 10  # of finding offsets
 _STEP = 0.05  # the most that an offset changes in one
+_RIDGE = 0.01  # of the share of a pixel's images that change: below its root, offsets fade
+_LEAST_EDGE = 1e-4  # of [0, 1], where there is no noise
 _FLOOR = 1e-6  # of the largest variance: below it a direction is constant in generated images
 
 
@@ -58,20 +65,33 @@ class Alignment(nn.Module):
     Attributes:
         matrix: T [d, d], or [K, d, d] where each class has its own.
         before, after: m and m' [K, d], m' less what clipping adds.
+        edge: [K, d], how far from the ends of [0, 1] a pixel changes as it should.
+        least: [K, d], how much of a change is made at the ends.
         shape: (C, h, w) of the small images, d = C * h * w.
     """
 
     matrix: Tensor
     before: Tensor
     after: Tensor
+    edge: Tensor
+    least: Tensor
 
     def __init__(
-        self, matrix: Tensor, before: Tensor, after: Tensor, shape: tuple[int, int, int]
+        self,
+        matrix: Tensor,
+        before: Tensor,
+        after: Tensor,
+        edge: Tensor,
+        least: Tensor,
+        shape: tuple[int, int, int],
     ) -> None:
         super().__init__()
         self.shape = shape
-        for name, tensor in (("matrix", matrix), ("before", before), ("after", after)):
-            self.register_buffer(name, tensor)
+        self.register_buffer("matrix", matrix)
+        self.register_buffer("before", before)
+        self.register_buffer("after", after)
+        self.register_buffer("edge", edge)
+        self.register_buffer("least", least)
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Images [n, C, H, W] in [0, 1], aligned, in [0, 1].
@@ -91,9 +111,18 @@ class Alignment(nn.Module):
                 moved[labels == k] = moved[labels == k] @ self.matrix[k].T
         moved += self.after[labels]
         change = (moved - x).view(-1, *self.shape)
+        edge, least = (each[labels].view_as(change) for each in (self.edge, self.least))
         if change.shape != images.shape:
-            change = F.interpolate(change, images.shape[-2:], mode="bilinear", align_corners=False)
-        return (images + change).clamp(0, 1)
+            change, edge, least = (
+                F.interpolate(each, images.shape[-2:], mode="bilinear", align_corners=False)
+                for each in (change, edge, least)
+            )
+        return images + _room(images, edge, least) * ((images + change).clamp(0, 1) - images)
+
+
+def _room(x: Tensor, edge: Tensor, least: Tensor) -> Tensor:
+    """What is done of a change of x in [0, 1]: ``least`` at the ends, 1 from ``edge`` on."""
+    return (torch.minimum(x, 1 - x) / edge + least).clamp(0, 1)
 
 
 def fit(release: Release, images: NDArray[np.uint8], labels: NDArray[np.int64] | None) -> Alignment:
@@ -137,10 +166,14 @@ def fit(release: Release, images: NDArray[np.uint8], labels: NDArray[np.int64] |
     # Class means, relative to the standard deviations of generated images.
     gap = (released.means - made.means) @ directions / spread.sqrt()  # [K, d]
     noise = released.mean_noise(directions) / spread  # [K, d]
+    error = torch.zeros_like(gap)  # variance of the noise that is left
     for group in groups:
         signal = _signal(gap[:, group], noise[:, group])
-        gap[:, group] *= signal / (signal + noise[:, group])
+        believed = signal / (signal + noise[:, group])
+        gap[:, group] *= believed
+        error[:, group] = believed.square() * noise[:, group]
     shift = (gap * spread.sqrt()) @ directions.T
+    edge = _ERRORS * ((error * spread) @ directions.square().T).sqrt()  # [K, d]
 
     linear = torch.eye(d, dtype=torch.float64)
     centres = made.centres + shift
@@ -162,24 +195,39 @@ def fit(release: Release, images: NDArray[np.uint8], labels: NDArray[np.int64] |
             gap = directions.T @ gap @ directions
             maps[k] = _transport(spread, directions, _shrunk(gap, noise, spread, groups)) @ linear
     wanted = (made.means + shift).float()
-    fitted = Alignment(maps.float(), made.means.float(), wanted.clone(), shape)
+    edge = edge.clamp(min=_LEAST_EDGE).float()
+    least = (torch.minimum(wanted, 1 - wanted) / edge - 1).clamp(0, 1)
+    fitted = Alignment(maps.float(), made.means.float(), wanted.clone(), edge, least, shape)
     for k in range(classes):
         small = _small(torch.from_numpy(images[(y == k).numpy()]).float() / 255, shape)
         linear = fitted.matrix if fitted.matrix.ndim == 2 else fitted.matrix[k]
-        _offset(fitted.after[k], (small - fitted.before[k]) @ linear.T, wanted[k], matrix.float())
+        moved = (small - fitted.before[k]) @ linear.T
+        room = _room(small, edge[k], least[k])
+        _offset(fitted.after[k], small, moved, room, wanted[k], matrix.float())
     return fitted
 
 
-def _offset(after: Tensor, moved: Tensor, wanted: Tensor, matrix: Tensor) -> None:
-    """Changes ``after`` [d] so that clip(moved + after) [n, d] has the weighted mean ``wanted``."""
+def _offset(
+    after: Tensor, small: Tensor, moved: Tensor, room: Tensor, wanted: Tensor, matrix: Tensor
+) -> None:
+    """Changes ``after`` [d] so that the weighted mean of what comes out of ``small`` is ``wanted``.
+
+    Args:
+        small: images [n, d].
+        moved: the same through the linear part, to which ``after`` is added.
+        room: how much of a change is made of each, [n, d].
+        wanted: [d].
+        matrix: of `dpmmd.encoders.pixels.transform`, for the weights.
+    """
+    first = after.clone()
     for _ in range(_ROUNDS):
         x = moved + after
-        clipped = x.clamp(0, 1)
-        size = constant(len(matrix)) ** 2 + (clipped @ matrix.T).square().sum(1)
+        out = small + room * (x.clamp(0, 1) - small)
+        size = constant(len(matrix)) ** 2 + (out @ matrix.T).square().sum(1)
         weights = F.normalize(size.rsqrt(), p=1, dim=0)
-        inside = weights @ ((x > 0) & (x < 1)).float()
-        left = wanted.clamp(0, 1) - weights @ clipped
-        after += (left / inside.clamp(min=0.1)).clamp(-_STEP, _STEP)
+        share = weights @ (room * ((x > 0) & (x < 1)))
+        left = wanted.clamp(0, 1) - weights @ out + share * (after - first)
+        after += (share * left / (share.square() + _RIDGE) - (after - first)).clamp(-_STEP, _STEP)
 
 
 def _shrunk(gap: Tensor, noise: Tensor, spread: Tensor, groups: list[NDArray[np.int64]]) -> Tensor:

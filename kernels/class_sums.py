@@ -38,9 +38,9 @@ def class_sums_kernel(
     """means[m, k] = sum over images i of class k of s_i v_m / n_k; v_1 = f, v_2 = weight f^2.
 
     A program has one block of columns and one class, and goes over the class's images in their
-    order, ROWS at a time. A block is as wide as its threads' loads, so that a thread has its columns
-    to itself: no sum crosses threads. Rows without use (s = 0) are not even loaded: they may hold
-    NaN. Absent classes become zero. Grid [blocks of the launch, K].
+    order, ROWS at a time. A block is as wide as its threads' loads, so that a thread has its
+    columns to itself: no sum crosses threads. Rows without use (s = 0) are not even loaded: they
+    may hold NaN. Absent classes become zero. Grid [blocks of the launch, K].
     Shapes: features [n, d_l] a tap; scale float32 [N, n, B]; means float32 [M, K, D].
     Bytes: the features once, 4 M K D out. Deterministic.
     """

@@ -220,7 +220,9 @@ class Repeats(Own):
 
     def forward(self, z: Tensor, y: Tensor | None) -> Tensor:
         def part(z: Tensor) -> Tensor:
-            return nn.functional.dropout(self.inner(z, y), 0.2, self.training)
+            return 0.8 * nn.functional.dropout(
+                self.inner(z, y), 0.2, self.training
+            )  # within [0, 1]
 
         return checkpoint(part, z, use_reentrant=False)
 

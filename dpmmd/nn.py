@@ -59,8 +59,7 @@ class MMDLoss(nn.Module):
         backend: see `dpmmd.backends`.
         inject: let the encoder's ReLUs add this loss's gradient to the one that they pass on
             anyway, instead of writing one for every feature (`dpmmd.injection`); runs on "torch",
-            the native core or, on request, "triton". The same result up to rounding; not
-            measured on a GPU.
+            the native core or "triton". The same result up to rounding.
         process_group: match the images of all its processes together, as one batch, e.g.
             ``torch.distributed.group.WORLD`` under torchrun; see `dpmmd.distributed` for the scale
             of the gradient. All of them make the module, and compare what they were given. None:

@@ -268,3 +268,25 @@ def test_the_means_of_clipped_images_are_those_released() -> None:
     found = applied(fitted, (made, y)).flatten(1).mean(0).numpy()[dark]
     assert abs(without - expected).max() > 3e-3
     assert abs(found - expected).max() < 1e-3
+
+
+@pytest.mark.parametrize("epsilon", [1.0, 9e3])
+def test_what_is_black_in_a_class_stays_black(epsilon: float) -> None:
+    """Noise in a class's mean would be painted into its background, the same in all images."""
+    rng = np.random.default_rng(3)
+    y = np.arange(N) % CLASSES
+    shape, black = (N, SIDE * SIDE), np.arange(SIDE * SIDE) < 12
+    sets = []
+    for level in (0.5, 0.4):
+        x = (level + 0.15 * rng.normal(size=shape)).clip(0, 1)
+        x[np.ix_(y == 0, black)] = 0
+        x[:, 24:] *= ~(rng.random((N, 12)) < 0.5)  # black in half of the images
+        sets.append((255 * x).round().astype(np.uint8).reshape(N, 1, SIDE, SIDE))
+    fitted = align.fit(released((sets[0], y), epsilon, insecure_test_noise=seeded(1)), sets[1], y)
+    assert epsilon > 1 or float((fitted.after - fitted.before)[0, black].abs().max()) > 1 / 255
+    found = applied(fitted, (sets[1], y)).flatten(1)
+    assert not found[y == 0][:, black].any()
+    # What is black in some images alone is moved where the mean is known.
+    before = torch.from_numpy(sets[1]).flatten(1) / 255
+    at_ends = (before == 0)[:, 24:]
+    assert bool((found[:, 24:][at_ends] > 0).any())

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpmmd import functional, reference
+from dpmmd import _cpu, functional, reference
 from dpmmd.bounds import BOUNDS, MOMENTS
 
 SHAPES = {
@@ -234,3 +236,49 @@ def test_gradients_of_small_and_large_features_are_finite(
     grads = torch.cat([f.grad.flatten() for f in fs if f.grad is not None])
     assert torch.isfinite(grads).all()
     assert grads.any()
+
+
+class Recorded(TorchDispatchMode):
+    """Names of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(_cpu.missing is not None, reason="dpmmd._native is not built")
+@pytest.mark.parametrize("estimator", ["batch", "ema", "adam"])
+def test_what_traces_sees_the_operators_and_gets_the_same(estimator: str) -> None:
+    y, target = torch.tensor([0, 1, 1]), torch.rand(1, 2, 20)
+    inputs = torch.rand(3, 2, 2, 2), torch.rand(3, 12)
+
+    def step() -> list[Tensor]:
+        fs = [f.clone().requires_grad_() for f in inputs]
+        means, counts = functional.mean_embedding(fs, y, 2, backend="cpu")
+        states = {
+            "batch": (),
+            "ema": ("estimate",),
+            "adam": ("estimate", "first_moment", "second_moment"),
+        }[estimator]
+        state = {name: torch.zeros(1, 2, 20) for name in states}
+        if state:
+            state["steps"] = torch.zeros(2)
+        options = {"batch": {}, "ema": {"decay": 0.5}, "adam": {"lr": 0.1}}[estimator]
+        kind = "mmd_loss" if estimator == "batch" else f"{estimator}_loss"
+        loss = getattr(functional, kind)(means, counts, target, **state, **options, backend="cpu")
+        assert all(tensor._version > 0 for tensor in state.values())  # changed in place
+        return [loss.detach(), *torch.autograd.grad(loss, fs), *state.values()]
+
+    plain = step()
+    with Recorded() as seen:
+        traced = step()
+    for a, b in zip(plain, traced, strict=True):
+        assert torch.equal(a, b)
+    ours = {name for name in seen.names if name.startswith("dpmmd::")}
+    value = "squared_mmd" if estimator == "batch" else f"{estimator}_step"
+    wanted = ("mean_embedding", "mean_embedding_backward", value, "with_gradient")
+    assert ours == {f"dpmmd::{name}" for name in wanted}

@@ -69,6 +69,11 @@ def _one_piece(tap: Tensor) -> bool:
     return True
 
 
+def _empty(size: Sequence[int]) -> Tensor:
+    """What the core writes: float32 on the CPU, whatever torch's defaults are."""
+    return torch.empty(size, dtype=torch.float32, device="cpu")
+
+
 def empty_gradient(tap: Tensor) -> Tensor:
     """Uninitialised, with the tap's shape and memory format."""
     if tap.is_contiguous() or _channels_last(tap):
@@ -140,13 +145,13 @@ def forward(
     n = features[0].shape[0]
     size = statistics_shape(features, moments, bound, joint_weight)
     if statistics is None:
-        scale, projection = torch.empty(size), torch.empty(size)
+        scale, projection = _empty(size), _empty(size)
     else:
         scale, projection = statistics
         _check_buffer("scale", scale, size)
         _check_buffer("projection", projection, size)
-    means = torch.empty(len(moments), num_classes, sum(pieces.widths))
-    counts = torch.empty(num_classes)
+    means = _empty((len(moments), num_classes, sum(pieces.widths)))
+    counts = _empty((num_classes,))
     labels = _checked_labels(labels, n)
     _run(
         pieces, None, labels, num_classes, moments, bound, clip, joint_weight,
@@ -192,7 +197,7 @@ def backward(
     for name, buffer in (("scale", scale), ("projection", projection)):
         _check_buffer(name, buffer, size)
     if coefficients is None:
-        coefficients = torch.empty(size)
+        coefficients = _empty(size)
     else:
         _check_buffer("coefficients", coefficients, size)
     if not upstream.is_contiguous():
@@ -361,7 +366,7 @@ def difference(
         _check_buffer("steps", steps, shape[1:2])
         states["steps"] = steps
     _check_apart(states, inputs | {"counts": counts})
-    value, gradient = torch.empty(()), torch.empty(shape)
+    value, gradient = _empty(()), _empty(shape)
     status = _native.difference(
         _ESTIMATORS[estimator],
         update,
@@ -496,7 +501,7 @@ def gather(
             tap, how = _in_rows(tap), ROWS
         tensors.append(tap)
         widths.append(prod(shape[1:]))
-        if how == PLANES:
+        if how == PLANES and widths[-1]:
             of_planes.append(i)
     return Pieces(tensors, widths, of_planes)
 

@@ -32,7 +32,7 @@ ENVIRONMENT_VARIABLE = "DPMMD_BACKEND"
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 
 _chosen: ContextVar[str | None] = ContextVar("dpmmd_backend", default=None)
-_warned = False
+_warned: set[str] = set()
 
 
 def resolve(backend: str = "auto", device: str = "cpu", dtype: torch.dtype = torch.float32) -> str:
@@ -120,17 +120,23 @@ def _requested(backend: str) -> tuple[str, str]:
 @lru_cache(maxsize=1)
 def _on_cuda() -> str:
     """The fastest that runs on every CUDA device that is visible."""
-    devices = range(torch.cuda.device_count())
-    if not devices or min(map(torch.cuda.get_device_capability, devices)) < (8, 0):
+    for i in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(i)
+        if (major, minor) < (8, 0):
+            _warn_once(
+                f"{torch.cuda.get_device_name(i)} (cuda:{i}) is of compute capability "
+                f"{major}.{minor}, and the kernels need 8.0: plain PyTorch runs in their place, "
+                "many times slower. Leave the device out with CUDA_VISIBLE_DEVICES if it is not "
+                "the one you use."
+            )
+            return "torch"
+    if not torch.cuda.device_count():
         return "torch"
     core = _cuda.hindrance()
     if core is None:
         return "cuda"
-    if importlib.util.find_spec("triton") is None:
-        missing = "the package triton is not installed"
-    elif not any(map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))):
-        missing = "Triton finds no C compiler"
-    else:
+    missing = triton_hindrance()
+    if missing is None:
         return "triton"
     _warn_once(
         f"no kernels for the GPU ({core}; {missing}): plain PyTorch runs in their place, many "
@@ -139,10 +145,18 @@ def _on_cuda() -> str:
     return "torch"
 
 
+def triton_hindrance() -> str | None:
+    """Why Triton's kernels cannot be compiled on this machine; None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if not any(map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))):
+        return "Triton finds no C compiler"
+    return None
+
+
 def _warn_once(message: str) -> None:
-    global _warned
-    if not _warned:
-        _warned = True
+    if message not in _warned:
+        _warned.add(message)
         warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 

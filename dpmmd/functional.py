@@ -533,7 +533,7 @@ def _plain(*tensors: Tensor | None) -> bool:
     """Whether nothing stands between a call and its kernels but autograd."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     return all(type(t) is Tensor or type(t) is nn.Parameter for t in tensors if t is not None)
 

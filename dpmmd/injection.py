@@ -15,7 +15,6 @@ linear bottlenecks, take the plain path beside those that are.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
@@ -73,7 +72,7 @@ def mean_embedding(
         dtype = next((p.dtype for p in encoder.parameters()), images.dtype)
         chosen = backends.resolve("auto", images.device.type, dtype)
         if chosen not in BACKENDS:  # the CUDA core has none
-            chosen = "triton" if importlib.util.find_spec("triton") else "torch"
+            chosen = "torch" if backends.triton_hindrance() else "triton"
     slots = {name: _SLOTS[chosen](tuple(moments), encoder.dim) for name in encoder.rectified}
     features = encoder(images, slots)
     functional._check(features, labels, num_classes, moments, bound, clip, joint_weight)

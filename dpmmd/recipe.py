@@ -138,8 +138,8 @@ class TrainSection(_Section):
     ``lr`` decays to zero over the steps by ``schedule``; ``ema_decay`` averages the weights that
     images are sampled from (0: the last weights). ``inject`` is an argument of
     `dpmmd.nn.MMDLoss`; ``graph`` records the whole step once as a CUDA graph and replays it (None:
-    on a CUDA device, in one process and without ``memory``, unless the generator cannot be
-    captured); ``compile`` runs generator and encoder through torch.compile. ``memory`` is a budget
+    on a CUDA device, in one process and without ``memory``, where the generator is one of
+    `dpmmd.generators`); ``compile`` runs generator and encoder through torch.compile. ``memory`` is a budget
     for a step, such as "8GiB", or a fraction of what is free, "0.8": see `dpmmd.plan`.
     """
 

@@ -33,7 +33,7 @@ from dpmmd.distributed import Team, require_alike, synchronise_batch_norm
 from dpmmd.encoders import Encoder
 from dpmmd.files import write_atomically
 from dpmmd.functional import mean_embedding
-from dpmmd.generators import build
+from dpmmd.generators import ConvGenerator, DCGANGenerator, ResNetGenerator, build
 from dpmmd.nn import MMDLoss, check_encoder
 from dpmmd.privacy.release_file import Release
 from dpmmd.recipe import GeneratorSection, TrainSection
@@ -146,7 +146,7 @@ def train(
     device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
     team = Team(process_group, device)
     _check_team(team, release, encoder, settings, generator_settings, selection_encoder)
-    graphed = is_graphed(settings, device, team)
+    graphed = is_graphed(settings, device, team, generator)
     num_classes = release.num_classes if release.metadata.labelled else None
     rng = torch.Generator().manual_seed(settings.seed)
     if generator is None:
@@ -201,11 +201,21 @@ def train(
     return run.result()
 
 
-def is_graphed(settings: TrainSection, device: torch.device, team: Team | None = None) -> bool:
-    """Whether a step is to be a CUDA graph: unless ``settings.graph`` is False, where it can be.
+def is_graphed(
+    settings: TrainSection,
+    device: torch.device,
+    team: Team | None = None,
+    generator: nn.Module | None = None,
+) -> bool:
+    """Whether a step is to be a CUDA graph: if asked for, or with a generator of the package's.
+
+    Of another generator it cannot be known what it leaves to the host, which replays leave out.
+
+    Args:
+        generator: None, or one of the caller's.
 
     Raises:
-        ValueError: ``settings.graph`` is True where it cannot.
+        ValueError: ``settings.graph`` is True where it cannot be.
     """
     if team is not None and team.group is not None:
         why = (
@@ -223,10 +233,14 @@ def is_graphed(settings: TrainSection, device: torch.device, team: Team | None =
             "graph leaves out; choose one of the two."
         )
     else:
-        return settings.graph is not False
+        return _is_ours(generator) if settings.graph is None else settings.graph
     if settings.graph:
         raise ValueError(f"settings.graph=True {why}")
     return False
+
+
+def _is_ours(generator: nn.Module | None) -> bool:
+    return generator is None or type(generator) in (ConvGenerator, DCGANGenerator, ResNetGenerator)
 
 
 def _check_team(
@@ -520,28 +534,31 @@ class _Run:
 
         Where it was not asked for and cannot be, `_work` itself, with a warning.
         """
-        device, automatic = self.z.device, self.settings.graph is None
-        forget, first = self._trace(), _plain(self.generator)
+        device, asked = self.z.device, self.settings.graph
+        forget, before = self._trace(), _state_of_host(self.generator)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             _warm_up(self._work, device, _WARM_UP_STEPS)
             try:
-                if automatic:
-                    self._rehearse(device, first)
+                if not _is_ours(self.generator):
+                    self._rehearse(device, before)
                 forget()
                 return _record(self._work, device)
             except Exception as error:
                 forget()
-                if not automatic:
-                    raise
                 why = _reason(error)
+                if asked:
+                    raise RuntimeError(
+                        f"settings.graph=True: a step cannot be a CUDA graph ({why}). Leave "
+                        "nothing of the generator's forward pass to the host, or leave graph out."
+                    ) from error
         self.graphed = False
         state = self.optimizer.state_dict()
         self.optimizer = _adam(self.generator, self.settings, device, graphed=False)
         self._restore_optimizer(state)
         warnings.warn(
             f"settings.graph: a step cannot be a CUDA graph ({why}). Its kernels are launched one "
-            "by one, with the same result, but it may take several times as long. Leave nothing of "
-            "the generator's forward pass to the host, or set graph=False, which silences this.",
+            "by one, with the same result, but it may take several times as long; graph=False "
+            "silences this.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -561,7 +578,7 @@ class _Run:
             p: {k: v.clone() for k, v in self.optimizer.state[p].items()}
             for p in self.optimizer.state
         }
-        drawn = random.getstate()
+        drawn = random.getstate(), np.random.get_state()  # noqa: NPY002
 
         @torch.no_grad()
         def forget() -> None:
@@ -571,31 +588,26 @@ class _Run:
                 for key, tensor in state.items():
                     tensor.copy_(moments[p][key] if p in moments else torch.zeros_like(tensor))
             self.optimizer.zero_grad(set_to_none=True)
-            random.setstate(drawn)
+            random.setstate(drawn[0])
+            np.random.set_state(drawn[1])  # noqa: NPY002
 
         return forget
 
-    def _rehearse(self, device: torch.device, first: Mapping[tuple[nn.Module, str], Any]) -> None:
+    def _rehearse(self, device: torch.device, before: Mapping[Any, Any]) -> None:
         """One more step, which raises a RuntimeError if the host takes part in it.
 
         A replay would leave the host's part out: what it waits for cannot be captured, and what it
-        counts or draws would stay as it was, without an error. Attributes that a step moves go back
-        to their ``first`` values.
+        counts, assigns or draws would stay as it was, without an error.
+
+        Args:
+            before: `_state_of_host` before the warm-up.
         """
-        plain, drawn = _plain(self.generator), _drawn()
-        try:
-            with _waiting_refused(device):
-                _warm_up(self._work, device, 1)
-        finally:
-            now = _plain(self.generator)
-            moved = [key for key in now if plain.get(key) != now[key]]
-            for part, name in set(moved) & set(first):
-                setattr(part, name, first[part, name])
-        if moved:
-            part, name = moved[0]
-            raise RuntimeError(f"a forward pass changes {type(part).__qualname__}.{name}")
-        if _drawn() != drawn:
-            raise RuntimeError("random numbers are drawn on the host")
+        with _waiting_refused(device):
+            _warm_up(self._work, device, 1)
+        now = _state_of_host(self.generator)
+        for key in now.keys() | before.keys():
+            if now.get(key) != before.get(key):
+                raise RuntimeError(f"a forward pass changes {key[0]}")
 
     def _decay(self) -> float:
         """Of the moving average, whose memory is short at first: (1 + t) / (10 + t)."""
@@ -708,19 +720,25 @@ class _Run:
                     held["step"] = held["step"].to(p.device if group["capturable"] else "cpu")
 
 
-def _plain(module: nn.Module) -> dict[tuple[nn.Module, str], Any]:
-    """Numbers, flags and strings that the modules hold as attributes."""
-    return {
-        (part, name): value
-        for part in module.modules()
-        for name, value in vars(part).items()
-        if type(value) in (bool, int, float, str)
+def _state_of_host(module: nn.Module) -> dict[tuple[str, int], Any]:
+    """Attributes of the modules that are no tensors' values, and where random generators are.
+
+    Of numbers, flags and strings the value, of parameters and buffers which they are.
+    """
+    numpy: dict[str, Any] = np.random.get_state(legacy=False)  # noqa: NPY002
+    found: dict[tuple[str, int], Any] = {
+        ("the host's random numbers: torch's", 0): torch.get_rng_state().tolist(),
+        ("the host's random numbers: Python's", 0): random.getstate(),
+        ("the host's random numbers: NumPy's", 0): numpy["state"]["key"].tobytes(),
+        ("the host's random numbers: NumPy's", 1): numpy["state"]["pos"],
     }
-
-
-def _drawn() -> tuple[Any, ...]:
-    """Where the host's random generators are."""
-    return torch.get_rng_state().tolist(), random.getstate()
+    for part in module.modules():
+        named = {**part._parameters, **part._buffers}
+        held = {name: id(tensor) for name, tensor in named.items()}
+        plain = {n: v for n, v in vars(part).items() if type(v) in (bool, int, float, str)}
+        for name, value in {**plain, **held}.items():
+            found[f"{type(part).__qualname__}.{name}", id(part)] = value
+    return found
 
 
 def _reason(error: BaseException) -> str:

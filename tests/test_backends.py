@@ -65,8 +65,9 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
     found = [(9, 0), (8, 0)]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(found))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: found[i])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: f"card {i}")
     monkeypatch.setattr(_cuda, "hindrance", lambda: None)
-    monkeypatch.setattr(backends, "_warned", False)
+    monkeypatch.setattr(backends, "_warned", set())
     backends._on_cuda.cache_clear()
     yield found
     backends._on_cuda.cache_clear()
@@ -80,11 +81,21 @@ def test_auto_on_a_gpu_takes_the_cuda_core(gpus: list[tuple[int, int]]) -> None:
         assert backends.resolve("auto", "cuda") == "torch"
 
 
-@pytest.mark.parametrize("capabilities", [[], [(7, 5)], [(9, 0), (7, 0)]])
-def test_auto_on_gpus_without_kernels_takes_torch(
+@pytest.mark.parametrize("capabilities", [[(7, 5)], [(9, 0), (7, 5)]])
+def test_auto_on_gpus_without_kernels_takes_torch_and_says_so(
     capabilities: list[tuple[int, int]], gpus: list[tuple[int, int]]
 ) -> None:
     gpus[:] = capabilities
+    last = len(capabilities) - 1
+    with pytest.warns(RuntimeWarning, match=rf"card {last} \(cuda:{last}\) is of .* 7\.5"):
+        assert backends.resolve("auto", "cuda") == "torch"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.resolve("auto", "cuda") == "torch"
+
+
+def test_auto_without_a_gpu(gpus: list[tuple[int, int]]) -> None:
+    gpus.clear()
     assert backends.resolve("auto", "cuda") == "torch"
 
 
@@ -100,7 +111,7 @@ def test_auto_on_a_gpu_without_the_cuda_core(
     with pytest.warns(RuntimeWarning, match="without CUDA; Triton finds no C compiler"):
         assert backends.resolve("auto", "cuda") == "torch"
     backends._on_cuda.cache_clear()
-    monkeypatch.setattr(backends, "_warned", False)
+    monkeypatch.setattr(backends, "_warned", set())
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.warns(RuntimeWarning, match="without CUDA; the package triton is not installed"):
         assert backends.resolve("auto", "cuda") == "torch"
@@ -119,7 +130,7 @@ def test_a_build_without_the_core_falls_back_and_says_so_once(
     with backends.use("torch"):
         expected, _ = functional.mean_embedding(fs)
     monkeypatch.setattr(_cpu, "missing", "no such file")
-    monkeypatch.setattr(backends, "_warned", False)
+    monkeypatch.setattr(backends, "_warned", set())
     with pytest.warns(RuntimeWarning, match=r"dpmmd._native did not load \(no such file\)"):
         means, _ = functional.mean_embedding(fs)
     assert torch.equal(means, expected)

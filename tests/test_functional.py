@@ -282,3 +282,47 @@ def test_what_traces_sees_the_operators_and_gets_the_same(estimator: str) -> Non
     value = "squared_mmd" if estimator == "batch" else f"{estimator}_step"
     wanted = ("mean_embedding", "mean_embedding_backward", value, "with_gradient")
     assert ours == {f"dpmmd::{name}" for name in wanted}
+
+
+@pytest.mark.skipif(_cpu.missing is not None, reason="dpmmd._native is not built")
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16, torch.device("meta")])
+def test_torchs_defaults_do_not_matter(kind: torch.dtype | torch.device) -> None:
+    f, y, target = torch.rand(3, 5), torch.tensor([0, 1, 1]), torch.rand(1, 2, 5)
+
+    def step() -> list[Tensor]:
+        x = f.clone().requires_grad_()
+        means, counts = functional.mean_embedding([x], y, 2, backend="cpu")
+        loss = functional.mmd_loss(means, counts, target, backend="cpu")
+        return [means.detach(), counts, loss.detach(), *torch.autograd.grad(loss, x)]
+
+    expected = step()
+    before = torch.get_default_dtype()
+    try:
+        if isinstance(kind, torch.dtype):
+            torch.set_default_dtype(kind)
+            found = step()
+        else:
+            with kind:
+                found = step()
+    finally:
+        torch.set_default_dtype(before)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(_cpu.missing is not None, reason="dpmmd._native is not built")
+def test_maps_without_channels() -> None:
+    f = torch.rand(3, 5)
+    expected, _ = functional.mean_embedding([f], backend="cpu")
+    found, _ = functional.mean_embedding([torch.empty(3, 0, 2, 2), f], backend="cpu")
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.skipif(_cpu.missing is not None, reason="dpmmd._native is not built")
+def test_tracing() -> None:
+    def step(f: Tensor) -> Tensor:
+        return functional.mean_embedding([f * 2], backend="cpu")[0]
+
+    f = torch.rand(3, 5)
+    assert torch.equal(torch.jit.trace(step, f)(f), step(f))

@@ -162,8 +162,9 @@ def _power_of_two(exponent: Tensor) -> Tensor:
 
 def _implementation(like: Tensor) -> Callable[..., None] | None:
     """What adds bounded sums of features such as these; None for the definition in torch."""
-    chosen = backends.resolve("auto", like.device.type)
-    if chosen in _ON_CUDA and like.dtype in backends.NATIVE_DTYPES:
+    dtype = torch.float32 if like.device.type == "cpu" else like.dtype
+    chosen = backends.resolve("auto", like.device.type, dtype)
+    if chosen in _ON_CUDA:
         return importlib.import_module(_ON_CUDA[chosen]).bounded_sums
     return _cpu.bounded_sums if chosen == "cpu" and like.dtype in _cpu.SUMMED else None
 

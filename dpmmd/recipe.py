@@ -139,8 +139,8 @@ class TrainSection(_Section):
     images are sampled from (0: the last weights). ``inject`` is an argument of
     `dpmmd.nn.MMDLoss`; ``graph`` records the whole step once as a CUDA graph and replays it (None:
     on a CUDA device, in one process and without ``memory``, where the generator is one of
-    `dpmmd.generators`); ``compile`` runs generator and encoder through torch.compile. ``memory`` is a budget
-    for a step, such as "8GiB", or a fraction of what is free, "0.8": see `dpmmd.plan`.
+    `dpmmd.generators`); ``compile`` runs generator and encoder through torch.compile. ``memory`` is
+    a budget for a step, such as "8GiB", or a fraction of what is free, "0.8": see `dpmmd.plan`.
     """
 
     steps: int = Field(default=2000, ge=1)

@@ -266,7 +266,7 @@ def claims() -> str:
         if not scores:
             continue
         seconds = [r["seconds"] for r in _read() if r["row"] == row.name]
-        longest = max(s for s in seconds if s is not None)  # null: it was suspended for a while
+        longest = max(s for s in seconds if s is not None)  # null: suspended meanwhile, or on a GPU
         cells = [_cell(scores[c]) for c in CLASSIFIERS]
         lines.append(
             f"| {row.what} | {' | '.join(cells)} | {len(seconds)} | {longest / 60:.0f} min |"

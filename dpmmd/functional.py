@@ -102,10 +102,7 @@ def mmd_loss(means: Tensor, counts: Tensor, target: Tensor, *, backend: str = "a
     """
     core = _core(backend, means, counts, target)
     if core != "torch":
-        if _plain(means, counts, target):
-            return _Loss.apply(means, partial(_difference(core), counts=counts, target=target), ())
-        value, gradient = torch.ops.dpmmd.squared_mmd(means.detach(), counts, target, core)
-        return torch.ops.dpmmd.with_gradient(means, value, gradient)
+        return _loss(_mmd, torch.ops.dpmmd.squared_mmd, means, (counts, target), (core,))
     return mean_difference(means, counts, target).square().sum()
 
 
@@ -140,22 +137,9 @@ def ema_loss(
     """
     core = _core(backend, means, counts, target, estimate, steps)
     if core != "torch":
-        if _plain(means, counts, target, *(states := (estimate, steps))):
-            run = partial(
-                _difference(core),
-                counts=counts,
-                target=target,
-                estimator="ema",
-                estimate=estimate,
-                steps=steps,
-                decay=decay,
-                update=update,
-            )
-            return _Loss.apply(means, run, states if update else ())
-        value, gradient = torch.ops.dpmmd.ema_step(
-            means.detach(), counts, target, estimate, steps, decay, update, core
-        )
-        return torch.ops.dpmmd.with_gradient(means, value, gradient)
+        tensors, moved = (counts, target, estimate, steps), (estimate, steps) if update else ()
+        options = (decay, update, core)
+        return _loss(_ema, torch.ops.dpmmd.ema_step, means, tensors, options, moved)
     d = mean_difference(means, counts, target)
     with torch.no_grad():
         if update:
@@ -204,35 +188,9 @@ def adam_loss(
     states = (estimate, first_moment, second_moment, steps)
     core = _core(backend, means, counts, target, *states)
     if core != "torch":
-        if _plain(means, counts, target, *states):
-            run = partial(
-                _difference(core),
-                counts=counts,
-                target=target,
-                estimator="adam",
-                estimate=estimate,
-                first_moment=first_moment,
-                second_moment=second_moment,
-                steps=steps,
-                lr=lr,
-                numbers=numbers,
-                update=update,
-            )
-            return _Loss.apply(means, run, states if update else ())
-        value, gradient = torch.ops.dpmmd.adam_step(
-            means.detach(),
-            counts,
-            target,
-            estimate,
-            first_moment,
-            second_moment,
-            steps,
-            lr,
-            numbers,
-            update,
-            core,
-        )
-        return torch.ops.dpmmd.with_gradient(means, value, gradient)
+        tensors, options = (counts, target, *states), (lr, numbers, update, core)
+        moved = states if update else ()
+        return _loss(_adam, torch.ops.dpmmd.adam_step, means, tensors, options, moved)
     d = mean_difference(means, counts, target)
     if update:
         with torch.no_grad():
@@ -557,29 +515,54 @@ class _Embedding(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        labels, scale, projection, schedule, *features = ctx.saved_tensors
-        num_classes, moments, bound, _clip, joint_weight, core = ctx.options
         needed = ctx.needs_input_grad[2:]
         if grad is None:
             return (None,) * (2 + len(needed))
         # With create_graph=True the operator, whose gradient is an error.
         traced = torch.is_grad_enabled()
         run = torch.ops.dpmmd.mean_embedding_backward if traced else _embed_backward
-        grads = run(
-            features,
-            labels,
-            num_classes,
-            moments,
-            bound,
-            joint_weight,
-            scale,
-            projection,
-            schedule,
-            grad,
-            list(needed),
-            core,
-        )
-        return None, None, *(g if need else None for g, need in zip(grads, needed, strict=True))
+        return None, None, *_gradients(run, ctx, grad, needed)
+
+
+def _gradients(
+    run: Callable[..., list[Tensor]], ctx: Any, grad: Tensor, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """Those of the features that are needed, by ``run``, from what a forward pass has saved."""
+    labels, scale, projection, schedule, *features = ctx.saved_tensors
+    num_classes, moments, bound, _clip, joint_weight, core = ctx.options
+    grads = run(
+        features,
+        labels,
+        num_classes,
+        moments,
+        bound,
+        joint_weight,
+        scale,
+        projection,
+        schedule,
+        grad,
+        list(needed),
+        core,
+    )
+    return [g if need else None for g, need in zip(grads, needed, strict=True)]
+
+
+def _loss(
+    plain: Callable[..., tuple[Tensor, Tensor]],
+    operator: Callable[..., tuple[Tensor, Tensor]],
+    means: Tensor,
+    tensors: tuple[Tensor, ...],
+    options: tuple[Any, ...],
+    moved: tuple[Tensor, ...] = (),
+) -> Tensor:
+    """What a difference estimator says of the means, by its function or by the operator of it.
+
+    ``moved`` are tensors that it changes in place.
+    """
+    if _plain(means, *tensors):
+        return _Loss.apply(means, lambda means: plain(means, *tensors, *options), moved)
+    value, gradient = operator(means.detach(), *tensors, *options)
+    return torch.ops.dpmmd.with_gradient(means, value, gradient)
 
 
 class _Loss(torch.autograd.Function):
@@ -748,24 +731,8 @@ def _save_mean_embedding(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
 def _differentiate_mean_embedding(
     ctx: Any, grad: Tensor, *_: Tensor
 ) -> tuple[list[Tensor | None] | None, ...]:
-    labels, scale, projection, schedule, *features = ctx.saved_tensors
-    num_classes, moments, bound, _clip, joint_weight, core = ctx.options
-    needed = list(ctx.needs_input_grad[0])
-    grads = torch.ops.dpmmd.mean_embedding_backward(
-        features,
-        labels,
-        num_classes,
-        moments,
-        bound,
-        joint_weight,
-        scale,
-        projection,
-        schedule,
-        grad,
-        needed,
-        core,
-    )
-    wanted = [g if need else None for g, need in zip(grads, needed, strict=True)]
+    operator, needed = torch.ops.dpmmd.mean_embedding_backward, ctx.needs_input_grad[0]
+    wanted = _gradients(operator, ctx, grad, needed)
     return wanted, None, None, None, None, None, None, None
 
 
@@ -790,9 +757,13 @@ def _difference(core: str) -> Callable[..., tuple[Tensor, Tensor]]:
     return _cuda.difference if core == "cuda" else _cpu.difference
 
 
-@torch.library.custom_op("dpmmd::squared_mmd", mutates_args=(), device_types=("cpu", "cuda"))
-def _squared_mmd(means: Tensor, counts: Tensor, target: Tensor, core: str) -> tuple[Tensor, Tensor]:
+def _mmd(means: Tensor, counts: Tensor, target: Tensor, core: str) -> tuple[Tensor, Tensor]:
     return _difference(core)(means, counts, target)
+
+
+_squared_mmd = torch.library.custom_op(
+    "dpmmd::squared_mmd", _mmd, mutates_args=(), device_types=("cpu", "cuda")
+)
 
 
 @_squared_mmd.register_fake
@@ -800,10 +771,7 @@ def _(means: Tensor, counts: Tensor, target: Tensor, core: str) -> tuple[Tensor,
     return means.new_empty(()), means.new_empty(means.shape)
 
 
-@torch.library.custom_op(
-    "dpmmd::ema_step", mutates_args=("estimate", "steps"), device_types=("cpu", "cuda")
-)
-def _ema_step(
+def _ema(
     means: Tensor,
     counts: Tensor,
     target: Tensor,
@@ -825,6 +793,11 @@ def _ema_step(
     )
 
 
+_ema_step = torch.library.custom_op(
+    "dpmmd::ema_step", _ema, mutates_args=("estimate", "steps"), device_types=("cpu", "cuda")
+)
+
+
 @_ema_step.register_fake
 def _(
     means: Tensor,
@@ -839,12 +812,7 @@ def _(
     return means.new_empty(()), means.new_empty(means.shape)
 
 
-@torch.library.custom_op(
-    "dpmmd::adam_step",
-    mutates_args=("estimate", "first_moment", "second_moment", "steps"),
-    device_types=("cpu", "cuda"),
-)
-def _adam_step(
+def _adam(
     means: Tensor,
     counts: Tensor,
     target: Tensor,
@@ -870,6 +838,14 @@ def _adam_step(
         numbers=numbers,
         update=update,
     )
+
+
+_adam_step = torch.library.custom_op(
+    "dpmmd::adam_step",
+    _adam,
+    mutates_args=("estimate", "first_moment", "second_moment", "steps"),
+    device_types=("cpu", "cuda"),
+)
 
 
 @_adam_step.register_fake

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -52,6 +53,9 @@ class ImageSource(ABC):
         group_by: what the images are grouped by, e.g. ``"patient"``, where all of a group's
             images together are the unit of privacy; None where each image is one.
         groups: int64 ``[N]`` from 0 on, the group of each record; None without `group_by`.
+        passed_over: how many files or members the source found and does not count as records, by
+            reason, e.g. ``{"a second name of a file that is counted already": 1}``. For the eyes
+            of the data holder alone.
     """
 
     name: str
@@ -62,6 +66,7 @@ class ImageSource(ABC):
     labelled: bool = True
     group_by: str | None = None
     groups: Tensor | None = None
+    passed_over: Mapping[str, int] = MappingProxyType({})
 
     @abstractmethod
     def batches(self, batch_size: int) -> Iterator[Batch]:

@@ -58,6 +58,10 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and
 Device = Annotated[
     str, typer.Option(help="auto (a GPU if PyTorch sees one), cpu, cuda, cuda:1, ...")
 ]
+Background = Annotated[
+    str | None,
+    typer.Option(help="Colour behind transparent images, e.g. black or #808080. Default: white."),
+]
 Force = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
 
 
@@ -127,7 +131,13 @@ def release(
     ] = None,
     channels: Annotated[int | None, typer.Option(help="1 (grey) or 3 (RGB).")] = None,
     crop: Annotated[str | None, typer.Option(help="'center': crop instead of stretch.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Images a step; no effect on the result.")] = 256,
+    background: Background = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Images a step; no effect on the result. Default: what fits into memory."
+        ),
+    ] = None,
     ledger: Annotated[
         Path | None,
         typer.Option(
@@ -204,6 +214,7 @@ def release(
         image_size=image_size,
         channels=channels,
         crop=crop,
+        background=background,
     )
     if rank:
         return
@@ -403,6 +414,7 @@ def evaluate(
     image_size: Annotated[int | None, typer.Option(help="Side to bring real images to.")] = None,
     channels: Annotated[int | None, typer.Option(help="1 (grey) or 3 (RGB).")] = None,
     crop: Annotated[str | None, typer.Option(help="'center': crop instead of stretch.")] = None,
+    background: Background = None,
     seeds: Annotated[
         str, typer.Option("--seeds", "--seed", help="Seeds of the classifiers, comma-separated.")
     ] = "0",
@@ -441,7 +453,12 @@ def evaluate(
     if num_classes is None and features is None:
         raise ValueError("give --num-classes, to train classifiers, or --features, or both.")
     where = runs.choose_device(device)
-    options = {"image_size": image_size, "channels": channels, "crop": crop}
+    options = {
+        "image_size": image_size,
+        "channels": channels,
+        "crop": crop,
+        "background": background,
+    }
     settings = recipes.revised(
         recipes.EvaluateSection(),
         {

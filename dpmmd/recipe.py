@@ -50,6 +50,7 @@ class DataSection(_Section):
     image_size: int | tuple[int, int] | None = None
     channels: Literal[1, 3] | None = None
     crop: Literal["center"] | None = None
+    background: str | None = None  # behind transparent images; default: white
     num_classes: int | None = Field(default=None, ge=1)  # None: unlabelled
     num_images: int | None = Field(default=None, ge=1)  # what the source must hold, where public
     image_key: str | None = None
@@ -59,8 +60,8 @@ class DataSection(_Section):
 
     def options(self) -> dict[str, Any]:
         """What `dpmmd.data.open_source` takes, but for source, split and num_classes."""
-        keys = ("root", "image_size", "channels", "crop", "image_key", "label_key", "workers")
-        return {key: getattr(self, key) for key in keys}
+        keys = ("root", "image_size", "channels", "crop", "background", "image_key", "label_key")
+        return {key: getattr(self, key) for key in (*keys, "workers")}
 
 
 class EncoderSection(_Section):
@@ -90,7 +91,7 @@ class ReleaseSection(_Section):
     weights: dict[str, float] | None = None
     pixel_moments: int | None = Field(default=None, ge=1)
     shared_taps: int = Field(default=0, ge=0)
-    batch_size: int = Field(default=256, ge=1)
+    batch_size: int | None = Field(default=None, ge=1)  # None: what fits into memory
     partial_sums: str | None = None
     ledger: str | None = None
     budget: tuple[float, float] | None = None  # (epsilon, delta) of all releases in the ledger

@@ -16,7 +16,8 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 from dpmmd._torchvision import import_torchvision
-from dpmmd.data import ArraySource, Batch, ImageSource, open_source, write_npz
+from dpmmd.data import ArraySource, Batch, ImageSource, open_source, pixels, write_npz
+from dpmmd.data.look import check_source
 from dpmmd.data.pixels import decode
 
 pa = pytest.importorskip("pyarrow")
@@ -65,6 +66,10 @@ def write_parquet(path, cells, labels=LABELS, **extra):
     )
     pq.write_table(table, path, row_group_size=3)
     return path
+
+
+def forbidden(*arguments, **options):
+    raise AssertionError("must not be called")
 
 
 class Items(Dataset):
@@ -313,10 +318,14 @@ def test_non_finite_and_out_of_range_floats(
 
 
 @pytest.mark.parametrize("kind", ["folder", "parquet", "bytes-items"])
-def test_an_image_near_the_size_limit_is_invalid_too(kind, tmp_path, monkeypatch, recwarn):
+def test_an_image_of_too_many_pixels_is_not_decoded(kind, tmp_path, monkeypatch, recwarn):
     source = open_source(make(kind, tmp_path), image_size=8, channels=3)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", SIDE * SIDE - 1)  # PIL would only warn
+    monkeypatch.setattr(pixels, "MAX_PIXELS", SIDE * SIDE - 1)
+    monkeypatch.setattr(Image.Image, "load", forbidden)
     assert not joined(collect(source))[2].any()
+    assert {outcome.reason for outcome in source.look(range(N))} == {
+        f"more than {SIDE * SIDE - 1:,} pixels"
+    }
     assert not recwarn.list
 
 
@@ -426,29 +435,54 @@ class Broken(Items):
         return undefined_name  # noqa: F821
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_faults_of_the_data_sets_code_are_not_taken_for_bad_images(workers):
-    source = open_source(Broken(IMAGES), image_size=8, channels=3, workers=workers)
-    with pytest.raises(RuntimeError, match="stopped with NameError") as caught:
-        collect(source)
-    assert caught.value.__context__ is None
+class Raises:
+    """An item that raises when it is asked for; workers can be sent it."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __call__(self):
+        raise self.error("of one record")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize(
+    "error", [NameError, ImportError, NotImplementedError, MemoryError, RecursionError, SystemError]
+)
+def test_no_exception_of_one_record_ends_the_reading(error, workers):
+    """Pillow raises exceptions of types that the data set's own mistakes have too."""
+
+    source = open_source(
+        Items([IMAGES[0], Raises(error), IMAGES[2]], [0, 1, 2]),
+        image_size=8,
+        channels=3,
+        workers=workers,
+    )
+    assert collect(source, 3)[0].valid.tolist() == [True, False, True]
+    reasons = [outcome and outcome.reason for outcome in source.look(range(3))]
+    assert reasons == [None, f"the data set or Pillow raised {error.__name__}", None]
+
+
+def test_a_fault_of_the_data_sets_code_is_refused_at_the_first_look():
+    source = open_source(Broken(IMAGES), image_size=8, channels=3)
+    with pytest.raises(ValueError, match=r"none of the 11 records.*raised NameError"):
+        check_source(source)
+
+
+@pytest.mark.parametrize(
     ("label", "error", "text"),
     [(7, ValueError, r"num_classes=3.*0\.\.2"), (-1, ValueError, "0..2"), (1.5, TypeError, "int")],
 )
-def test_labels_of_items_are_checked_as_they_are_read(label, error, text, workers):
+def test_labels_of_items_are_refused_at_the_first_look_and_invalid_later(label, error, text):
     labels = [0, 1, 2, 0, 1, label, 0, 0, 0, 0, 0]
-    source = open_source(
-        Items(IMAGES, labels), num_classes=3, image_size=8, channels=3, workers=workers
-    )
-    with pytest.raises(error, match=text) as caught:
-        collect(source)
-    message = str(caught.value).replace("0..K-1", "")
-    assert not any(value in message for value in ("7", "-1", "1.5"))
-    assert caught.value.__context__ is None
+    source = open_source(Items(IMAGES, labels), num_classes=3, image_size=8, channels=3)
+    for refused in (lambda: check_source(source), source.arrays):
+        with pytest.raises(error, match=text) as caught:
+            refused()
+        message = str(caught.value).replace("0..K-1", "")
+        assert not any(value in message for value in ("7", "-1", "1.5"))
+        assert caught.value.__context__ is None
+    assert joined(collect(source))[2].tolist() == [i != 5 for i in range(N)] + [False]
 
 
 @pytest.mark.parametrize("kind", ["folder", "parquet", "npz", "arrays", "targets", "subset"])

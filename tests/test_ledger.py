@@ -9,7 +9,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,9 @@ class Source(ImageSource):
 
     def __init__(self, before: Any = None) -> None:
         self.before = before or (lambda: None)
+
+    def look(self, positions: Sequence[int]) -> list[None]:
+        return [None] * len(positions)  # nothing is read before the spend
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         for _ in range(0, self.num_images, batch_size):

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +47,9 @@ class Rows(ImageSource):
         self.x, self.y, self.valid = x, y, valid
         self.num_images = len(x)
         self.image_shape = tuple(x.shape[1:])  # type: ignore[assignment]
+
+    def look(self, positions: Sequence[int]) -> list[None]:
+        return [None] * len(positions)  # nothing is read before the spend
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         if not self.num_images:
@@ -857,7 +860,7 @@ def test_the_file_holds_released_numbers_and_public_facts_only(released: Release
         "format", "version", "private", "adjacency", "unit", "epsilon", "delta", "mu", "sd",
         "sensitivity", "noise_sd", "grid_bits", "moments", "bound", "clip", "joint_weight",
         "blocks", "num_classes", "labelled", "num_units", "image_shape", "source",
-        "encoder", "pixel_encoder", "selection_encoder", "shared_taps", "array_sha256",
+        "encoder", "pixel_encoder", "selection_encoder", "decoding", "shared_taps", "array_sha256",
     }  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpmmd.data.labels import as_groups, as_labels
-from dpmmd.data.pixels import Geometry, to_float
+from dpmmd.data.pixels import OUTSIDE, SCALES, Geometry, Unusable, to_float
 from dpmmd.data.rows import StreamedRows
 from dpmmd.data.source import (
     Batch,
@@ -30,8 +30,8 @@ class ArraySource(ImageSource):
     0..255 scale are invalid one and all: divide them by 255, or pass uint8.
 
     Args:
-        images: uint8, or float in [0, 1]; ``[N, H, W]``, ``[N, H, W, C]`` or ``[N, C, H, W]``,
-            C 1 or 3; an array or a tensor.
+        images: uint8, uint16 (0..65535), bool, or float in [0, 1]; ``[N, H, W]``,
+            ``[N, H, W, C]`` or ``[N, C, H, W]``, C 1 or 3; an array or a tensor.
         labels: integers ``[N]``, or None.
         name: what messages call the data.
         identity: ledger identity; by default derived from `name`, so that all arrays under one
@@ -82,6 +82,26 @@ class ArraySource(ImageSource):
     def check_labels(self, num_classes: int) -> None:
         check_source_labels(self._labels, num_classes, self.name)
 
+    def rearranged(self, order: Sequence[int]) -> ArraySource:
+        other = copy.copy(self)
+        index = torch.as_tensor(order, dtype=torch.int64)
+        if self._source is not None:
+            rows = [_channels_first(self._source[i : i + 1], self.name) for i in index.tolist()]
+            other._images, other._source = torch.cat([self._images, *rows]), None
+        else:
+            other._images = self._images[index]
+        other.num_images = len(index)
+        other._labels = None if self._labels is None else self._labels[index]
+        other.groups = None if self.groups is None else self.groups[index]
+        return other
+
+    def look(self, positions: Sequence[int]) -> list[Unusable | None]:
+        """Whether the records at these positions can be used, and why not."""
+        found = self.rearranged(positions)
+        batch = next(found._part(max(1, found.num_images), range(1)), None)
+        valid = [] if batch is None else batch.valid[: found.num_images].tolist()
+        return [None if ok else Unusable(OUTSIDE) for ok in valid]
+
     def batches(self, batch_size: int) -> Iterator[Batch]:
         return self._part(batch_size, range(self.num_batches(batch_size)))
 
@@ -125,7 +145,7 @@ def _channels_first(images: Any, name: str) -> Tensor:
         tensor = images.detach().cpu()
     else:
         array = np.asarray(images)
-        if array.dtype != np.uint8 and array.dtype.kind != "f":
+        if array.dtype not in (np.uint8, np.uint16, np.bool_) and array.dtype.kind != "f":
             raise _image_type_error(name, str(array.dtype))
         if not array.dtype.isnative:
             array = array.astype(array.dtype.newbyteorder("="))
@@ -134,7 +154,7 @@ def _channels_first(images: Any, name: str) -> Tensor:
         if not array.flags.writeable or any(stride < 0 for stride in array.strides):
             array = array.copy()  # torch refuses or warns about both
         tensor = torch.from_numpy(array)
-    if tensor.dtype != torch.uint8 and not tensor.is_floating_point():
+    if tensor.dtype not in SCALES and not tensor.is_floating_point():
         raise _image_type_error(name, str(tensor.dtype))
     if tensor.ndim == 3:
         tensor = tensor[:, None]
@@ -150,7 +170,16 @@ def _channels_first(images: Any, name: str) -> Tensor:
 
 
 def _image_type_error(name: str, found: str) -> TypeError:
+    found = found.replace("torch.", "")
+    advice = "convert them by what their values mean, e.g. (images / largest).astype('float32')"
+    if "int" in found:
+        advice = (
+            "look at images.min() and images.max(): 0..255 becomes images.astype('uint8'), "
+            "0..65535 becomes images.astype('uint16'), another range from 0 on becomes (images / "
+            "largest).astype('float32') with the largest value that the camera or scanner can "
+            "give. astype alone takes the remainder of what does not fit"
+        )
     return TypeError(
-        f"images of source {name!r} are of type {found}: expected uint8 (0..255) or float (in "
-        "[0, 1]); convert them with images.astype('uint8')."
+        f"images of source {name!r} are of type {found}: expected uint8 (0..255), uint16 "
+        f"(0..65535), bool, or float (in [0, 1]); {advice}."
     )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -11,9 +14,10 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, Subset, TensorDataset
 
 from dpmmd.data.arrays import ArraySource
-from dpmmd.data.items import ItemSource, Refusal
+from dpmmd.data.draws import Draws, callers_streams
+from dpmmd.data.items import ItemSource, Refused
 from dpmmd.data.labels import as_labels, check_label_range, one_label
-from dpmmd.data.pixels import Geometry, from_item
+from dpmmd.data.pixels import Geometry, Unusable, from_item, quiet
 from dpmmd.data.source import ImageSource, source_identity
 
 # torchvision data sets that hold everything in .data: class name -> (source name, labels).
@@ -23,8 +27,6 @@ _IN_MEMORY = {
     "CIFAR10": ("cifar10", "targets"),
     "SVHN": ("svhn", "labels"),
 }
-# Exceptions that speak of the data set's code, whatever the record.
-_CODE_ERRORS = (ImportError, NameError, NotImplementedError)
 
 
 def open_dataset(
@@ -87,10 +89,13 @@ def open_dataset(
 class DatasetSource(ItemSource):
     """Any map-style Dataset of ``(image, label)`` or of mappings with an image and a label.
 
-    Images are PIL images, encoded bytes, or uint8 / float-in-[0, 1] arrays and tensors in HW,
-    CHW or HWC. An item that raises, or an image that is none of these, is an invalid row.
-    Labels are checked at opening where the data set keeps them in ``targets``, else as they are
-    read.
+    Images are PIL images, encoded bytes, or uint8, uint16, bool or float-in-[0, 1] arrays and
+    tensors in HW, CHW or HWC. An item that raises, whatever it raises, or an image that is none of
+    these is an invalid row. Labels are checked at opening where the data set keeps them in
+    ``targets``, else in the records that `look` reads; later, a record whose label is none
+    contributes nothing.
+
+    Each record draws from random streams of its own (`dpmmd.data.draws`).
     """
 
     def __init__(
@@ -111,6 +116,8 @@ class DatasetSource(ItemSource):
         self._image_key = image_key or "image"
         self._label_key = label_key or "label"
         self._num_classes = num_classes
+        self._key: bytes | None = None  # of the records' draws; None: another one at each reading
+        self._draws: Draws | None = None
         super().__init__(
             name=name,
             identity=identity,
@@ -134,57 +141,91 @@ class DatasetSource(ItemSource):
             check_label_range(self._labels, num_classes, self.name)
         self._num_classes = num_classes
 
+    def __copy__(self) -> DatasetSource:
+        other = DatasetSource.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other._draws = None
+        return other
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        with quiet(), callers_streams():
+            if self._draws is None:
+                self._draws = Draws(self._dataset, self._key)
+            yield
+
+    def check_isolated(self, positions: Sequence[int]) -> None:
+        """Read some records twice, in two orders, with the same keys: they must be the same.
+
+        For the data holder's eyes, before anything is spent.
+
+        Raises:
+            ValueError: what an item is depends on what was read before it, or on entropy that it
+                takes by itself.
+        """
+        records = self.records(positions)
+        other = copy.copy(self)
+        other._key = os.urandom(32)
+        with other.reading():
+            first = list(other.read(records))
+            second = list(other.read(records[::-1]))[::-1]
+        if not all(map(_same, first, second)):
+            raise ValueError(
+                f"source {self.name!r}: an item is not the same when it is read a second time, "
+                "after other items: the data set keeps something between records (a counter, a "
+                "random generator that is not among its attributes), or takes entropy from the "
+                "system. Then one record more or less would change others, and no epsilon would "
+                "hold. Draw from torch's, numpy's or random's global streams, which are given a "
+                "key for each record, and keep nothing between items."
+            )
+
+    def _begun(self) -> Draws:
+        if self._draws is None:
+            raise RuntimeError("read: to be called within `reading`.")
+        return self._draws
+
     def _shapes(self) -> Iterator[tuple[int, int, int] | None]:
-        try:
-            for pixels, _ in self.read(range(self.num_images)):
-                yield None if pixels is None else tuple(pixels.shape)  # type: ignore[misc]
-        except Refusal as refusal:
-            raise refusal.kind(refusal.message) from None
+        for pixels, _ in self.read(range(self.num_images)):
+            if isinstance(pixels, Refused):
+                raise pixels
+            yield None if isinstance(pixels, Unusable) else tuple(pixels.shape)  # type: ignore[misc]
 
-    def read(self, indices: Sequence[int]) -> Iterator[tuple[Tensor | None, int]]:
+    def read(self, indices: Sequence[int]) -> Iterator[tuple[Tensor | Unusable, int]]:
+        draws = self._begun()
         for index in indices:
-            item = self._item(index)
-            if item is None:
-                yield None, 0
-                continue
-            image, label = self._split(item)
-            try:
-                pixels = from_item(image)
-            except Exception:
-                pixels = None
-            yield pixels, self._label(label)
+            draws.rekey(index)
+            yield self._record(index)
 
-    def _item(self, index: int) -> Any:
-        broken = ""
+    def _record(self, index: int) -> tuple[Tensor | Unusable, int]:
         try:
-            return self._dataset[index]
-        except _CODE_ERRORS as error:
-            broken = type(error).__name__
-        except Exception:
-            return None
-        raise Refusal(
-            RuntimeError,
-            f"source {self.name!r}: the data set's own code stopped with {broken}: expected "
-            "(image, label) items; try one item by hand.",
-        )
+            image, label = self._split(self._dataset[index])
+            return from_item(image, self._geometry), self._label(label)
+        except Refused as refused:
+            return refused, 0
+        except Unusable as unusable:
+            return Unusable(unusable.reason), 0
+        except Exception as error:  # of any kind: a record may make any code raise anything
+            return Unusable(f"the data set or Pillow raised {type(error).__name__}"), 0
 
     def _split(self, item: Any) -> tuple[Any, Any]:
         if isinstance(item, Mapping):
             if self._image_key in item and self._label_key in item:
                 return item[self._image_key], item[self._label_key]
-            raise Refusal(
-                TypeError,
-                f"source {self.name!r} has items without the keys {self._image_key!r} and "
-                f"{self._label_key!r}: expected an image and a label; name them with image_key "
-                "and label_key.",
+            raise Refused(
+                TypeError(
+                    f"source {self.name!r} has items without the keys {self._image_key!r} and "
+                    f"{self._label_key!r}: expected an image and a label; name them with "
+                    "image_key and label_key."
+                )
             )
         if isinstance(item, tuple | list) and len(item) == 2:
             return item[0], item[1]
-        raise Refusal(
-            TypeError,
-            f"source {self.name!r} has items of type {type(item).__name__}: expected pairs "
-            "(image, label); wrap the data set so that it returns them (label 0 when there are "
-            "no labels).",
+        raise Refused(
+            TypeError(
+                f"source {self.name!r} has items of type {type(item).__name__}: expected pairs "
+                "(image, label); wrap the data set so that it returns them (label 0 when there "
+                "are no labels)."
+            )
         )
 
     def _label(self, label: Any) -> int:
@@ -192,10 +233,14 @@ class DatasetSource(ItemSource):
             value = one_label(label, self.name)
             check_label_range(torch.tensor([value]), self._num_classes, self.name)
         except (TypeError, ValueError) as error:
-            kind, message = type(error), str(error)
-        else:
-            return value
-        raise Refusal(kind, message)
+            raise Refused(type(error)(str(error))) from None
+        return value
+
+
+def _same(one: tuple[Tensor | Unusable, int], other: tuple[Tensor | Unusable, int]) -> bool:
+    if isinstance(one[0], Unusable) or isinstance(other[0], Unusable):
+        return isinstance(one[0], Unusable) and isinstance(other[0], Unusable)
+    return one[1] == other[1] and torch.equal(one[0], other[0])
 
 
 def _is_torchvision(dataset: Any) -> bool:

@@ -28,11 +28,12 @@ def prefetch(batches: Iterator[Batch], device: torch.device) -> Generator[Batch,
     """The same batches, on ``device``, read by a thread of their own.
 
     At most three batches are held at once; one is no longer to be used when the next is asked for
-    (on a CUDA device, in work that the current stream is given after that). Close it
-    (`contextlib.closing`) to stop the thread after the batch that it is reading; it is a daemon,
-    so that a source which hangs does not keep the process. What the source raises comes out in
-    its place. Nothing is warned about until the end (`dpmmd.data.pixels.quiet`): which thread's
-    warnings a filter catches is not settled by Python.
+    (on a CUDA device, in work that the current stream is given after that). Each is copied as soon
+    as the source has yielded it, so that a source may fill the same arrays again for the next one.
+    Close the generator (`contextlib.closing`) to stop the thread after the batch that it is
+    reading; it is a daemon, so that a source which hangs does not keep the process. What the source
+    raises comes out in its place. Until the end neither the reading thread nor the caller's warns
+    about anything (`dpmmd.data.pixels.quiet`).
 
     To a CUDA device the batches go through pinned memory on a stream of their own, and the caller's
     current stream waits for them; no thread but the reading one waits for the device.
@@ -44,12 +45,27 @@ def prefetch(batches: Iterator[Batch], device: torch.device) -> Generator[Batch,
     """
     with quiet():
         if device.type != "cuda":
-            yield from _read_ahead(batches)
+            yield from _read_ahead(_copies(batches))
             return
         upload = _Upload(device)
         with contextlib.closing(_read_ahead(upload.slots(batches))) as slots:
             for slot in slots:
                 yield from upload.use(slot)
+
+
+def _copies(batches: Iterator[Batch]) -> Generator[Batch, None, None]:
+    try:
+        for batch in batches:
+            yield Batch(batch.images.clone(), batch.labels.clone(), batch.valid.clone())
+            del batch  # not held while the next one is read
+    finally:
+        _close(batches)
+
+
+def _close(iterator: Iterator[Any]) -> None:
+    """Ends a generator now, by the thread that runs it."""
+    if hasattr(iterator, "close"):
+        iterator.close()
 
 
 def _read_ahead(items: Iterator[Any]) -> Generator[Any, None, None]:
@@ -65,20 +81,21 @@ def _read_ahead(items: Iterator[Any]) -> Generator[Any, None, None]:
 
     def read() -> None:
         try:
-            for item in items:
-                hand_over(item)
-                del item  # not held while the next one is read
-                if stop.is_set():
-                    break
+            with quiet():
+                for item in items:
+                    hand_over(item)
+                    del item  # not held while the next one is read
+                    if stop.is_set():
+                        break
             hand_over(_END)
         except BaseException as error:  # raised where the batch was wanted
             hand_over(error)
         finally:
-            if hasattr(items, "close"):
-                items.close()  # by the thread that runs it
+            _close(items)
 
     thread = threading.Thread(target=read, name="dpmmd-prefetch", daemon=True)
-    with torch.inference_mode(False):  # as in the thread, which writes what this makes later on
+    # Not in inference mode: the thread writes later on what this makes.
+    with torch.inference_mode(False):
         item = next(items, _END)
     if item is _END:
         return

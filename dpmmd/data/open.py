@@ -34,6 +34,7 @@ def open_source(
     image_size: int | tuple[int, int] | None = None,
     channels: int | None = None,
     crop: str | None = None,
+    background: str | tuple[int, int, int] | None = None,
     num_classes: int | None = None,
     root: str | os.PathLike[str] | None = None,
     download: bool = True,
@@ -80,6 +81,8 @@ def open_source(
         channels: 1 (grey) or 3 (RGB); None keeps what the images have.
         crop: None for a plain resize to `image_size`; ``"center"`` to resize the shorter side
             and cut out the centre.
+        background: the colour on which transparent images are composed: a name, ``#rrggbb`` or
+            (red, green, blue); None is white.
         num_classes: K, to check that labels lie in 0..K-1; None accepts any from 0 on.
         root: folder of a named data set's files; by default ``$DPMMD_CACHE`` or
             ``~/.cache/dpmmd``.
@@ -104,7 +107,7 @@ def open_source(
         FileNotFoundError: the path, or the files of a named data set, are not there.
         ImportError: a package that this kind of source needs is not installed.
     """
-    geometry = Geometry.declare(image_size, channels, crop)
+    geometry = Geometry.declare(image_size, channels, crop, background)
     check_workers(workers)
     if num_classes is not None:
         check_num_classes(num_classes)

@@ -4,35 +4,56 @@ One definition for every source: pixels become float32 in [0, 1] (uint8 / 255), 
 0.299 R + 0.587 G + 0.114 B, resizing is bilinear and antialiased
 (``torch.nn.functional.interpolate``), for a whole array of images and for one decoded file
 alike. An image's pixels therefore do not depend on the container it came in, nor on the other
-images of its batch. EXIF orientation is not applied and transparency is dropped.
+images of its batch. EXIF orientation is applied. Transparency is composed on the background,
+white unless another is set.
+
+Memory. One image takes at most about 16 bytes for each of its pixels while it is decoded, and an
+image of more than `MAX_PIXELS` is not decoded: about 1 GiB. Most take far less: a large image that
+is resized is held as Pillow's 4 bytes a pixel, and a JPEG at the reduced scale only.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import os
+import stat
+import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageColor, UnidentifiedImageError
 from torch import Tensor
 
-Encoded = bytes | os.PathLike[str] | None
-
-# Formats decoded by code that reports errors as exceptions only. TIFF is left out: libtiff
-# writes messages about damaged files to standard error. EPS would start Ghostscript.
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "PPM")
-EXTENSIONS = frozenset(
-    (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".pnm")
+# Formats of raster images that Pillow decodes by code that reports errors as exceptions (libtiff's
+# messages are sent away), as far as this installation has them. EPS would start Ghostscript, and
+# others are not formats of photographs.
+Image.init()
+FORMATS = tuple(
+    name
+    for name in (
+        *("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "PPM", "TIFF", "AVIF", "JPEG2000", "TGA"),
+        *("SGI", "PCX", "QOI", "SUN", "MSP"),
+    )
+    if name in Image.OPEN
 )
+EXTENSIONS = frozenset(
+    extension
+    for extension, name in Image.registered_extensions().items()
+    if name in FORMATS or name == "MPO"  # a JPEG with several pictures
+)
+MAX_PIXELS = 1 << 26  # an image of more is not decoded
+_BAND = 1 << 20  # pixels that are held as floats at once, where an image is resized
+_ORIENTATION = 0x0112
+OUTSIDE = "values outside [0, 1]"
+SCALES = {torch.uint8: 255, torch.uint16: 65535, torch.bool: 1}  # what stands for 1.0
 _SIXTEEN_BIT_MODES = frozenset(("I", "I;16", "I;16L", "I;16B", "I;16N"))
 _GREY_MODES = frozenset(("1", "L", "LA", "La", "F")) | _SIXTEEN_BIT_MODES
 # An image may ask for at most this many pixels after the resize that precedes the crop.
@@ -47,6 +68,7 @@ class Geometry:
     image_size: tuple[int, int] | None = None
     channels: int | None = None
     crop: str | None = None
+    background: tuple[int, int, int] = (255, 255, 255)
 
     @classmethod
     def declare(
@@ -54,6 +76,7 @@ class Geometry:
         image_size: int | tuple[int, int] | None,
         channels: int | None,
         crop: str | None,
+        background: str | tuple[int, int, int] | None = None,
     ) -> Geometry:
         """Check the declared values; raises ValueError or TypeError naming the argument."""
         size: tuple[int, int] | None
@@ -86,12 +109,17 @@ class Geometry:
                 f"crop={crop!r} without image_size: expected the size to crop to; give "
                 "image_size, e.g. image_size=64."
             )
-        return cls(size, channels, crop)
+        return cls(size, channels, crop, _colour(background))
 
     @property
     def declared(self) -> bool:
         """Whether the output shape is known without looking at any image."""
         return self.image_size is not None and self.channels is not None
+
+    @property
+    def decoding(self) -> dict[str, str]:
+        """How files become pixels, as far as it is not the same for all: recorded in a release."""
+        return {"orientation": "EXIF", "background": "#{:02x}{:02x}{:02x}".format(*self.background)}
 
     def output_shape(self, channels: int, height: int, width: int) -> tuple[int, int, int]:
         """``(C, H, W)`` after :meth:`apply` on images of the given shape."""
@@ -112,10 +140,35 @@ class Geometry:
             images = images.expand(-1, 3, -1, -1)
         return images
 
+    def turned(self) -> Geometry:
+        """The geometry of an image that lies on its side."""
+        if self.image_size is None:
+            return self
+        return replace(self, image_size=self.image_size[::-1])
+
+    def apply_bands(self, bands: Iterable[Tensor], height: int, width: int) -> Tensor:
+        """`apply` on an image ``[c, height, width]`` that comes in bands of rows, to the same bits.
+
+        Antialiased resizing is separable, rows first: what is held is one band, and all rows at
+        their new width. (An image that needs no resize is not to come here.)
+        """
+        assert self.image_size is not None
+        grey_first = Geometry(channels=1) if self.channels == 1 else Geometry()
+        resized_h, resized_w = self._resized(height, width)
+        narrow = [_interpolate(grey_first.apply(b[None]), (b.shape[1], resized_w)) for b in bands]
+        images = _interpolate(torch.cat(narrow, 2), (resized_h, resized_w))
+        images = self._cut(images.clamp_(0, 1))
+        return images.expand(-1, 3, -1, -1) if self.channels == 3 else images
+
     def _resize(self, images: Tensor) -> Tensor:
         if self.image_size is None or images.shape[2:] == self.image_size:
             return images
         height, width = images.shape[2:]
+        return self._cut(_interpolate(images, self._resized(height, width)).clamp_(0, 1))
+
+    def _resized(self, height: int, width: int) -> tuple[int, int]:
+        """What an image of this size is resized to, before it is cut."""
+        assert self.image_size is not None
         target_h, target_w = self.image_size
         resized_h, resized_w = target_h, target_w
         if self.crop == "center":
@@ -123,106 +176,354 @@ class Geometry:
             resized_h = max(target_h, round(height * scale))
             resized_w = max(target_w, round(width * scale))
             if resized_h * resized_w > max(_MAX_RESIZED_PIXELS, target_h * target_w):
-                raise ValueError("image too elongated to crop")
-        images = F.interpolate(
-            # Contiguous always: other layouts may take another code path and other roundings.
-            images.contiguous(),
-            size=(resized_h, resized_w),
-            mode="bilinear",
-            antialias=True,
-            align_corners=False,
-        ).clamp_(0, 1)
+                raise Unusable("too elongated to be cropped")
+        return resized_h, resized_w
+
+    def _cut(self, images: Tensor) -> Tensor:
+        """The middle, of the target's size."""
+        assert self.image_size is not None
+        target_h, target_w = self.image_size
+        resized_h, resized_w = images.shape[2:]
         top, left = (resized_h - target_h) // 2, (resized_w - target_w) // 2
         return images[:, :, top : top + target_h, left : left + target_w]
+
+
+def _interpolate(images: Tensor, size: tuple[int, int]) -> Tensor:
+    # Contiguous always: other layouts may take another code path and other roundings.
+    return F.interpolate(
+        images.contiguous(), size=size, mode="bilinear", antialias=True, align_corners=False
+    )
+
+
+def _colour(background: str | tuple[int, int, int] | None) -> tuple[int, int, int]:
+    """A colour's name, ``#rrggbb`` or three numbers as (red, green, blue), each 0 to 255."""
+    try:
+        colour: Any = background
+        if isinstance(background, str):
+            colour = ImageColor.getrgb(background)[:3]
+        red, green, blue = (255, 255, 255) if colour is None else colour
+        if all(type(c) is int and 0 <= c <= 255 for c in (red, green, blue)):
+            return (red, green, blue)
+    except (ValueError, TypeError):
+        pass
+    raise ValueError(
+        f"background={background!r}: expected a colour such as 'white', 'black' or '#808080', on "
+        "which transparent images are composed."
+    )
 
 
 def _is_size(value: Any) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= 1
 
 
+class Unusable(ValueError):
+    """A record that contributes nothing. ``reason`` says why, and names no record.
+
+    The reasons are for the data holder's eyes alone: `dpmmd inspect`, and the first look that a
+    release takes before it spends.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __reduce__(self) -> Any:
+        return Unusable, (self.reason,)
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a record that raised this is not usable."""
+    if isinstance(error, Unusable):
+        return error.reason
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image of a known format"
+    return f"cannot be decoded ({type(error).__name__})"
+
+
+Encoded = bytes | os.PathLike[str] | Unusable | None
+
+
+_silent = threading.local()  # .depth: how many `quiet` blocks this thread is in
+
+
+class _InSilentThreads:
+    """Stands where a warnings filter has its message pattern; matches by thread, not by text."""
+
+    def match(self, text: str) -> bool:
+        return getattr(_silent, "depth", 0) > 0
+
+
+_FILTER = ("ignore", _InSilentThreads(), Warning, None, 0)
+
+
+class _PillowsLog:
+    """Pillow's logger, off while any thread decodes; then at the level that it had."""
+
+    def __init__(self) -> None:
+        self.lock, self.users, self.level = threading.Lock(), 0, logging.NOTSET
+        if hasattr(os, "register_at_fork"):  # a worker process: its parent's threads are not in it
+            os.register_at_fork(after_in_child=self._after_fork)
+
+    def _after_fork(self) -> None:
+        self.lock = threading.Lock()
+
+    def off(self) -> None:
+        with self.lock:
+            logger = logging.getLogger("PIL")
+            if self.users == 0:
+                self.level = logger.level
+                logger.setLevel(logging.CRITICAL + 1)
+            self.users += 1
+
+    def on(self) -> None:
+        with self.lock:
+            self.users -= 1
+            if self.users == 0:
+                logging.getLogger("PIL").setLevel(self.level)
+
+
+_pillows_log = _PillowsLog()
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Decode in silence: no warning and no log line may tell of a single private image.
 
-    A decompression-bomb warning becomes an exception, and so an invalid image.
+    Warnings are silenced in this thread alone, by a filter that stays in place and looks at the
+    thread, so that no interruption and no other thread's block can leave the process silent. (That
+    is what `warnings.catch_warnings` does where two threads use it.)
     """
-    logger = logging.getLogger("PIL")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
+    depth = getattr(_silent, "depth", 0)
+    if not warnings.filters or warnings.filters[0] is not _FILTER:
+        with contextlib.suppress(ValueError):
+            warnings.filters.remove(_FILTER)  # type: ignore[attr-defined]
+        warnings.filters.insert(0, _FILTER)  # type: ignore[attr-defined]
+    _pillows_log.off()
+    _silent.depth = depth + 1
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            yield
+        yield
     finally:
-        logger.setLevel(level)
+        _silent.depth = depth
+        _pillows_log.on()
 
 
-def _open(encoded: Encoded) -> Image.Image:
+_stderr = threading.Lock()
+
+
+@contextmanager
+def _quiet_libtiff(image: Image.Image) -> Iterator[None]:
+    """Sends standard error away while libtiff decodes: it writes about damaged files there."""
+    if image.format != "TIFF" or not getattr(image, "use_load_libtiff", True):
+        yield
+        return
+    with _stderr:
+        try:
+            kept = os.dup(2)
+        except OSError:  # there is no standard error
+            yield
+            return
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(nowhere, 2)
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            os.close(nowhere)
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """A regular file, for reading. Never waits, as the opening of a FIFO would.
+
+    Raises:
+        Unusable: a folder, FIFO, socket or device.
+        OSError: it is not there, or may not be read.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+    flags |= getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise Unusable("not a regular file")
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+@contextmanager
+def open_image(encoded: Encoded) -> Iterator[Image.Image]:
+    """The image's header, read; its pixels are not decoded yet.
+
+    Raises:
+        Unusable: no bytes, not a regular file, or more pixels than `MAX_PIXELS`.
+        Exception: whatever Pillow raises.
+    """
+    if isinstance(encoded, Unusable):
+        raise encoded
     if encoded is None:
-        raise ValueError("no image bytes")
-    file = io.BytesIO(encoded) if isinstance(encoded, bytes) else Path(encoded)
-    return Image.open(file, formats=FORMATS)
+        raise Unusable("no image")
+    with contextlib.ExitStack() as stack:
+        if isinstance(encoded, bytes):
+            file: Any = io.BytesIO(encoded)
+        else:
+            try:
+                file = stack.enter_context(open_regular(encoded))
+            except OSError as error:
+                raise Unusable(f"cannot be opened ({type(error).__name__})") from None
+        image = stack.enter_context(Image.open(file, formats=FORMATS))
+        if image.size[0] * image.size[1] > MAX_PIXELS:
+            raise Unusable(f"more than {MAX_PIXELS:,} pixels")
+        yield image
 
 
-def decode(encoded: Encoded) -> Tensor:
-    """Bytes or a file to float32 pixels ``[C, h, w]`` in [0, 1], C 1 or 3; any failure raises."""
-    with _open(encoded) as image:
-        return from_pil(image)
+def decode(encoded: Encoded, geometry: Geometry | None = None) -> Tensor:
+    """Bytes or a file to float32 pixels ``[C, H, W]`` in [0, 1], C 1 or 3; any failure raises.
+
+    With `geometry` the image is brought to its channels and size, and never held as floats at its
+    own size.
+    """
+    with open_image(encoded) as image:
+        return from_pil(image, geometry)
 
 
-def header_shape(encoded: Encoded) -> tuple[int, int, int] | None:
+def header_shape(encoded: Encoded, geometry: Geometry | None = None) -> tuple[int, int, int] | None:
     """``(C, h, w)`` from an image's header alone, or None where it cannot be read."""
     try:
-        with _open(encoded) as image:
+        with open_image(encoded) as image:
             width, height = image.size
-            return (1 if image.mode in _GREY_MODES else 3, height, width)
+            if _orientation(image) >= 5:
+                width, height = height, width
+            return (_channels(image, geometry or Geometry()), height, width)
     except Exception:
         return None
 
 
-def from_pil(image: Image.Image) -> Tensor:
-    """A PIL image as float32 ``[C, h, w]`` in [0, 1]; grey modes give C = 1, all others 3."""
+def _channels(image: Image.Image, geometry: Geometry) -> int:
+    grey = image.mode in _GREY_MODES
+    if grey and image.has_transparency_data:
+        grey = len(set(geometry.background)) == 1
+    return 1 if grey else 3
+
+
+def _orientation(image: Image.Image) -> int:
+    """1 to 8 as in EXIF, from what stands before the pixels; TIFF is turned by Pillow itself."""
+    if image.format == "TIFF":
+        return 1
+    if image.format == "PNG" and not {"exif", "Raw profile type exif"} & set(image.info):
+        return 1  # Pillow would decode the whole file to look behind the pixels
+    try:
+        found = image.getexif().get(_ORIENTATION, 1)
+    except Exception:
+        return 1
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1
+
+
+def _oriented(pixels: Tensor, orientation: int) -> Tensor:
+    """``[C, h, w]`` as a viewer shows it."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.transpose(1, 2)
+    # After the transposition: 5 is done, 6 is turned right, 7 is the other diagonal, 8 turned left.
+    flips = {2: (2,), 3: (1, 2), 4: (1,), 6: (2,), 7: (1, 2), 8: (1,)}.get(orientation, ())
+    return pixels.flip(flips) if flips else pixels
+
+
+def from_pil(image: Image.Image, geometry: Geometry | None = None) -> Tensor:
+    """A PIL image as float32 ``[C, H, W]``; grey modes give C = 1, all others 3.
+
+    EXIF orientation is applied, and transparency composed on the geometry's background. With
+    `geometry` the image is brought to its size too: a JPEG is decoded at the least scale of 1/2,
+    1/4, 1/8 that still has twice the size wanted, and a large image goes through in bands of rows,
+    the same bits as whole.
+    """
+    geometry = geometry or Geometry()
+    orientation = _orientation(image)
+    turned = orientation >= 5
+    inside = geometry.turned() if turned else geometry  # of the pixels as they are stored
+    if inside.image_size is not None and image.format in ("JPEG", "MPO"):
+        height, width = inside.image_size
+        image.draft(None, (2 * width, 2 * height))
+    with _quiet_libtiff(image):
+        image.load()
+    width, height = image.size
+    if inside.image_size is None or width * height <= _BAND:
+        pixels = inside.apply(_pixels(image, geometry)[None])[0]
+    else:
+        rows = max(1, _BAND // width)
+        bands = (
+            _pixels(image.crop((0, top, width, min(top + rows, height))), geometry)
+            for top in range(0, height, rows)
+        )
+        pixels = inside.apply_bands(bands, height, width)[0]
+    return _oriented(pixels, orientation).contiguous()
+
+
+def _pixels(image: Image.Image, geometry: Geometry) -> Tensor:
+    """A loaded image's pixels, as they are stored, float32 ``[C, h, w]``."""
+    key = image.info.get("transparency")
     if image.mode in _SIXTEEN_BIT_MODES:
-        return check_pixels(torch.from_numpy(np.array(image, dtype=np.float32)).div_(65535)[None])
+        values = torch.from_numpy(np.array(image, dtype=np.float32))
+        pixels = check_pixels(values.div(65535)[None])
+        if not isinstance(key, int):
+            return pixels
+        if _channels(image, geometry) == 3:
+            pixels = pixels.expand(3, -1, -1)
+        background = torch.tensor(geometry.background[: pixels.shape[0]]) / 255
+        return torch.where(values == key, background[:, None, None], pixels)
     if image.mode == "F":
         return check_pixels(torch.from_numpy(np.array(image, dtype=np.float32))[None])
-    grey = image.mode in _GREY_MODES
-    array = np.array(image.convert("L" if grey else "RGB"))
-    pixels = torch.from_numpy(array)
+    grey = _channels(image, geometry) == 1
+    mode = "L" if grey else "RGB"
+    if image.has_transparency_data:
+        with_alpha = image.convert("LA" if image.mode in _GREY_MODES else "RGBA")
+        colour: Any = geometry.background[0] if grey else geometry.background
+        image = Image.new(mode, with_alpha.size, colour)
+        image.paste(with_alpha.convert(mode), mask=with_alpha.getchannel("A"))
+    pixels = torch.from_numpy(np.array(image.convert(mode)))
     pixels = pixels[None] if grey else pixels.permute(2, 0, 1)
     return pixels.to(torch.float32).div_(255)
 
 
-def from_item(image: Any) -> Tensor:
-    """A data set's image (PIL, array or tensor; HW, CHW or HWC) as float32 ``[C, h, w]``."""
+def from_item(image: Any, geometry: Geometry | None = None) -> Tensor:
+    """A data set's image (PIL, bytes, array or tensor; HW, CHW or HWC) as float32 ``[C, H, W]``.
+
+    Raises:
+        Unusable: it is none of these, or has values outside [0, 1].
+    """
     if isinstance(image, Image.Image):
-        return from_pil(image)
+        return from_pil(image, geometry)
     if isinstance(image, bytes):
-        return decode(image)
+        return decode(image, geometry)
+    if not isinstance(image, Tensor | np.ndarray):
+        raise Unusable(f"an item of type {type(image).__name__}, not an image")
     tensor = image.detach().cpu() if isinstance(image, Tensor) else torch.from_numpy(image.copy())
     if tensor.ndim == 2:
         tensor = tensor[None]
     elif tensor.ndim == 3 and tensor.shape[0] not in (1, 3) and tensor.shape[2] in (1, 3):
         tensor = tensor.permute(2, 0, 1)
     if tensor.ndim != 3 or tensor.shape[0] not in (1, 3):
-        raise ValueError("not an image")
-    return check_pixels(to_float(tensor))
+        raise Unusable("not [H, W], [C, H, W] or [H, W, C] with C = 1 or 3")
+    pixels = check_pixels(to_float(tensor))
+    return pixels if geometry is None else geometry.apply(pixels[None])[0]
 
 
 def to_float(pixels: Tensor) -> Tensor:
-    """uint8 0..255 or float in [0, 1] to float32; TypeError for any other dtype."""
-    if pixels.dtype == torch.uint8:
-        return pixels.to(torch.float32).div_(255)
+    """uint8 0..255, uint16 0..65535, bool or float in [0, 1] to float32.
+
+    Raises:
+        Unusable: any other dtype.
+    """
+    if pixels.dtype in SCALES:
+        return pixels.to(torch.float32).div_(SCALES[pixels.dtype])
     if pixels.is_floating_point():
         return pixels.to(torch.float32)
-    raise TypeError("pixels are neither uint8 nor floating point")
+    raise Unusable(f"pixels of type {pixels.dtype}".replace("torch.", ""))
 
 
 def check_pixels(pixels: Tensor) -> Tensor:
-    """The pixels, or ValueError when one is not finite or leaves [0, 1] (NaN fails too)."""
+    """The pixels, or Unusable when one is not finite or leaves [0, 1] (NaN fails too)."""
     if not bool(((pixels >= 0) & (pixels <= 1)).all()):
-        raise ValueError("pixels outside [0, 1]")
+        raise Unusable(OUTSIDE)
     return pixels
 
 

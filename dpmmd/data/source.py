@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from dpmmd.data.labels import check_label_range
 from dpmmd.data.remote import AnyPath
+
+if TYPE_CHECKING:
+    from dpmmd.data.pixels import Unusable
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,13 @@ class ImageSource(ABC):
         passed_over: how many files or members the source found and does not count as records, by
             reason, e.g. ``{"a second name of a file that is counted already": 1}``. For the eyes
             of the data holder alone.
+        decoding: how files become pixels (orientation, background of transparent images), recorded
+            in a release; None where nothing is decoded.
+
+    A batch's tensors may be written again for the next one: `dpmmd.data.prefetch`, through which a
+    release reads, copies them first. What :meth:`batches` yields must depend on the records and on
+    nothing else: one record exchanged changes its own row, and no other (`dpmmd audit --source`
+    tries that).
     """
 
     name: str
@@ -67,6 +77,7 @@ class ImageSource(ABC):
     group_by: str | None = None
     groups: Tensor | None = None
     passed_over: Mapping[str, int] = MappingProxyType({})
+    decoding: Mapping[str, str] | None = None
 
     @abstractmethod
     def batches(self, batch_size: int) -> Iterator[Batch]:
@@ -85,6 +96,22 @@ class ImageSource(ABC):
         By default it reads past the others; sources that can go to a batch directly do so.
         """
         return itertools.islice(self.batches(batch_size), numbers.start, numbers.stop)
+
+    def look(self, positions: Sequence[int]) -> Sequence[Unusable | None] | None:
+        """Whether the records at these positions can be used, and why not, in order.
+
+        A release looks at some records before it spends anything. None, the default: the source can
+        only read batches, and the release looks at the first of these.
+        """
+        return None
+
+    def rearranged(self, order: Sequence[int]) -> ImageSource:
+        """The same records in another order, some left out or repeated: for audits and tests.
+
+        Raises:
+            NotImplementedError: the source reads in one order only.
+        """
+        raise NotImplementedError(f"source {self.name!r} cannot be rearranged.")
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

@@ -11,6 +11,7 @@ mu = Delta / sd exactly, in every dimension, with Delta from `sensitivity` in th
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import warnings
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from dpmmd.encoders import Encoder
 
 GRID = 1 << GRID_BITS
+BATCH_MEMORY = 1 << 30  # bytes of pixels and features that a release holds at once, by default
 Sampler = Callable[[int, float], np.ndarray]  # n, sd -> int64 [n]
 # What one image may contribute to a block, relative to 2^30. Beside signed sums under replace-one
 # the counts are free; elsewhere 0.1 adds 0.5 % to the noise, and class counts get noise of about 53
@@ -129,7 +131,7 @@ def release(
     pixel_moments: int | None = None,
     selection: Encoder | None = None,
     shared_taps: int = 0,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     out: str | os.PathLike[str] | None = None,
     ledger: str | os.PathLike[str] | None = None,
     budget: tuple[float, float] | None = None,
@@ -175,7 +177,8 @@ def release(
             all classes, with that much less noise, and the others class by class (Harder et al.
             2023, section 4). Needs ``num_classes``; the generator's labels should then come in the
             proportions of the data.
-        batch_size: images a step; no effect on the result beyond the encoder's rounding.
+        batch_size: images a step; no effect on the result beyond the encoder's rounding. None: as
+            many as fit into `BATCH_MEMORY` (on a GPU: an eighth of its memory), at most 256.
         out: also save the release there; an existing file is refused before any image is read.
         ledger: file that remembers what was spent of this data set (`dpmmd.privacy.Ledger`). The
             spend is recorded before any image is read; what fails later stays counted.
@@ -201,7 +204,8 @@ def release(
 
     Raises:
         ValueError, TypeError: an argument out of range; labels outside 0..K-1; an empty data set
-            (not under add-remove).
+            (not under add-remove); a data set of which a first look finds nothing usable, or whose
+            records depend on each other (`dpmmd.data.look`).
         FileExistsError: ``out`` exists.
         PrivacyError: the ledger was damaged or edited, the budget does not allow the release, or
             ``partial_sums`` cannot be used.
@@ -209,10 +213,12 @@ def release(
             then all fail, and nothing is released.
 
     Warns:
-        UserWarning: delta > 1 / N, which allows to publish somebody's image outright.
+        UserWarning: delta > 1 / N, which allows to publish somebody's image outright; many of the
+            records that a first look reads are not usable; the noised counts are far below N.
     """
     import dpmmd
     from dpmmd.data import open_source, prefetch
+    from dpmmd.data.look import check_source
 
     if isinstance(encoder, str):
         raise TypeError(f"encoder={encoder!r}: expected dpmmd.encoders.load({encoder!r}).")
@@ -266,6 +272,8 @@ def release(
     raw_counts = None if counts_block is None else PrivateSums(classes, 1, device=device)
     held = raw if raw_counts is None else [*raw, raw_counts]
     encoders = {id(part.encoder): part.encoder for part in parts}
+    if batch_size is None:
+        batch_size = _batch_size(images.image_shape, list(encoders.values()), device)
     metadata = Metadata(
         version=dpmmd.__version__,
         private=private,
@@ -293,6 +301,7 @@ def release(
         pixel_encoder=None if pixel_encoder is None else pixel_encoder.spec(),
         selection_encoder=None if selection is None else selection.spec(),
         shared_taps=shared_taps,
+        decoding=None if images.decoding is None else dict(images.decoding),
     )
     store, done, spend = None, 0, None
     settings = {
@@ -321,6 +330,7 @@ def release(
             "releases; delete the folder to start from the first image."
         )
     spend = spends.pop() if spends else None
+    check_source(images)  # the last that may speak of private records
     if book is not None and not (spend and book.is_open(spend)):
         spend = book.spend(
             identity=images.identity,
@@ -343,11 +353,14 @@ def release(
     )
     whole = True  # whether the sums are those of whole batches
     try:
-        batches = prefetch(images.part(batch_size, numbers), device)
+        own = itertools.islice(images.part(batch_size, numbers), len(numbers))
+        batches = prefetch(own, device)
         with closing(batches), bar, torch.inference_mode():
             for batch in ranks.paced(batches, steps):
-                pixels, labels, valid = _harmless(batch, classes, labelled, device)
-                share = _shares(sizes, (first + done) * batch_size, batch_size, device)
+                start = (first + done) * batch_size
+                records = images.num_images - start  # rows after them are padding
+                pixels, labels, valid = _harmless(batch, classes, labelled, device, records)
+                share = _shares(sizes, start, batch_size, device)
                 features = {
                     key: [f.permute(0, 2, 3, 1).flatten(1) for f in used(pixels)]
                     for key, used in encoders.items()
@@ -410,6 +423,8 @@ def release(
         counts = noisy.clamp(min=1.0)
         if not public_n:
             _warn_delta(delta, int(counts.sum()))
+        else:
+            _warn_few(float(noisy.sum()), num_units, sd / counts_block.bound * math.sqrt(classes))
     else:
         counts = torch.tensor([float(num_units)], dtype=torch.float64)
 
@@ -430,11 +445,22 @@ def _done(result: Release, store: PartialSums | None) -> Release:
     return result
 
 
-def _check(num_classes: int | None, batch_size: int, shared_taps: int, taps: int) -> None:
+def _batch_size(
+    image_shape: tuple[int, int, int], encoders: Sequence[Encoder], device: torch.device
+) -> int:
+    """Images a step, so that pixels (read ahead: four batches) and features fit into memory."""
+    numbers = 4 * math.prod(image_shape) + 3 * sum(encoder.dim for encoder in encoders)
+    memory = BATCH_MEMORY
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory // 8
+    return max(1, min(256, memory // (4 * numbers)))
+
+
+def _check(num_classes: int | None, batch_size: int | None, shared_taps: int, taps: int) -> None:
     if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 1):
         raise ValueError(f"num_classes={num_classes!r}: expected None or an int >= 1.")
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size={batch_size!r}: expected an int >= 1.")
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        raise ValueError(f"batch_size={batch_size!r}: expected None or an int >= 1.")
     if type(shared_taps) is not int or not 0 <= shared_taps < taps:
         raise ValueError(
             f"shared_taps={shared_taps!r}: expected how many of the encoder's first taps all "
@@ -532,10 +558,14 @@ def _nonnegative(encoder: Encoder) -> bool:
 
 
 def _harmless(
-    batch: Batch, classes: int, labelled: bool, device: torch.device
+    batch: Batch, classes: int, labelled: bool, device: torch.device, records: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Pixels, labels and validity such that nothing after it can raise because of one image."""
+    """Pixels, labels and validity such that nothing after it can raise because of one image.
+
+    Rows from ``records`` on are none of the data set's N records, whatever the source says.
+    """
     pixels, valid = batch.images.to(device), batch.valid.to(device)
+    valid = valid & (torch.arange(len(valid), device=device) < records)
     labels = (batch.labels if labelled else torch.zeros_like(batch.labels)).to(device)
     valid = valid & (labels >= 0) & (labels < classes)
     valid = valid & ((pixels >= 0) & (pixels <= 1)).flatten(1).all(dim=1)  # NaN is neither
@@ -591,6 +621,17 @@ def _warn_alone(group: ProcessGroup | None) -> None:
             "own, with noise of its own, which counts by itself. For one release by all of them "
             "give process_group=torch.distributed.group.WORLD, or release in rank 0 alone.",
             stacklevel=4,
+        )
+
+
+def _warn_few(counted: float, num_units: int, sd: float) -> None:
+    """Says from the noised counts alone that many units contributed nothing."""
+    if counted < 0.9 * num_units - 4 * sd:
+        warnings.warn(
+            f"the noised class counts add up to {max(counted, 0):.0f} of N = {num_units} (noise "
+            f"of sd {sd:.3g}): many images contributed nothing. They could not be decoded, have "
+            "values outside [0, 1], or no label of 0..num_classes-1. `dpmmd inspect` says which.",
+            stacklevel=3,
         )
 
 

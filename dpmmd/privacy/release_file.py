@@ -82,6 +82,7 @@ class Metadata(BaseModel):
     pixel_encoder: dict[str, Any] | None = None
     selection_encoder: dict[str, Any] | None = None
     shared_taps: int = 0
+    decoding: dict[str, str] | None = None  # how files became pixels; None: they were none
     array_sha256: str = ""
 
     def sensitivity_under(self, adjacency: str) -> float:

@@ -1,0 +1,134 @@
+"""A first look at a source before a release spends anything. For the data holder's eyes alone.
+
+A release is silent about every single record once it has begun. Whatever is wrong with a whole data
+set (a Dataset that normalises, floats on a 0..255 scale, files that only stand for images, items
+that depend on each other) must therefore come out before. What this module raises and warns about
+depends on private records and is not covered by any guarantee.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dpmmd.data.pixels import OUTSIDE
+from dpmmd.data.source import ImageSource
+
+_RECORDS = 256  # looked at, in so many places of the source:
+_PLACES = 4
+_AT_ONCE = 16
+_TWICE = 8  # of each place: read a second time, in another order
+_SECONDS = 5.0  # after which one usable record is enough
+_MANY = 0.1  # a share of unusable records that is worth a warning
+_YOURS = "This message is for you alone: it depends on private images, and no epsilon covers it."
+_NORMALISED = (
+    "The data set may normalise its images: leave out transforms.Normalize (the encoder does that "
+    "by itself), or undo it with x * std + mean; divide floats on a 0..255 scale by 255."
+)
+
+
+@dataclass(frozen=True)
+class FirstLook:
+    """What was seen of a source: how many records, and why some of them cannot be used."""
+
+    seen: int
+    reasons: Mapping[str, int]
+
+    @property
+    def usable(self) -> int:
+        return self.seen - sum(self.reasons.values())
+
+    def why(self) -> str:
+        """The reasons, the commonest first."""
+        return ", ".join(f"{n} x {reason}" for reason, n in Counter(self.reasons).most_common(4))
+
+
+def first_look(source: ImageSource) -> FirstLook:
+    """Reads up to 256 records, from four places of the source.
+
+    Raises:
+        TypeError, ValueError: the data set's items have no labels where labels are wanted, or are
+            no pairs of an image and a label.
+    """
+    reasons: Counter[str] = Counter()
+    seen, started = 0, time.monotonic()
+    for positions in _chunks(_places(source.num_images)):
+        outcomes = source.look(positions)
+        if outcomes is None:
+            return _look_at_batches(source)
+        for outcome in outcomes:
+            seen += 1
+            if outcome is not None:
+                reasons[outcome.reason] += 1
+        if time.monotonic() - started > _SECONDS and seen > sum(reasons.values()):
+            break
+    return FirstLook(seen, reasons)
+
+
+def check_source(source: ImageSource) -> None:
+    """Refuses a source of which nothing seems usable, or whose records depend on each other.
+
+    Raises:
+        ValueError, TypeError: that, or what `first_look` raises.
+
+    Warns:
+        UserWarning: more than a tenth of the records that were looked at are not usable.
+    """
+    found = first_look(source)
+    if not found.seen:
+        return
+    advice = f" {_NORMALISED}" if OUTSIDE in found.reasons else ""
+    if not found.usable:
+        raise ValueError(
+            f"source {source.name!r}: none of the {found.seen} records that were looked at can be "
+            f"used ({found.why()}), so that a release would be noise alone. Nothing was spent."
+            f"{advice} `dpmmd inspect` says what is there. {_YOURS}"
+        )
+    if found.seen - found.usable > _MANY * found.seen:
+        warnings.warn(
+            f"source {source.name!r}: {found.seen - found.usable} of the {found.seen} records that "
+            f"were looked at cannot be used ({found.why()}) and would contribute nothing.{advice} "
+            f"`dpmmd inspect` says what is there. {_YOURS}",
+            stacklevel=4,
+        )
+    check_isolated: Any = getattr(source, "check_isolated", None)
+    if check_isolated is not None:
+        places = _places(source.num_images)
+        check_isolated([p for place in places for p in place[:_TWICE]])
+
+
+def _places(num_images: int) -> list[range]:
+    """Positions in ascending order, in up to four pieces."""
+    if num_images <= _RECORDS:
+        return [range(num_images)]
+    size = _RECORDS // _PLACES
+    starts = [i * (num_images - size) // (_PLACES - 1) for i in range(_PLACES)]
+    return [range(start, start + size) for start in starts]
+
+
+def _chunks(places: Sequence[range]) -> Iterator[range]:
+    for place in places:
+        for start in range(0, len(place), _AT_ONCE):
+            yield place[start : start + _AT_ONCE]
+
+
+def _look_at_batches(source: ImageSource) -> FirstLook:
+    """Of a source with no more than `batches`: the first ones."""
+    seen = valid = 0
+    size = _RECORDS // _PLACES
+    for batch in itertools.islice(source.batches(size), _PLACES):
+        if tuple(batch.images.shape) != (size, *source.image_shape):
+            raise ValueError(
+                f"source {source.name!r}: a batch of shape {list(batch.images.shape)}, expected "
+                f"{[size, *source.image_shape]}; pad the last batch, with valid = False."
+            )
+        rows = min(size, source.num_images - seen)
+        seen += rows
+        valid += int(batch.valid[:rows].sum())
+    reasons = {"its batches say that the record is not valid": seen - valid} if seen > valid else {}
+    return FirstLook(seen, reasons)

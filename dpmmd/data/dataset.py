@@ -184,11 +184,11 @@ class DatasetSource(ItemSource):
             raise RuntimeError("read: to be called within `reading`.")
         return self._draws
 
-    def _shapes(self) -> Iterator[tuple[int, int, int] | None]:
+    def _shapes(self) -> Iterator[tuple[int, int, int] | Unusable]:
         for pixels, _ in self.read(range(self.num_images)):
             if isinstance(pixels, Refused):
                 raise pixels
-            yield None if isinstance(pixels, Unusable) else tuple(pixels.shape)  # type: ignore[misc]
+            yield pixels if isinstance(pixels, Unusable) else tuple(pixels.shape)  # type: ignore[misc]
 
     def read(self, indices: Sequence[int]) -> Iterator[tuple[Tensor | Unusable, int]]:
         draws = self._begun()

@@ -110,8 +110,8 @@ class ItemSource(ImageSource):
             )
 
     @abstractmethod
-    def _shapes(self) -> Iterator[tuple[int, int, int] | None]:
-        """``(C, h, w)`` of every record before resizing, None where it cannot be read."""
+    def _shapes(self) -> Iterator[tuple[int, int, int] | Unusable]:
+        """``(C, h, w)`` of every record before resizing, or why it cannot be read."""
 
     @abstractmethod
     def read(self, indices: Sequence[int]) -> Iterator[tuple[Tensor | Unusable, int]]:
@@ -271,7 +271,7 @@ class EncodedSource(ItemSource):
     def encoded(self, indices: Sequence[int]) -> Iterator[Encoded]:
         """The bytes or file of each index; None or Unusable where there is nothing to decode."""
 
-    def _shapes(self) -> Iterator[tuple[int, int, int] | None]:
+    def _shapes(self) -> Iterator[tuple[int, int, int] | Unusable]:
         for start in range(0, self.num_images, _HEADER_CHUNK):
             chunk = range(start, min(start + _HEADER_CHUNK, self.num_images))
             for encoded in self.encoded(chunk):

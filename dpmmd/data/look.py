@@ -8,7 +8,6 @@ depends on private records and is not covered by any guarantee.
 
 from __future__ import annotations
 
-import itertools
 import time
 import warnings
 from collections import Counter
@@ -16,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dpmmd.data.pixels import OUTSIDE
+from dpmmd.data.pixels import OUTSIDE, advice_on
 from dpmmd.data.source import ImageSource
 
 _RECORDS = 256  # looked at, in so many places of the source:
@@ -26,10 +25,6 @@ _TWICE = 8  # of each place: read a second time, in another order
 _SECONDS = 5.0  # after which one usable record is enough
 _MANY = 0.1  # a share of unusable records that is worth a warning
 _YOURS = "This message is for you alone: it depends on private images, and no epsilon covers it."
-_NORMALISED = (
-    "The data set may normalise its images: leave out transforms.Normalize (the encoder does that "
-    "by itself), or undo it with x * std + mean; divide floats on a 0..255 scale by 255."
-)
 
 
 @dataclass(frozen=True)
@@ -48,8 +43,10 @@ class FirstLook:
         return ", ".join(f"{n} x {reason}" for reason, n in Counter(self.reasons).most_common(4))
 
 
-def first_look(source: ImageSource) -> FirstLook:
+def first_look(source: ImageSource, batch_size: int = _RECORDS) -> FirstLook:
     """Reads up to 256 records, from four places of the source.
+
+    Of a source that only reads batches (of ``batch_size``), the first ones.
 
     Raises:
         TypeError, ValueError: the data set's items have no labels where labels are wanted, or are
@@ -60,7 +57,7 @@ def first_look(source: ImageSource) -> FirstLook:
     for positions in _chunks(_places(source.num_images)):
         outcomes = source.look(positions)
         if outcomes is None:
-            return _look_at_batches(source)
+            return _look_at_batches(source, batch_size)
         for outcome in outcomes:
             seen += 1
             if outcome is not None:
@@ -70,7 +67,7 @@ def first_look(source: ImageSource) -> FirstLook:
     return FirstLook(seen, reasons)
 
 
-def check_source(source: ImageSource) -> None:
+def check_source(source: ImageSource, batch_size: int = _RECORDS) -> None:
     """Refuses a source of which nothing seems usable, or whose records depend on each other.
 
     Raises:
@@ -79,10 +76,10 @@ def check_source(source: ImageSource) -> None:
     Warns:
         UserWarning: more than a tenth of the records that were looked at are not usable.
     """
-    found = first_look(source)
+    found = first_look(source, batch_size)
     if not found.seen:
         return
-    advice = f" {_NORMALISED}" if OUTSIDE in found.reasons else ""
+    advice = advice_on(found.reasons)
     if not found.usable:
         raise ValueError(
             f"source {source.name!r}: none of the {found.seen} records that were looked at can be "
@@ -117,18 +114,19 @@ def _chunks(places: Sequence[range]) -> Iterator[range]:
             yield place[start : start + _AT_ONCE]
 
 
-def _look_at_batches(source: ImageSource) -> FirstLook:
-    """Of a source with no more than `batches`: the first ones."""
+def _look_at_batches(source: ImageSource, size: int) -> FirstLook:
     seen = valid = 0
-    size = _RECORDS // _PLACES
-    for batch in itertools.islice(source.batches(size), _PLACES):
+    for batch in source.batches(size):
         if tuple(batch.images.shape) != (size, *source.image_shape):
             raise ValueError(
                 f"source {source.name!r}: a batch of shape {list(batch.images.shape)}, expected "
                 f"{[size, *source.image_shape]}; pad the last batch, with valid = False."
             )
         rows = min(size, source.num_images - seen)
-        seen += rows
-        valid += int(batch.valid[:rows].sum())
-    reasons = {"its batches say that the record is not valid": seen - valid} if seen > valid else {}
-    return FirstLook(seen, reasons)
+        pixels = batch.images[:rows]
+        usable = batch.valid[:rows] & ((pixels >= 0) & (pixels <= 1)).flatten(1).all(dim=1)
+        seen, valid = seen + rows, valid + int(usable.sum())
+        if seen >= min(_RECORDS, source.num_images):
+            break
+    reason = f"not valid, or {OUTSIDE}"
+    return FirstLook(seen, {reason: seen - valid} if seen > valid else {})

@@ -21,9 +21,10 @@ import os
 import stat
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -52,7 +53,20 @@ EXTENSIONS = frozenset(
 MAX_PIXELS = 1 << 26  # an image of more is not decoded
 _BAND = 1 << 20  # pixels that are held as floats at once, where an image is resized
 _ORIENTATION = 0x0112
+_UPRIGHT = {  # what turns an image of each EXIF orientation as a viewer shows it
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 OUTSIDE = "values outside [0, 1]"
+_NORMALISED = (
+    " The data set may normalise its images: leave out transforms.Normalize (the encoder does that "
+    "by itself), or undo it with x * std + mean; divide floats on a 0..255 scale by 255."
+)
 SCALES = {torch.uint8: 255, torch.uint16: 65535, torch.bool: 1}  # what stands for 1.0
 _SIXTEEN_BIT_MODES = frozenset(("I", "I;16", "I;16L", "I;16B", "I;16N"))
 _GREY_MODES = frozenset(("1", "L", "LA", "La", "F")) | _SIXTEEN_BIT_MODES
@@ -139,12 +153,6 @@ class Geometry:
         if self.channels == 3 and images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
         return images
-
-    def turned(self) -> Geometry:
-        """The geometry of an image that lies on its side."""
-        if self.image_size is None:
-            return self
-        return replace(self, image_size=self.image_size[::-1])
 
     def apply_bands(self, bands: Iterable[Tensor], height: int, width: int) -> Tensor:
         """`apply` on an image ``[c, height, width]`` that comes in bands of rows, to the same bits.
@@ -387,16 +395,18 @@ def decode(encoded: Encoded, geometry: Geometry | None = None) -> Tensor:
         return from_pil(image, geometry)
 
 
-def header_shape(encoded: Encoded, geometry: Geometry | None = None) -> tuple[int, int, int] | None:
-    """``(C, h, w)`` from an image's header alone, or None where it cannot be read."""
+def header_shape(
+    encoded: Encoded, geometry: Geometry | None = None
+) -> tuple[int, int, int] | Unusable:
+    """``(C, h, w)`` from an image's header alone, as it is shown, or why it cannot be read."""
     try:
         with open_image(encoded) as image:
             width, height = image.size
             if _orientation(image) >= 5:
                 width, height = height, width
             return (_channels(image, geometry or Geometry()), height, width)
-    except Exception:
-        return None
+    except Exception as error:
+        return Unusable(reason_of(error))
 
 
 def _channels(image: Image.Image, geometry: Geometry) -> int:
@@ -419,15 +429,6 @@ def _orientation(image: Image.Image) -> int:
     return found if isinstance(found, int) and 1 <= found <= 8 else 1
 
 
-def _oriented(pixels: Tensor, orientation: int) -> Tensor:
-    """``[C, h, w]`` as a viewer shows it."""
-    if orientation in (5, 6, 7, 8):
-        pixels = pixels.transpose(1, 2)
-    # After the transposition: 5 is done, 6 is turned right, 7 is the other diagonal, 8 turned left.
-    flips = {2: (2,), 3: (1, 2), 4: (1,), 6: (2,), 7: (1, 2), 8: (1,)}.get(orientation, ())
-    return pixels.flip(flips) if flips else pixels
-
-
 def from_pil(image: Image.Image, geometry: Geometry | None = None) -> Tensor:
     """A PIL image as float32 ``[C, H, W]``; grey modes give C = 1, all others 3.
 
@@ -438,24 +439,22 @@ def from_pil(image: Image.Image, geometry: Geometry | None = None) -> Tensor:
     """
     geometry = geometry or Geometry()
     orientation = _orientation(image)
-    turned = orientation >= 5
-    inside = geometry.turned() if turned else geometry  # of the pixels as they are stored
-    if inside.image_size is not None and image.format in ("JPEG", "MPO"):
-        height, width = inside.image_size
+    if geometry.image_size is not None and image.format in ("JPEG", "MPO"):
+        height, width = geometry.image_size[:: -1 if orientation >= 5 else 1]
         image.draft(None, (2 * width, 2 * height))
     with _quiet_libtiff(image):
         image.load()
+    if orientation != 1:
+        image = image.transpose(_UPRIGHT[orientation])
     width, height = image.size
-    if inside.image_size is None or width * height <= _BAND:
-        pixels = inside.apply(_pixels(image, geometry)[None])[0]
-    else:
-        rows = max(1, _BAND // width)
-        bands = (
-            _pixels(image.crop((0, top, width, min(top + rows, height))), geometry)
-            for top in range(0, height, rows)
-        )
-        pixels = inside.apply_bands(bands, height, width)[0]
-    return _oriented(pixels, orientation).contiguous()
+    if geometry.image_size is None or width * height <= _BAND:
+        return geometry.apply(_pixels(image, geometry)[None])[0].contiguous()
+    rows = max(1, _BAND // width)
+    bands = (
+        _pixels(image.crop((0, top, width, min(top + rows, height))), geometry)
+        for top in range(0, height, rows)
+    )
+    return geometry.apply_bands(bands, height, width)[0].contiguous()
 
 
 def _pixels(image: Image.Image, geometry: Geometry) -> Tensor:
@@ -520,6 +519,11 @@ def to_float(pixels: Tensor) -> Tensor:
     raise Unusable(f"pixels of type {pixels.dtype}".replace("torch.", ""))
 
 
+def advice_on(reasons: Iterable[str]) -> str:
+    """What to try where pixels are outside [0, 1]; else nothing."""
+    return _NORMALISED if any(OUTSIDE in reason for reason in reasons) else ""
+
+
 def check_pixels(pixels: Tensor) -> Tensor:
     """The pixels, or Unusable when one is not finite or leaves [0, 1] (NaN fails too)."""
     if not bool(((pixels >= 0) & (pixels <= 1)).all()):
@@ -528,19 +532,27 @@ def check_pixels(pixels: Tensor) -> Tensor:
 
 
 def common_shape(
-    shapes: Iterable[tuple[int, int, int] | None], geometry: Geometry, name: str
+    shapes: Iterable[tuple[int, int, int] | Unusable], geometry: Geometry, name: str
 ) -> tuple[int, int, int]:
-    """The one output shape of images with the given header shapes (None: unreadable, skipped).
+    """The one output shape of images with the given shapes (Unusable: skipped).
 
     Raises:
         ValueError: mixed sizes without `image_size`, mixed channels without `channels`, or no
             readable image at all. The message carries no record's size.
     """
-    found = {geometry.output_shape(*shape) for shape in shapes if shape is not None}
+    reasons: Counter[str] = Counter()
+    found = set()
+    for shape in shapes:
+        if isinstance(shape, Unusable):
+            reasons[shape.reason] += 1
+        else:
+            found.add(geometry.output_shape(*shape))
     if not found:
+        why = ", ".join(reason for reason, _ in reasons.most_common(4))
         raise ValueError(
-            f"source {name!r}: the shape of its images cannot be derived from the files; declare "
-            "it with image_size and channels, e.g. image_size=32, channels=3."
+            f"source {name!r}: none of its images can be read ({why or 'there are none'}), so that "
+            f"their shape cannot be derived.{advice_on(reasons)} `dpmmd inspect` says what is "
+            "there."
         )
     if len({shape[1:] for shape in found}) > 1:
         raise ValueError(

@@ -330,7 +330,7 @@ def release(
             "releases; delete the folder to start from the first image."
         )
     spend = spends.pop() if spends else None
-    check_source(images)  # the last that may speak of private records
+    check_source(images, batch_size)  # the last that may speak of private records
     if book is not None and not (spend and book.is_open(spend)):
         spend = book.spend(
             identity=images.identity,

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -359,7 +360,9 @@ def release(
             for batch in ranks.paced(batches, steps):
                 start = (first + done) * batch_size
                 records = images.num_images - start  # rows after them are padding
-                pixels, labels, valid = _harmless(batch, classes, labelled, device, records)
+                pixels, labels, valid = _harmless(
+                    batch, batch_size, classes, labelled, device, records
+                )
                 share = _shares(sizes, start, batch_size, device)
                 features = {
                     key: [f.permute(0, 2, 3, 1).flatten(1) for f in used(pixels)]
@@ -558,15 +561,21 @@ def _nonnegative(encoder: Encoder) -> bool:
 
 
 def _harmless(
-    batch: Batch, classes: int, labelled: bool, device: torch.device, records: int
+    batch: Batch, batch_size: int, classes: int, labelled: bool, device: torch.device, records: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pixels, labels and validity such that nothing after it can raise because of one image.
 
-    Rows from ``records`` on are none of the data set's N records, whatever the source says.
+    Rows from ``records`` on are none of the data set's N records, whatever the source says. A
+    batch that is short is filled up, for the last bits of an encoder's features depend on how many
+    rows it is given, and with it on N.
     """
-    pixels, valid = batch.images.to(device), batch.valid.to(device)
-    valid = valid & (torch.arange(len(valid), device=device) < records)
-    labels = (batch.labels if labelled else torch.zeros_like(batch.labels)).to(device)
+    pixels, labels, valid = (t.to(device) for t in (batch.images, batch.labels, batch.valid))
+    if missing := batch_size - len(pixels):
+        pixels = F.pad(pixels, (0, 0) * 3 + (0, missing))
+        labels, valid = F.pad(labels, (0, missing)), F.pad(valid, (0, missing))
+    if not labelled:
+        labels = torch.zeros_like(labels)
+    valid = valid & (torch.arange(batch_size, device=device) < records)
     valid = valid & (labels >= 0) & (labels < classes)
     valid = valid & ((pixels >= 0) & (pixels <= 1)).flatten(1).all(dim=1)  # NaN is neither
     pixels = torch.where(valid[:, None, None, None], pixels, 0)

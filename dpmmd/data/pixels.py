@@ -371,15 +371,14 @@ def open_image(encoded: Encoded) -> Iterator[Image.Image]:
         raise encoded
     if encoded is None:
         raise Unusable("no image")
-    with contextlib.ExitStack() as stack:
-        if isinstance(encoded, bytes):
-            file: Any = io.BytesIO(encoded)
-        else:
-            try:
-                file = stack.enter_context(open_regular(encoded))
-            except OSError as error:
-                raise Unusable(f"cannot be opened ({type(error).__name__})") from None
-        image = stack.enter_context(Image.open(file, formats=FORMATS))
+    if isinstance(encoded, bytes):
+        file: Any = io.BytesIO(encoded)
+    else:
+        try:
+            file = open_regular(encoded)
+        except OSError as error:
+            raise Unusable(f"cannot be opened ({type(error).__name__})") from None
+    with file, Image.open(file, formats=FORMATS) as image:
         if image.size[0] * image.size[1] > MAX_PIXELS:
             raise Unusable(f"more than {MAX_PIXELS:,} pixels")
         yield image
@@ -478,7 +477,7 @@ def _pixels(image: Image.Image, geometry: Geometry) -> Tensor:
         colour: Any = geometry.background[0] if grey else geometry.background
         image = Image.new(mode, with_alpha.size, colour)
         image.paste(with_alpha.convert(mode), mask=with_alpha.getchannel("A"))
-    pixels = torch.from_numpy(np.array(image.convert(mode)))
+    pixels = torch.from_numpy(np.array(image if image.mode == mode else image.convert(mode)))
     pixels = pixels[None] if grey else pixels.permute(2, 0, 1)
     return pixels.to(torch.float32).div_(255)
 

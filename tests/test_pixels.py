@@ -260,6 +260,14 @@ def test_silence_ends_with_the_block_in_whatever_order_threads_leave_it() -> Non
         warnings.warn("of the release", stacklevel=1)
 
 
+def test_silence_leaves_nothing_behind() -> None:
+    before = list(warnings.filters)
+    with quiet(), quiet():
+        for _, message, _, module, _ in warnings.filters:  # as joblib copies them for its workers
+            assert all(part is None or isinstance(part.pattern, str) for part in (message, module))
+    assert list(warnings.filters) == before
+
+
 def test_silence_ends_where_it_is_interrupted() -> None:
     with pytest.raises(KeyboardInterrupt), quiet():
         raise KeyboardInterrupt

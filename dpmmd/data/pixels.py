@@ -257,6 +257,8 @@ _silent = threading.local()  # .depth: how many `quiet` blocks this thread is in
 class _InSilentThreads:
     """Stands where a warnings filter has its message pattern; matches by thread, not by text."""
 
+    pattern = "(?!)"  # nothing: for who copies filters to another process by their patterns
+
     def match(self, text: str) -> bool:
         return getattr(_silent, "depth", 0) > 0
 
@@ -264,55 +266,61 @@ class _InSilentThreads:
 _FILTER = ("ignore", _InSilentThreads(), Warning, None, 0)
 
 
-class _PillowsLog:
-    """Pillow's logger, off while any thread decodes; then at the level that it had."""
+class _Silence:
+    """What is set for the process while any of its threads is silent, and put back after the last.
+
+    The filter looks at the thread, so that a thread which never ends silences no other one.
+    """
 
     def __init__(self) -> None:
-        self.lock, self.users, self.level = threading.Lock(), 0, logging.NOTSET
-        if hasattr(os, "register_at_fork"):  # a worker process: its parent's threads are not in it
+        self.lock, self.threads, self.level = threading.Lock(), 0, logging.NOTSET
+        if hasattr(os, "register_at_fork"):  # the parent's threads are not in a worker process
             os.register_at_fork(after_in_child=self._after_fork)
 
     def _after_fork(self) -> None:
         self.lock = threading.Lock()
 
-    def off(self) -> None:
+    def enter(self) -> None:
+        filters: Any = warnings.filters
         with self.lock:
+            if not filters or filters[0] is not _FILTER:
+                with contextlib.suppress(ValueError):
+                    filters.remove(_FILTER)
+                filters.insert(0, _FILTER)
             logger = logging.getLogger("PIL")
-            if self.users == 0:
+            if self.threads == 0:
                 self.level = logger.level
                 logger.setLevel(logging.CRITICAL + 1)
-            self.users += 1
+            self.threads += 1
 
-    def on(self) -> None:
+    def leave(self) -> None:
+        filters: Any = warnings.filters
         with self.lock:
-            self.users -= 1
-            if self.users == 0:
+            self.threads -= 1
+            if self.threads == 0:
                 logging.getLogger("PIL").setLevel(self.level)
+                with contextlib.suppress(ValueError):
+                    filters.remove(_FILTER)
 
 
-_pillows_log = _PillowsLog()
+_silence = _Silence()
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
     """Decode in silence: no warning and no log line may tell of a single private image.
 
-    Warnings are silenced in this thread alone, by a filter that stays in place and looks at the
-    thread, so that no interruption and no other thread's block can leave the process silent. (That
-    is what `warnings.catch_warnings` does where two threads use it.)
+    Warnings are silenced in this thread alone, so that no interruption and no other thread's block
+    can leave the process silent. (`warnings.catch_warnings` can, where two threads use it.)
     """
     depth = getattr(_silent, "depth", 0)
-    if not warnings.filters or warnings.filters[0] is not _FILTER:
-        with contextlib.suppress(ValueError):
-            warnings.filters.remove(_FILTER)  # type: ignore[attr-defined]
-        warnings.filters.insert(0, _FILTER)  # type: ignore[attr-defined]
-    _pillows_log.off()
+    _silence.enter()
     _silent.depth = depth + 1
     try:
         yield
     finally:
         _silent.depth = depth
-        _pillows_log.on()
+        _silence.leave()
 
 
 _stderr = threading.Lock()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpmmd.data.identifiers import raw_values
 from dpmmd.data.items import EncodedSource
 from dpmmd.data.labels import as_labels, label_type_error
 from dpmmd.data.pixels import Encoded, Geometry
@@ -76,7 +77,7 @@ class ParquetSource(EncodedSource):
                         labels.append(_labels(column, path.name))
                     if group_by is not None:
                         column = parquet.read(columns=[group_by]).column(group_by)
-                        groups += column.to_pylist()
+                        groups += raw_values(column)  # nulls and types as they are
             except (_SchemaError, TypeError) as error:
                 kind = TypeError if isinstance(error, TypeError) else ValueError
                 raise kind(str(error)) from None

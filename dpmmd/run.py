@@ -418,6 +418,9 @@ def write_samples(
         temperature=temperature,
     )
     device = next(trained.generator.parameters()).device
+    classes = trained.class_names
+    if classes is None and release is not None:  # trained by a version that kept no names
+        classes = release.metadata.class_names
     alignment = None
     if release is not None and release.pixels is not None:
         alignment = align.fit(release, *draw(_FITTED, seed=seed + 1)).to(device)
@@ -442,7 +445,7 @@ def write_samples(
             seed=seed,
         )
         write_atomically(card, told.encode(), overwrite=True)
-    export.write(path, images, labels, format=format, overwrite=overwrite)
+    export.write(path, images, labels, format=format, classes=classes, overwrite=overwrite)
 
 
 def _evaluate(

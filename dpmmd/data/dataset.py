@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, Subset, TensorDataset
 
 from dpmmd.data.arrays import ArraySource
+from dpmmd.data.classes import written_names
 from dpmmd.data.draws import Draws, callers_streams
 from dpmmd.data.items import ItemSource, Refused
 from dpmmd.data.labels import as_labels, check_label_range, groups_at, one_label
@@ -304,5 +305,7 @@ def _class_names(dataset: Any) -> tuple[str, ...] | None:
         dataset = dataset.dataset
     classes = getattr(dataset, "classes", None)
     if isinstance(classes, list | tuple) and all(isinstance(name, str) for name in classes):
-        return tuple(classes)
+        if _is_torchvision(dataset) and type(dataset).__name__ == "MNIST":
+            return tuple(name.partition(" - ")[0] for name in classes)  # "0 - zero": as by name
+        return written_names(classes)
     return None

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpmmd.data.classes import written_names
 from dpmmd.data.identifiers import raw_values
 from dpmmd.data.items import EncodedSource
 from dpmmd.data.labels import as_labels, label_type_error
@@ -241,7 +242,7 @@ def _class_names(schema: Any, label_column: str | None) -> tuple[str, ...] | Non
     """Class names from the metadata that HuggingFace's ``datasets`` writes, if any."""
     try:
         features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
-        return tuple(str(name) for name in features[label_column]["names"])
+        return written_names([str(name) for name in features[label_column]["names"]])
     except (KeyError, TypeError, ValueError):
         return None
 

@@ -257,6 +257,8 @@ _silent = threading.local()  # .depth: how many `quiet` blocks this thread is in
 class _InSilentThreads:
     """Stands where a warnings filter has its message pattern; matches by thread, not by text."""
 
+    pattern = "(?!)"  # for who copies filters to other threads, as scikit-learn does: no text
+
     def match(self, text: str) -> bool:
         return getattr(_silent, "depth", 0) > 0
 

@@ -126,10 +126,11 @@ def _in_order(names: Sequence[str]) -> bool:
     composed = [unicodedata.normalize("NFC", name) for name in names]
     as_others = [unicodedata.normalize("NFD", name) for name in names]  # macOS
     apart = len({name.casefold() for name in composed}) == len(names)
-    numbers = [int(name) for name in names if name.isdecimal()]
+    numbers = [int(name) for name in names if name.isdecimal()]  # which may be sorted as such
     meant = {name.casefold().partition(".")[0] for name in names}
     return (
         apart
+        and len(set(numbers)) == len(numbers)
         and all(sorted(each) == list(each) for each in (names, composed, as_others, numbers))
         and not meant & _RESERVED
     )

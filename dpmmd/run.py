@@ -491,18 +491,14 @@ def _evaluate(
     accuracy: dict[str, Any] = {}
     figures: dict[str, Any] = {}
     told: dict[str, Any] = {}
-    data, test = settings.data, _test_of(settings)
+    test = _test_of(settings)
     wanted = settings.evaluate is not None or settings.metrics is not None
     with measured.stage("evaluate") if wanted else contextlib.nullcontext():
         if wanted:
-            found = read_sets(
-                out / "synthetic.npz",
-                test=test,
-                real=(data.source, data.split) if settings.evaluate is not None else None,
-                num_classes=data.num_classes if settings.evaluate is not None else None,
-                **data.options(),
-            )
-            told = found.facts()
+            found, reason = _sets(settings, out / "synthetic.npz")
+            told = found.facts() | ({"real_not_compared": reason} if reason else {})
+            if reason:
+                say(f"evaluate: {reason} Classifiers are not trained on real images.")
             for line in found.lines():
                 say(f"evaluate: {line}")
         if settings.evaluate is not None:
@@ -521,6 +517,28 @@ def _evaluate(
     report = make_report(released, accuracy, measured, figures, told)
     write_atomically(path, (json.dumps(report, indent=2) + "\n").encode())
     return report
+
+
+def _sets(settings: recipe.Recipe, synthetic: Path) -> tuple[sets.Sets, str]:
+    """The sets of a run's evaluation; and why there are no real training images among them, if so.
+
+    What is wrong with the private images does not lose the figures of a finished run.
+    """
+    data = settings.data
+    labelled = settings.evaluate is not None
+    options = {
+        "test": _test_of(settings),
+        "num_classes": data.num_classes if labelled else None,
+        **data.options(),
+    }
+    if not labelled:
+        return read_sets(synthetic, real=None, **options), ""
+    try:
+        return read_sets(synthetic, real=(data.source, data.split), **options), ""
+    except sets.EvaluationError as error:
+        if error.kind != "real":
+            raise
+        return read_sets(synthetic, real=None, **options), str(error)
 
 
 def _test_of(settings: recipe.Recipe) -> tuple[str, str]:

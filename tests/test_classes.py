@@ -235,7 +235,7 @@ def test_parquet_has_names_that_datasets_shows(tmp_path: Path) -> None:
         (("ü" * 100, "y"), ["0-" + "ü" * 50, "1-y"]),
         (tuple(map(str, range(12))), [f"{k:02d}-{k}" for k in range(12)]),
         (("10", "9"), ["0-10", "1-9"]),
-        (("01", "1"), ["01", "1"]),
+        (("01", "1"), ["0-01", "1-1"]),
     ],
     ids=str,
 )

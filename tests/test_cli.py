@@ -955,6 +955,22 @@ def test_names_of_classes_go_through_a_run(call: Call, folder: Path) -> None:
     assert {p.name for p in (folder / "s").iterdir()} == set(names)
 
 
+def test_a_run_with_many_broken_private_images_keeps_its_other_figures(
+    call: Call, folder: Path
+) -> None:
+    private = class_folders(folder / "private", {0: "low", 1: "mid", 2: "top"}, 90)
+    for path in sorted((private / "low").iterdir())[:6]:
+        path.write_bytes(b"")
+    text = (folder / "mine.toml").read_text().replace(f"{folder}/train.npz", str(private))
+    text = text.replace("num_classes = 3", "num_classes = 3\nimage_size = 8\nchannels = 1")
+    short = text.replace("[evaluate]", '[evaluate]\nclassifiers = ["gaussian_nb"]')
+    (folder / "mine.toml").write_text(short)
+    result = call("run", folder / "mine.toml", "--out", folder / "run", "--json")
+    assert set(result.json["accuracy"]["gaussian_nb"]) == {"synthetic"}
+    assert "84 images used; 6 left out" in result.json["real_not_compared"]
+    assert "Classifiers are not trained on real images" in result.err
+
+
 def test_a_run_whose_evaluation_would_be_refused_is_refused_before_privacy_is_spent(
     call: Call, folder: Path
 ) -> None:

@@ -96,7 +96,9 @@ def open_source(
         group_by: which images belong together, where all of a person's images are the unit of
             privacy: the name of an array in an ``.npz``, of a parquet column, or of an attribute
             of a Dataset (one value per image), ``"folder"`` for a folder of images
-            (``<class>/<group>/...``), any word for the third array of a tuple.
+            (``<class>/<group>/...``), any word for the third array of a tuple. Values that are
+            equal are one group whatever their type and spelling, and missing ones are refused
+            (`dpmmd.data.identifiers`).
         allow_empty: whether a source without images is one like any other.
 
     Returns:

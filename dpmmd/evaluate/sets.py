@@ -33,7 +33,11 @@ MOST_OF_A_CLASS = 0.5
 
 
 class EvaluationError(ValueError):
-    """Sets whose figures could be wrong."""
+    """Sets whose figures could be wrong; ``kind`` is the set that is at fault, if it is one."""
+
+    def __init__(self, message: str, kind: str = "") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 @dataclass(frozen=True)
@@ -199,7 +203,8 @@ def _check_left_out(found: ImageSet) -> None:
     if lost > MOST_LEFT_OUT * (used + lost) or not used:
         raise EvaluationError(
             f"{found.line()}. A figure of the rest could be far from that of all; expected at most "
-            f"{MOST_LEFT_OUT:.0%} left out. Mend or remove these images."
+            f"{MOST_LEFT_OUT:.0%} left out. Mend or remove these images.",
+            found.kind,
         )
     if found.records is None or found.classes is None:
         return
@@ -210,7 +215,8 @@ def _check_left_out(found: ImageSet) -> None:
                 f"{found.kind}: source {found.source!r} has {whole} images of class "
                 f"{found.classes.name(label)}, of which {whole - n} cannot be used "
                 f"({', '.join(found.left_out)}); expected at most half of a class left out. Mend "
-                "or remove these images."
+                "or remove these images.",
+                found.kind,
             )
 
 
@@ -286,7 +292,8 @@ def matched(
             names = listed([ours.name(int(k)) for k in lacking])
             raise EvaluationError(
                 f"{kind}: there are no images of {names}, of which there are test images; a "
-                "classifier could not learn them. Give images of every class, e.g. sample more."
+                "classifier could not learn them. Give images of every class, e.g. sample more.",
+                kind,
             )
     missing = tuple(int(k) for k in np.flatnonzero(images_of["test"] == 0))
     return Sets(synthetic, renamed["test"], renamed.get("real"), by, missing)

@@ -377,6 +377,7 @@ def sample(
                 "card": None if origin is None else str(card),
                 "format": chosen,
                 "num_images": num_images,
+                "classes": None if trained.class_names is None else list(trained.class_names),
                 "private": trained.private,
             }
         )
@@ -391,10 +392,15 @@ def sample(
 
 @app.command()
 def evaluate(
-    synthetic: Annotated[Path, typer.Argument(help="Synthetic set, *.npz.")],
+    synthetic: Annotated[
+        Path, typer.Argument(help="Synthetic set: *.npz, *.parquet, or a folder of images.")
+    ],
     test: Annotated[str, typer.Option(help="Real test images: a path or a data set's name.")],
     num_classes: Annotated[
-        int | None, typer.Option(help="Number of classes; without it no classifiers are trained.")
+        int | None,
+        typer.Option(
+            help="Number of classes of the synthetic set; without it no classifiers are trained."
+        ),
     ] = None,
     test_split: Annotated[str, typer.Option(help="Split of the test images.")] = "test",
     real: Annotated[
@@ -445,6 +451,9 @@ def evaluate(
 ) -> None:
     """Train classifiers on a synthetic set, test them on real images; compare the images.
 
+    Classes are matched by their names where both sets have names, else by number. It says how many
+    images of each set it used, and refuses sets of which too much is missing.
+
     Reads real images: what it prints is NOT covered by the release's (epsilon, delta).
     """
     from dpmmd import recipe as recipes
@@ -467,7 +476,9 @@ def evaluate(
             "seeds": _integers("--seeds", seeds),
         },
     )
-    result: dict[str, Any] = {"accuracy": {}, "metrics": {}}
+    runs.check_classifiers(settings.classifiers)
+    compared = None
+    against: tuple[str, ...] = ()
     if features is not None:
         pairs = [pair.partition("=") for pair in weights or ()]
         compared = recipes.revised(
@@ -479,26 +490,29 @@ def evaluate(
             },
         )
         against = () if release is None else runs.encoders_of(release)
-        result["metrics"] = runs.compare_files(
-            synthetic,
+        extractors = runs.load_extractors(compared, against, image_size or 32, where)
+    found = runs.read_sets(
+        synthetic,
+        test=(test, test_split),
+        real=None if real is None or num_classes is None else (real, "train"),
+        num_classes=num_classes,
+        **options,
+    )
+    result: dict[str, Any] = {"accuracy": {}, "metrics": {}, **found.facts()}
+    if not as_json:
+        for line in found.lines():
+            _say(line)
+    if compared is not None:
+        result["metrics"] = runs.compared(
+            found,
+            compared,
+            extractors=extractors,
             test=(test, test_split),
-            extractors=runs.load_extractors(compared, against, image_size or 32, where),
-            settings=compared,
             trained_against=against if release is not None else None,
             progress=not quiet,
-            **options,
         )
     if num_classes is not None:
-        result["accuracy"] = runs.evaluate_files(
-            synthetic,
-            test=(test, test_split),
-            real=None if real is None else (real, "train"),
-            num_classes=num_classes,
-            settings=settings,
-            device=str(where),
-            progress=not quiet,
-            **options,
-        )
+        result["accuracy"] = runs.accuracies(found, settings, device=str(where), progress=not quiet)
     if as_json:
         _print_json({**result, "accuracy_note": runs.EVALUATION_NOTE})
     else:

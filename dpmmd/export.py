@@ -6,9 +6,11 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dpmmd.data import write_npz
+from dpmmd.data.classes import NAMES_FILE, listed, written_names
 from dpmmd.files import refuse_existing
 from dpmmd.privacy import Release
 from dpmmd.privacy.report import facts, rows
@@ -54,6 +57,7 @@ def write(
     labels: NDArray[np.int64] | None,
     *,
     format: str,
+    classes: Sequence[str] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes a synthetic set; the file or folder appears whole or not at all.
@@ -62,9 +66,11 @@ def write(
         path: where to.
         images: uint8 [n, C, H, W].
         labels: int64 [n], or None.
-        format: ``"npz"`` (x uint8 [n, C, H, W], y int64 [n]), ``"npz-float"`` (x float32 in
-            [0, 1], as DPImageBench reads it), ``"folder"`` (CLASS/00000000.png) or ``"parquet"``
-            (columns image {bytes, path} and label, as Hugging Face's datasets reads it).
+        format: ``"npz"`` (x uint8 [n, C, H, W], y int64 [n], names in classes), ``"npz-float"``
+            (x float32 in [0, 1], as DPImageBench reads it), ``"folder"`` (CLASS/00000000.png; see
+            `class_folders`) or ``"parquet"`` (columns image {bytes, path} and label with its
+            names, as Hugging Face's datasets reads it).
+        classes: names of the classes 0..K-1 of labelled images, or None.
         overwrite: replace a file that exists; a folder is never replaced.
 
     Raises:
@@ -72,15 +78,15 @@ def write(
     """
     if format == "folder":
         with _appearing(path) as folder:
-            _write_folder(folder, images, labels)
+            _write_folder(folder, images, labels, classes)
     elif format == "parquet":
         refuse_existing(path, overwrite=overwrite)
-        _write_parquet(path, images, labels)
+        _write_parquet(path, images, labels, classes)
     else:
         x: NDArray[Any] = images
         if format == "npz-float":
             x = images.astype(np.float32) / np.float32(255)
-        write_npz(path, x, labels, overwrite=overwrite)
+        write_npz(path, x, labels, classes=classes, overwrite=overwrite)
 
 
 @contextlib.contextmanager
@@ -102,24 +108,95 @@ def class_name(label: int, num_classes: int) -> str:
     return f"{label:0{len(str(num_classes - 1))}d}"
 
 
+def class_folders(names: Sequence[str]) -> list[str]:
+    """A folder for each class, so that whoever sorts the folders by name has the classes in order.
+
+    The names themselves where they are in order and every file system takes them, as they are
+    when the private images came in folders; else all of them with the class's number before the
+    name, ``0-T-shirt_top``, in which what a file system may refuse is ``_``.
+    """
+    safe = [_safe(name) for name in names]
+    if safe == list(names) and _in_order(safe):
+        return safe
+    return [f"{class_name(k, len(names))}-{name}" for k, name in enumerate(safe)]
+
+
+def _in_order(names: Sequence[str]) -> bool:
+    """Whether names stay apart and in order on every file system, and mean nothing else there."""
+    composed = [unicodedata.normalize("NFC", name) for name in names]
+    as_others = [unicodedata.normalize("NFD", name) for name in names]  # macOS
+    apart = len({name.casefold() for name in composed}) == len(names)
+    numbers = [int(name) for name in names if name.isdecimal()]  # which may be sorted as such
+    meant = {name.casefold().partition(".")[0] for name in names}
+    return (
+        apart
+        and len(set(numbers)) == len(numbers)
+        and all(sorted(each) == list(each) for each in (names, composed, as_others, numbers))
+        and not meant & _RESERVED
+    )
+
+
+def _safe(name: str) -> str:
+    kept = "".join("_" if c in _REFUSED or not c.isprintable() else c for c in name).rstrip(". ")
+    while len(kept.encode()) > 100:
+        kept = kept[:-1]
+    return f"_{kept[1:]}" if kept[:1] in ("", ".", "~", " ", "-") else kept
+
+
+_REFUSED = '<>:"/\\|?*'
+_PORTS = (f"{port}{number}" for port in ("com", "lpt") for number in range(10))
+_RESERVED = frozenset(
+    (
+        *("con", "prn", "aux", "nul", *_PORTS),  # devices of Windows
+        *("train", "test", "val", "valid", "validation", "__macosx", "lost+found"),  # no classes
+    )
+)
+
+
+def _names(labels: NDArray[np.int64], classes: Sequence[str] | None) -> list[str]:
+    """A name for each class: those given, else the numbers of those that the labels have."""
+    count = int(labels.max()) + 1
+    if classes is None:
+        return [class_name(k, count) for k in range(count)]
+    if len(classes) < count or len(set(classes)) < len(classes):
+        raise ValueError(
+            f"classes={listed(classes)}: expected a name of its own for each of {count} classes."
+        )
+    return list(written_names(classes))
+
+
 def _write_folder(
-    folder: Path, images: NDArray[np.uint8], labels: NDArray[np.int64] | None
+    folder: Path,
+    images: NDArray[np.uint8],
+    labels: NDArray[np.int64] | None,
+    classes: Sequence[str] | None,
 ) -> None:
-    classes = 0 if labels is None else int(labels.max()) + 1
-    for k in range(classes):
-        (folder / class_name(k, classes)).mkdir()
-    for i, image in enumerate(images):
-        inside = folder if labels is None else folder / class_name(int(labels[i]), classes)
-        (inside / f"{i:08d}.png").write_bytes(_png(image))
+    if labels is None:
+        inside = [folder] * len(images)
+    else:
+        names = _names(labels, classes)
+        folders = class_folders(names)
+        for name in folders:
+            (folder / name).mkdir()
+        if folders != names:
+            text = json.dumps(dict(zip(folders, names, strict=True)), indent=1, ensure_ascii=False)
+            (folder / NAMES_FILE).write_text(f"{text}\n", "utf-8")
+        inside = [folder / folders[label] for label in labels]
+    for i, (image, place) in enumerate(zip(images, inside, strict=True)):
+        (place / f"{i:08d}.png").write_bytes(_png(image))
 
 
-def _write_parquet(path: Path, images: NDArray[np.uint8], labels: NDArray[np.int64] | None) -> None:
+def _write_parquet(
+    path: Path,
+    images: NDArray[np.uint8],
+    labels: NDArray[np.int64] | None,
+    classes: Sequence[str] | None,
+) -> None:
     pa, pq = _pyarrow()
     cell = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     fields, features = [pa.field("image", cell)], {"image": {"_type": "Image"}}
     if labels is not None:
-        classes = int(labels.max()) + 1
-        names = [class_name(k, classes) for k in range(classes)]
+        names = _names(labels, classes)
         fields.append(pa.field("label", pa.int64()))
         features["label"] = {"names": names, "_type": "ClassLabel"}  # type: ignore[dict-item]
     told = json.dumps({"info": {"features": features}})
@@ -190,6 +267,7 @@ def card(
     n, channels, height, width = shape
     kind = "RGB" if channels == 3 else "grey"
     labels = f"labels 0 to {m.num_classes - 1}, in equal parts" if m.labelled else "no labels"
+    classes = [f"{k} is {listed([name])}" for k, name in enumerate(m.class_names or ())]
     lines = [
         f"# {'' if m.private else 'NOT PRIVATE: '}{n:,} synthetic images",
         "",
@@ -200,6 +278,7 @@ def card(
         f"{', aligned with released moments of pixels' if m.pixel_encoder else ''}.",
         "",
         _HOW[format],
+        *([f"\nClasses: {_plain('; '.join(classes))}."] if classes else []),
         "",
         "## Privacy",
         "",
@@ -223,10 +302,19 @@ def card(
     return "\n".join(lines)
 
 
+def _plain(text: str) -> str:
+    """Text in which Markdown finds nothing to format."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~!])", r"\\\1", text)
+
+
 _HOW = {
-    "npz": "`x` is uint8 [n, C, H, W], `y` int64 [n]: `numpy.load(FILE)`.",
-    "npz-float": "`x` is float32 [n, C, H, W] in [0, 1], `y` int64 [n]: `numpy.load(FILE)`.",
-    "folder": "One PNG an image, one folder a class: `torchvision.datasets.ImageFolder(FOLDER)`.",
-    "parquet": 'Columns `image` (PNG) and `label`: `datasets.load_dataset("parquet", '
-    "data_files=FILE)`.",
+    "npz": "`x` is uint8 [n, C, H, W], `y` int64 [n], `classes` the classes' names if they have "
+    "any: `numpy.load(FILE)`.",
+    "npz-float": "`x` is float32 [n, C, H, W] in [0, 1], `y` int64 [n], `classes` the classes' "
+    "names if they have any: `numpy.load(FILE)`.",
+    "folder": "One PNG an image, one folder a class: `torchvision.datasets.ImageFolder(FOLDER)`. "
+    f"Sorted by name, the folders are the classes in order; where `{NAMES_FILE}` is there, it has "
+    "the name of each folder's class.",
+    "parquet": "Columns `image` (PNG) and `label`, with the classes' names in the schema: "
+    '`datasets.load_dataset("parquet", data_files=FILE)`.',
 }

@@ -24,9 +24,9 @@ import torch
 
 from dpmmd import align, encoders, export, metrics, plan, recipe, train
 from dpmmd._memory import return_freed_memory
-from dpmmd.data import open_source
+from dpmmd.data import ImageSource, open_source
 from dpmmd.encoders import Encoder
-from dpmmd.evaluate import check_classifiers, evaluate
+from dpmmd.evaluate import check_classifiers, evaluate, sets
 from dpmmd.files import write_atomically
 from dpmmd.nn import check_encoder
 from dpmmd.privacy import Release
@@ -157,6 +157,10 @@ def _check_before_release(settings: recipe.Recipe, device: torch.device) -> None
         return
     if settings.data.num_classes is None:
         raise RunError("evaluate: needs labels; set data.num_classes or leave out [evaluate].")
+    if settings.data.num_classes == 1:
+        raise RunError(
+            "evaluate: with data.num_classes = 1 every classifier is right; leave out [evaluate]."
+        )
     check_classifiers(settings.evaluate.classifiers)
 
 
@@ -245,13 +249,15 @@ def _release(
                     f"the generator makes {generator.channels}; alignment needs them equal. Set "
                     "channels in [generator] or [data], or leave pixel_moments out."
                 )
-            compared = settings.evaluate is not None or settings.metrics is not None
-            if compared and source.image_shape != made:
+            compared_with_real = settings.evaluate is not None or settings.metrics is not None
+            if compared_with_real and source.image_shape != made:
                 raise RunError(
                     f"generator: makes images (C, H, W) = {made}, those of {data.source} are "
                     f"{source.image_shape}; evaluation needs them equal. Set image_size and "
                     "channels in [generator] or [data]."
                 )
+            if compared_with_real:
+                _check_test(settings, source)
             released = make_release(
                 source,
                 encoder,
@@ -281,6 +287,25 @@ def _release(
     privacy = json.dumps(facts(released), indent=2) + "\n"
     write_atomically(out / "privacy.json", privacy.encode(), overwrite=True)
     return released
+
+
+def _check_test(settings: recipe.Recipe, source: ImageSource) -> None:
+    """Opens the test images before privacy is spent, and refuses what evaluation would."""
+    where, split = _test_of(settings)
+    test = open_source(where, split=split, **settings.data.options())
+    if test.image_shape != source.image_shape:
+        raise RunError(
+            f"data.test_source: images of {where} ({split}) are (C, H, W) = {test.image_shape}, "
+            f"those of {settings.data.source} {source.image_shape}; set image_size and channels in "
+            "[data]."
+        )
+    if settings.evaluate is None or settings.data.num_classes is None:
+        return
+    if test.identity == source.identity:
+        raise sets.same_source("data.source", "data.test_source", source.name)
+    names = None if source.class_names is None else tuple(source.class_names)
+    made = sets.Classes("synthetic", source.name, names, settings.data.num_classes)
+    sets.match(made, sets.Classes.of("test", test))
 
 
 def _side(pixel_encoder: dict[str, Any] | None) -> int | None:
@@ -418,6 +443,9 @@ def write_samples(
         temperature=temperature,
     )
     device = next(trained.generator.parameters()).device
+    classes = trained.class_names
+    if classes is None and release is not None:  # trained by a version that kept no names
+        classes = release.metadata.class_names
     alignment = None
     if release is not None and release.pixels is not None:
         alignment = align.fit(release, *draw(_FITTED, seed=seed + 1)).to(device)
@@ -442,7 +470,7 @@ def write_samples(
             seed=seed,
         )
         write_atomically(card, told.encode(), overwrite=True)
-    export.write(path, images, labels, format=format, overwrite=overwrite)
+    export.write(path, images, labels, format=format, classes=classes, overwrite=overwrite)
 
 
 def _evaluate(
@@ -462,35 +490,61 @@ def _evaluate(
         return report
     accuracy: dict[str, Any] = {}
     figures: dict[str, Any] = {}
-    data, test = settings.data, settings.data.test_source or settings.data.source
+    told: dict[str, Any] = {}
+    test = _test_of(settings)
     wanted = settings.evaluate is not None or settings.metrics is not None
     with measured.stage("evaluate") if wanted else contextlib.nullcontext():
+        if wanted:
+            found, reason = _sets(settings, out / "synthetic.npz")
+            told = found.facts() | ({"real_not_compared": reason} if reason else {})
+            if reason:
+                say(f"evaluate: {reason} Classifiers are not trained on real images.")
+            for line in found.lines():
+                say(f"evaluate: {line}")
         if settings.evaluate is not None:
             say(f"evaluate: {', '.join(settings.evaluate.classifiers)}, on real test images")
-            accuracy = evaluate_files(
-                out / "synthetic.npz",
-                test=(test, data.test_split),
-                real=(data.source, data.split),
-                num_classes=data.num_classes,
-                settings=settings.evaluate,
-                device=str(where),
-                progress=progress,
-                **data.options(),
-            )
+            accuracy = accuracies(found, settings.evaluate, device=str(where), progress=progress)
         if settings.metrics is not None:
             say(f"metrics: {', '.join(e.name for e in extractors)}, on real test images")
-            figures = compare_files(
-                out / "synthetic.npz",
-                test=(test, data.test_split),
+            figures = compared(
+                found,
+                settings.metrics,
                 extractors=extractors,
-                settings=settings.metrics,
+                test=test,
                 trained_against=_trained_against(settings),
                 progress=progress,
-                **data.options(),
             )
-    report = make_report(released, accuracy, measured, figures)
+    report = make_report(released, accuracy, measured, figures, told)
     write_atomically(path, (json.dumps(report, indent=2) + "\n").encode())
     return report
+
+
+def _sets(settings: recipe.Recipe, synthetic: Path) -> tuple[sets.Sets, str]:
+    """The sets of a run's evaluation; and why there are no real training images among them, if so.
+
+    What is wrong with the private images does not lose the figures of a finished run.
+    """
+    data = settings.data
+    labelled = settings.evaluate is not None
+    options = {
+        "test": _test_of(settings),
+        "num_classes": data.num_classes if labelled else None,
+        **data.options(),
+    }
+    if not labelled:
+        return read_sets(synthetic, real=None, **options), ""
+    try:
+        return read_sets(synthetic, real=(data.source, data.split), **options), ""
+    except sets.EvaluationError as error:
+        if error.kind != "real":
+            raise
+        return read_sets(synthetic, real=None, **options), str(error)
+
+
+def _test_of(settings: recipe.Recipe) -> tuple[str, str]:
+    """Source and split of the real test images."""
+    data = settings.data
+    return data.test_source or data.source, data.test_split
 
 
 def release_of(checkpoint: Path, given: Path | None) -> Release | None:
@@ -516,39 +570,57 @@ def encoders_of(path: Path) -> tuple[str, ...]:
     return tuple(spec["name"] for spec in (m.encoder, m.selection_encoder) if spec is not None)
 
 
-def evaluate_files(
+def read_sets(
     synthetic: str | Path,
     *,
     test: tuple[str, str],
     real: tuple[str, str] | None,
     num_classes: int | None,
+    **options: Any,
+) -> sets.Sets:
+    """The sets of an evaluation, with classes matched (`dpmmd.evaluate.sets`).
+
+    Reads real images directly: nothing of it is covered by the release's guarantee.
+
+    Args:
+        synthetic: as `write_samples` writes it.
+        test: source and split of the real test images.
+        real: source and split of real training images for comparison, or None.
+        num_classes: K, where classifiers are to be trained; None: labels are not looked at.
+        **options: of `dpmmd.data.open_source`, for the real images.
+
+    Raises:
+        EvaluationError: classes that cannot be matched, or too many images that cannot be used.
+    """
+    labelled = num_classes is not None
+    return sets.matched(
+        sets.read("synthetic", synthetic, "train", labelled=labelled),
+        sets.read("test", *test, labelled=labelled, **options),
+        None if real is None else sets.read("real", *real, labelled=labelled, **options),
+        num_classes,
+    )
+
+
+def accuracies(
+    found: sets.Sets,
     settings: recipe.EvaluateSection,
+    *,
     device: str = "cpu",
     progress: bool = True,
-    **options: Any,
 ) -> dict[str, dict[str, Any]]:
     """Accuracies {classifier: {"synthetic", "real"}} on real test images: means over the seeds.
 
     With several seeds each classifier also has ``"seeds"``: {"synthetic": [...], "real": [...]}.
-    Reads real images directly: what it returns is NOT covered by the release's guarantee.
 
     Args:
-        synthetic: .npz as `write_samples` writes it.
-        test: source and split of the real test images.
-        real: source and split of real training images for comparison, or None.
-        num_classes: K.
+        found: from `read_sets`.
         settings: classifiers, sizes, seeds.
         device: where networks are trained.
-        **options: of `dpmmd.data.open_source`, for the real images.
     """
-    sets = (
-        _arrays(synthetic, "train", num_classes),
-        _arrays(*test, num_classes, **options),
-        None if real is None else _arrays(*real, num_classes, **options),
-    )
+    pairs = [(each.images, each.labels) for each in found.all()]
     runs = [
         evaluate(
-            *sets,
+            *pairs,
             classifiers=settings.classifiers,
             num_train=settings.num_train,
             seed=seed,
@@ -566,20 +638,19 @@ def evaluate_files(
     return result
 
 
-def compare_files(
-    synthetic: str | Path,
-    *,
-    test: tuple[str, str],
-    extractors: Sequence[metrics.Extractor],
+def compared(
+    found: sets.Sets,
     settings: recipe.MetricsSection,
+    *,
+    extractors: Sequence[metrics.Extractor],
+    test: tuple[str, str],
     trained_against: Sequence[str] | None,
     progress: bool = True,
-    **options: Any,
 ) -> dict[str, dict[str, Any]]:
-    """`dpmmd.metrics.compare` of a synthetic set and real images, read like `evaluate_files`."""
+    """`dpmmd.metrics.compare` of the synthetic and the test images of `read_sets`."""
     return metrics.compare(
-        _arrays(synthetic, "train", None)[0],
-        _arrays(*test, None, **options)[0],
+        found.synthetic.images,
+        found.test.images,
         extractors,
         num_images=settings.num_images,
         seed=settings.seed,
@@ -587,10 +658,6 @@ def compare_files(
         told={"real": test[0], "split": test[1]},
         progress=progress,
     )
-
-
-def _arrays(source: str | Path, split: str, num_classes: int | None, **options: Any) -> Any:
-    return open_source(source, split=split, num_classes=num_classes, **options).arrays()
 
 
 EVALUATION_NOTE = (
@@ -604,6 +671,7 @@ def make_report(
     accuracy: dict[str, Any],
     measured: _Measured,
     figures: dict[str, Any],
+    told: dict[str, Any],
 ) -> dict[str, Any]:
     m = released.metadata
     privacy = {key: getattr(m, key) for key in ("epsilon", "delta", "mu", "adjacency", "unit")}
@@ -614,6 +682,7 @@ def make_report(
         "privacy": privacy,
         "accuracy": accuracy,
         "metrics": figures,
+        **told,
         "accuracy_note": EVALUATION_NOTE,
         "seconds": {k: round(v, 2) for k, v in measured.seconds.items()},
         "peak_rss_bytes": measured.peak(),

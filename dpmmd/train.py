@@ -80,6 +80,7 @@ class Trained:
         private: False if the release was stamped NOT PRIVATE.
         step: steps done.
         seconds: spent on training, over all resumptions.
+        class_names: of the classes 0..K-1, or None where the release has none.
     """
 
     generator: nn.Module
@@ -88,6 +89,7 @@ class Trained:
     step: int
     seconds: float
     selected_step: int
+    class_names: tuple[str, ...] | None = None
 
 
 def train(
@@ -461,6 +463,7 @@ class _Run:
             self.step,
             self.seconds,
             self.step if self.best is None else self.best["step"],
+            self.metadata.class_names,
         )
 
     def spread(self) -> None:
@@ -652,6 +655,7 @@ class _Run:
             "private": self.metadata.private,
             "array_sha256": self.metadata.array_sha256,
             "num_classes": self.metadata.num_classes if self.labelled else None,
+            "class_names": self.metadata.class_names,
             "settings": self.settings.model_dump(mode="json"),
             "generator_settings": self.record,
             "generator": self.generator.state_dict(),
@@ -865,6 +869,7 @@ def load_generator(path: str | Path, generator: nn.Module | None = None) -> Trai
         int(state["step"]),
         float(state["seconds"]),
         int(kept["step"]),
+        None if (names := state.get("class_names")) is None else tuple(names),
     )
 
 

@@ -889,6 +889,123 @@ def test_evaluate_refuses(call: Call, folder: Path) -> None:
     refused(evaluate("absent.npz"), "absent.npz")
 
 
+def class_folders(path: Path, names: dict[int, str], n: int = 60) -> Path:
+    x, y = bars(n, seed=n)
+    for label, name in names.items():
+        (path / name).mkdir(parents=True)
+        for i in np.flatnonzero(y == label):
+            Image.fromarray(x[i, 0]).save(path / name / f"{i:03d}.png")
+    return path
+
+
+def test_evaluate_matches_classes_by_name_and_says_what_it_used(call: Call, folder: Path) -> None:
+    """A test folder that lacks a class would else score a perfect set 0.5, with exit code 0."""
+    dpmmd.data.write_npz(folder / "s.npz", *bars(90, 0), classes=("low", "mid", "top"))
+    test = class_folders(folder / "test", {0: "low", 2: "top"})
+    arguments = ["evaluate", folder / "s.npz", "--test", test, "--classifiers", "gaussian_nb"]
+    arguments += ["--num-classes", 3]
+    told = call(*arguments, "--json").json
+    assert told["accuracy"]["gaussian_nb"] == {"synthetic": 1.0}
+    assert told["images"]["test"] == {"used": 40, "left_out": {}, "passed_over": {}}
+    assert told["classes"]["matched_by"] == {"test": "name"}
+    assert told["classes"]["without_test_images"] == ["mid"]
+    printed = call(*arguments)
+    assert "test (test): 40 images used" in printed.err
+    assert "no test images of mid" in printed.err
+    assert "100.0 %" in printed.out
+
+    class_folders(test, {1: "other"})
+    refused(call(*arguments), "test: source 'test'", "lacks (other)", "low, mid, top")
+    (test / "other").rename(test / "mid")
+    images = sorted((test / "mid").iterdir())
+    for image in images[:4]:
+        image.write_bytes(b"")
+    sizes = ["--image-size", 8, "--channels", 1]
+    refused(call(*arguments, *sizes), "56 images used; 4 left out", "at most 5%")
+    for image in images[1:4]:
+        image.unlink()
+    told = call(*arguments, *sizes, "--json").json
+    assert told["images"]["test"]["used"] == 56
+    assert sum(told["images"]["test"]["left_out"].values()) == 1
+    assert told["classes"]["without_test_images"] == []
+
+
+def test_names_of_classes_go_through_a_run(call: Call, folder: Path) -> None:
+    private = class_folders(folder / "private", {0: "T-shirt", 1: "bag", 2: "boot"}, 90)
+    test = class_folders(folder / "real", {1: "Bag", 2: "boot"})
+    text = (folder / "mine.toml").read_text().replace(f"{folder}/train.npz", str(private))
+    short = text.replace("[evaluate]", '[evaluate]\nclassifiers = ["gaussian_nb"]')
+    (folder / "mine.toml").write_text(short.replace(f"{folder}/test.npz", str(test)))
+    out = folder / "run"
+    report = call("run", folder / "mine.toml", "--out", out, "--json").json
+    names = ["T-shirt", "bag", "boot"]
+    assert report["classes"]["names"] == names
+    assert report["classes"]["matched_by"] == {"test": "name", "real": "name"}
+    assert report["classes"]["without_test_images"] == ["T-shirt"]
+    assert report["images"]["real"]["used"] == 90
+    assert report["accuracy"]["gaussian_nb"]["real"] == 1.0
+    assert Release.load(out / "release.safetensors").metadata.class_names == tuple(names)
+    assert json.loads((out / "privacy.json").read_text())["class_names"] == names
+    assert "T-shirt, bag, boot" in call("privacy", out / "release.safetensors", "--markdown").out
+    assert "0 is T-shirt; 1 is bag; 2 is boot" in (out / "README.md").read_text()
+    with np.load(out / "synthetic.npz") as file:
+        assert file["classes"].tolist() == names
+    sampled = call("sample", out, "--out", folder / "s", "--num-images", 6, "--json").json
+    assert sampled["classes"] == names
+    assert {p.name for p in (folder / "s").iterdir()} == set(names)
+
+
+def test_a_run_with_many_broken_private_images_keeps_its_other_figures(
+    call: Call, folder: Path
+) -> None:
+    private = class_folders(folder / "private", {0: "low", 1: "mid", 2: "top"}, 90)
+    for path in sorted((private / "low").iterdir())[:6]:
+        path.write_bytes(b"")
+    text = (folder / "mine.toml").read_text().replace(f"{folder}/train.npz", str(private))
+    text = text.replace("num_classes = 3", "num_classes = 3\nimage_size = 8\nchannels = 1")
+    short = text.replace("[evaluate]", '[evaluate]\nclassifiers = ["gaussian_nb"]')
+    (folder / "mine.toml").write_text(short)
+    result = call("run", folder / "mine.toml", "--out", folder / "run", "--json")
+    assert set(result.json["accuracy"]["gaussian_nb"]) == {"synthetic"}
+    assert "84 images used; 6 left out" in result.json["real_not_compared"]
+    assert "Classifiers are not trained on real images" in result.err
+
+
+def test_a_run_whose_evaluation_would_be_refused_is_refused_before_privacy_is_spent(
+    call: Call, folder: Path
+) -> None:
+    private = class_folders(folder / "private", {0: "low", 1: "mid", 2: "top"}, 90)
+    text = (folder / "mine.toml").read_text().replace(f"{folder}/train.npz", str(private))
+    text = text.replace("[generator]", f'ledger = "{folder}/ledger"\n[generator]')
+    x, y = bars(60, 60)
+    np.savez(folder / "plain.npz", x=x)
+    np.savez(folder / "two.npz", x=x, y=y % 2)
+    np.savez(folder / "large.npz", x=x.repeat(2, axis=2).repeat(2, axis=3), y=y)
+    class_folders(folder / "names", {0: "low", 1: "other", 2: "top"})
+    class_folders(folder / "splits", {0: "train", 1: "test"})
+    wrong = {
+        "plain.npz": ("test: source 'plain.npz' has no labels",),
+        "two.npz": ("has 2 classes", "3 classes (low, mid, top)"),
+        "large.npz": ("data.test_source", "(1, 16, 16)", "(1, 8, 8)"),
+        "names": ("lacks (other)",),
+        "splits": ("splits and not classes",),
+        "private": ("are the same images",),
+        "absent": ("absent",),
+    }
+    before = files(folder)
+    for name, phrases in wrong.items():
+        (folder / "mine.toml").write_text(text.replace("test.npz", name))
+        refused(call("run", folder / "mine.toml", "--out", folder / "run"), *phrases)
+        assert files(folder) == before
+    fewer = text.replace("num_classes = 3", "num_classes = 2")
+    (folder / "mine.toml").write_text(fewer)
+    result = call("run", folder / "mine.toml", "--out", folder / "run")
+    refused(result, "num_classes=2", "3 classes (low, mid, top)")
+    (folder / "mine.toml").write_text(text.replace("num_classes = 3", "num_classes = 1"))
+    refused(call("run", folder / "mine.toml", "--out", folder / "run"), "every classifier is right")
+    assert files(folder) == before
+
+
 # ----------------------------------------------------------------------------- real processes
 
 

@@ -72,7 +72,7 @@ class ArraySource(ImageSource):
         if groups is not None and group_by is not None:
             self.group_by = group_by
             self.groups = as_groups(groups, self.num_images, group_by, name)
-        check_source_labels(self._labels, num_classes, name)
+        check_source_labels(self._labels, num_classes, name, class_names)
         self._geometry = geometry or Geometry()
         channels, height, width = self._images.shape[1:]
         self.image_shape = self._geometry.output_shape(channels, height, width)
@@ -80,7 +80,7 @@ class ArraySource(ImageSource):
         self._geometry.apply(torch.zeros(1, channels, height, width))
 
     def check_labels(self, num_classes: int) -> None:
-        check_source_labels(self._labels, num_classes, self.name)
+        check_source_labels(self._labels, num_classes, self.name, self.class_names)
 
     def rearranged(self, order: Sequence[int]) -> ArraySource:
         other = copy.copy(self)

@@ -8,15 +8,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, Subset, TensorDataset
 
 from dpmmd.data.arrays import ArraySource
+from dpmmd.data.classes import written_names
 from dpmmd.data.draws import Draws, callers_streams
 from dpmmd.data.items import ItemSource, Refused
-from dpmmd.data.labels import as_labels, check_label_range, one_label
+from dpmmd.data.labels import as_labels, check_label_range, groups_at, one_label
 from dpmmd.data.pixels import Geometry, Unusable, from_item, quiet
 from dpmmd.data.source import ImageSource, source_identity
 
@@ -290,8 +290,8 @@ def _targets(dataset: Any, name: str) -> Tensor | None:
 def _attribute(dataset: Any, group_by: str, name: str) -> Any:
     """The values that a data set keeps beside its images under the name `group_by`."""
     if isinstance(dataset, Subset):
-        whole = np.asarray(_attribute(dataset.dataset, group_by, name))
-        return whole[np.asarray(list(dataset.indices))]
+        whole = _attribute(dataset.dataset, group_by, name)
+        return groups_at(whole, dataset.indices, group_by, name)
     if not hasattr(dataset, group_by):
         raise ValueError(
             f"group_by={group_by!r}: source {name!r} has no attribute of that name; give the data "
@@ -305,5 +305,7 @@ def _class_names(dataset: Any) -> tuple[str, ...] | None:
         dataset = dataset.dataset
     classes = getattr(dataset, "classes", None)
     if isinstance(classes, list | tuple) and all(isinstance(name, str) for name in classes):
-        return tuple(classes)
+        if _is_torchvision(dataset) and type(dataset).__name__ == "MNIST":
+            return tuple(name.partition(" - ")[0] for name in classes)  # "0 - zero": as by name
+        return written_names(classes)
     return None

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from dpmmd.data.classes import folder_names
 from dpmmd.data.items import FileSource
 from dpmmd.data.pixels import EXTENSIONS, Geometry
 from dpmmd.data.source import file_identity
@@ -64,7 +65,7 @@ def open_folder(
         name=path.name,
         identity=file_identity("folder", path),
         labels=torch.tensor(labels, dtype=torch.int64) if labelled else None,
-        class_names=tuple(folders) if labelled else None,
+        class_names=folder_names(path, folders) if labelled else None,
         num_classes=num_classes,
         geometry=geometry,
         workers=workers,

@@ -97,7 +97,7 @@ class ItemSource(ImageSource):
         if groups is not None and group_by is not None:
             self.group_by = group_by
             self.groups = as_groups(groups, num_images, group_by, name)
-        check_source_labels(labels, num_classes, name)
+        check_source_labels(labels, num_classes, name, class_names)
 
     def _settle_shape(self) -> None:
         """Fix the image shape: from the declaration alone, or from every record's header."""
@@ -176,7 +176,7 @@ class ItemSource(ImageSource):
                 yield pixels, label
 
     def check_labels(self, num_classes: int) -> None:
-        check_source_labels(self._labels, num_classes, self.name)
+        check_source_labels(self._labels, num_classes, self.name, self.class_names)
 
     def read_batch(self, start: int, batch_size: int) -> tuple[Tensor, Tensor, Tensor]:
         images = torch.zeros(batch_size, *self.image_shape)  # [B, C, H, W]

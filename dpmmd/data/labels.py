@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from dpmmd.data.identifiers import IdentifierError, numbered, raw_values
 
 
 def as_labels(labels: Any, num_images: int, name: str) -> Tensor:
@@ -16,6 +20,11 @@ def as_labels(labels: Any, num_images: int, name: str) -> Tensor:
         TypeError: the labels are not integers.
         ValueError: there is not exactly one label per image.
     """
+    if np.ma.is_masked(labels):  # an array of the values alone would hold what is masked
+        raise ValueError(
+            f"labels of source {name!r} have missing values (they are masked): expected an integer "
+            "for every image; drop the unlabelled records or give them a class of their own."
+        )
     array = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
@@ -32,27 +41,46 @@ def as_labels(labels: Any, num_images: int, name: str) -> Tensor:
 
 
 def as_groups(values: Any, num_images: int, group_by: str, name: str) -> Tensor:
-    """Groups of any type (numbers, names) as int64 ``[N]`` from 0 on.
+    """Groups of any type as int64 ``[N]`` from 0 on, in the order of their identifiers.
+
+    Identifiers that are equal are one group, whatever their type and their spelling
+    (`dpmmd.data.identifiers`). One group too few only costs utility; one too many would break the
+    claim.
 
     Raises:
-        ValueError: not one value per image, or missing values.
+        TypeError: identifiers that are neither numbers nor text, dates or UUIDs.
+        ValueError: not one value per image, missing values, or numbers that floating point has
+            rounded.
     """
-    array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
-    if array.shape != (num_images,):
-        raise ValueError(
-            f"group_by={group_by!r}: source {name!r} has groups of shape {tuple(array.shape)}, "
-            f"expected one per image, shape ({num_images},)."
-        )
-    missing = array.dtype.kind == "f" and bool(np.isnan(array).any())
-    if array.dtype.kind == "O":
-        missing = any(value is None or value != value for value in array)
-        array = array.astype(str)
-    if missing:
-        raise ValueError(
-            f"group_by={group_by!r}: some images of source {name!r} have no group; give each "
-            "image one (an image that stands alone: a group of its own)."
-        )
-    return torch.from_numpy(np.unique(array, return_inverse=True)[1].reshape(-1).astype(np.int64))
+    with _named(group_by, name):
+        values = raw_values(values)
+        shape = values.shape if isinstance(values, np.ndarray) else (len(values),)
+        if tuple(shape) != (num_images,):
+            raise ValueError(
+                f"group_by={group_by!r}: source {name!r} has groups of shape {tuple(shape)}, "
+                f"expected one per image, shape ({num_images},)."
+            )
+        return torch.from_numpy(numbered(values))
+
+
+def groups_at(values: Any, indices: Iterable[int], group_by: str, name: str) -> Any:
+    """Those of a data set's groups that a part of it has, unchanged."""
+    with _named(group_by, name):
+        values = raw_values(values)
+    chosen = [int(index) for index in indices]
+    return values[chosen] if isinstance(values, np.ndarray) else [values[i] for i in chosen]
+
+
+@contextlib.contextmanager
+def _named(group_by: str, name: str) -> Iterator[None]:
+    """Errors about identifiers say the argument and the source."""
+    try:
+        yield
+    except IdentifierError as error:
+        kind, message = error.kind, str(error).replace("{source}", repr(name))
+    else:
+        return
+    raise kind(f"group_by={group_by!r}: {message}")
 
 
 def one_label(label: Any, name: str) -> int:

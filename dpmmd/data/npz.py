@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from dpmmd.data.arrays import ArraySource
+from dpmmd.data.classes import listed, written_names
 from dpmmd.data.labels import as_labels
 from dpmmd.data.pixels import Geometry
 from dpmmd.data.rows import StreamedRows
@@ -34,7 +36,8 @@ def open_npz(
 
     Images are the array `image_key`, or the first of ``x_<split>``, ``images_<split>``, ``x``,
     ``images``; labels likewise, from ``y_<split>``, ``labels_<split>``, ``y``, ``labels``. Groups
-    are the array `group_by`.
+    are the array `group_by`. ``classes``, if it is an array of different texts, has the names of
+    the classes 0, 1, ...
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -59,6 +62,7 @@ def open_npz(
             if images is None:
                 images = file[image_name]
             labels = file[label_name] if label_name else None
+            class_names = _class_names(file) if label_name else None
             groups = None
             if group_by is not None:
                 groups = file[_pick(names, group_by, "group_by", (), path, split)]
@@ -75,6 +79,7 @@ def open_npz(
         labels,
         name=path.name,
         identity=file_identity("npz", path, part),
+        class_names=class_names,
         num_classes=num_classes,
         geometry=geometry,
         groups=groups,
@@ -113,14 +118,27 @@ def _pick(
     )
 
 
+def _class_names(file: Any) -> tuple[str, ...] | None:
+    """The array ``classes``, where it can be the names of classes."""
+    array = file["classes"] if "classes" in file.files else np.empty(0)
+    if array.ndim != 1 or not len(array) or array.dtype.kind not in "US":
+        return None
+    names = tuple(
+        name.decode("utf-8", "backslashreplace") if isinstance(name, bytes) else str(name)
+        for name in array.tolist()
+    )
+    return names if len(set(names)) == len(names) else None
+
+
 def write_npz(
     path: str | os.PathLike[str],
     images: Any,
     labels: Any = None,
     *,
+    classes: Sequence[str] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write a synthetic set as ``.npz``: ``x`` the images, ``y`` the labels.
+    """Write a synthetic set as ``.npz``: ``x`` the images, ``y`` the labels, ``classes`` names.
 
     The file appears whole or not at all: it is written beside its place under a temporary name
     and then renamed.
@@ -130,6 +148,7 @@ def write_npz(
         images: uint8, or float in [0, 1] (stored as float32); ``[N, H, W]``, ``[N, H, W, C]`` or
             ``[N, C, H, W]``, array or tensor, stored in the layout given.
         labels: integers ``[N]``, or None for an unlabelled set (no ``y`` then).
+        classes: names of the classes 0..K-1, or None (no ``classes`` then).
         overwrite: replace an existing file.
 
     Returns:
@@ -137,7 +156,8 @@ def write_npz(
 
     Raises:
         FileExistsError: the file exists and `overwrite` is False.
-        ValueError: another extension, wrong shape, or pixels outside [0, 1].
+        ValueError: another extension, wrong shape, pixels outside [0, 1], or names that are not
+            those of the labels' classes.
         TypeError: images or labels of another type.
     """
     path = Path(path).expanduser()
@@ -161,6 +181,14 @@ def write_npz(
     content = {"x": array}
     if labels is not None:
         content["y"] = as_labels(labels, source.num_images, path.name).numpy()
+    if classes is not None:
+        names = written_names(classes)
+        if labels is None or len(set(names)) < max(len(names), int(content["y"].max()) + 1):
+            raise ValueError(
+                f"classes={listed(names)}: expected a name of its own for each class that the "
+                "labels have, in their order, or None; give labels with them."
+            )
+        content["classes"] = np.array(names, np.str_)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dpmmd.data.arrays import ArraySource
+from dpmmd.data.classes import check_class_names
 from dpmmd.data.dataset import open_dataset
 from dpmmd.data.folder import open_folder
 from dpmmd.data.items import check_workers
@@ -83,7 +84,8 @@ def open_source(
             and cut out the centre.
         background: the colour on which transparent images are composed: a name, ``#rrggbb`` or
             (red, green, blue); None is white.
-        num_classes: K, to check that labels lie in 0..K-1; None accepts any from 0 on.
+        num_classes: K, to check that labels lie in 0..K-1, and that there are K class names where
+            the source has names; None accepts any labels from 0 on.
         root: folder of a named data set's files; by default ``$DPMMD_CACHE`` or
             ``~/.cache/dpmmd``.
         download: whether a named data set may be downloaded.
@@ -94,7 +96,9 @@ def open_source(
         group_by: which images belong together, where all of a person's images are the unit of
             privacy: the name of an array in an ``.npz``, of a parquet column, or of an attribute
             of a Dataset (one value per image), ``"folder"`` for a folder of images
-            (``<class>/<group>/...``), any word for the third array of a tuple.
+            (``<class>/<group>/...``), any word for the third array of a tuple. Values that are
+            equal are one group whatever their type and spelling, and missing ones are refused
+            (`dpmmd.data.identifiers`).
         allow_empty: whether a source without images is one like any other.
 
     Returns:
@@ -129,6 +133,7 @@ def open_source(
             "together; give a parquet file or .npz with such a column, a folder with a folder a "
             "group, a Dataset with such an attribute, or (images, labels, groups)."
         )
+    check_class_names(opened.class_names if opened.labelled else None, num_classes, opened.name)
     if not allow_empty:
         check_not_empty(opened.num_images, opened.name)
     return opened

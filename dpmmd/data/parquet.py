@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpmmd.data.classes import written_names
+from dpmmd.data.identifiers import raw_values
 from dpmmd.data.items import EncodedSource
 from dpmmd.data.labels import as_labels, label_type_error
 from dpmmd.data.pixels import Encoded, Geometry
@@ -76,7 +78,7 @@ class ParquetSource(EncodedSource):
                         labels.append(_labels(column, path.name))
                     if group_by is not None:
                         column = parquet.read(columns=[group_by]).column(group_by)
-                        groups += column.to_pylist()
+                        groups += raw_values(column)  # nulls and types as they are
             except (_SchemaError, TypeError) as error:
                 kind = TypeError if isinstance(error, TypeError) else ValueError
                 raise kind(str(error)) from None
@@ -240,7 +242,7 @@ def _class_names(schema: Any, label_column: str | None) -> tuple[str, ...] | Non
     """Class names from the metadata that HuggingFace's ``datasets`` writes, if any."""
     try:
         features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
-        return tuple(str(name) for name in features[label_column]["names"])
+        return written_names([str(name) for name in features[label_column]["names"]])
     except (KeyError, TypeError, ValueError):
         return None
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dpmmd.data.classes import check_class_names
 from dpmmd.data.labels import check_label_range
 from dpmmd.data.remote import AnyPath
 
@@ -130,6 +131,7 @@ class ImageSource(ABC):
         guarantee.
         """
         check_num_classes(num_classes)
+        check_class_names(self.class_names if self.labelled else None, num_classes, self.name)
 
     def arrays(self, batch_size: int = 256) -> tuple[Tensor, Tensor]:
         """Everything decodable, in memory: for evaluation on real data only.
@@ -185,8 +187,13 @@ def check_not_empty(num_images: int, name: str) -> int:
     return num_images
 
 
-def check_source_labels(labels: Tensor | None, num_classes: int | None, name: str) -> None:
-    """The label checks that need no image: presence and range."""
+def check_source_labels(
+    labels: Tensor | None,
+    num_classes: int | None,
+    name: str,
+    class_names: Sequence[str] | None = None,
+) -> None:
+    """The label checks that need no image: presence, names and range."""
     if num_classes is not None:
         check_num_classes(num_classes)
         if labels is None and num_classes > 1:
@@ -196,4 +203,5 @@ def check_source_labels(labels: Tensor | None, num_classes: int | None, name: st
                 "label_key."
             )
     if labels is not None:
+        check_class_names(class_names, num_classes, name)
         check_label_range(labels, num_classes, name)

@@ -36,7 +36,8 @@ def evaluate(
     """Test accuracy on real images of classifiers trained on synthetic and on real ones.
 
     Args:
-        synthetic: images uint8 [n, C, H, W] and labels int64 [n], arrays or CPU tensors.
+        synthetic: images uint8 [n, C, H, W] and labels int64 [n], arrays or CPU tensors. Labels are
+            taken as they are, of all sets alike; `dpmmd.evaluate.sets` reads sets with class names.
         test: real test images and labels; images of another side are compared at the synthetic
             images' (an error says so).
         real: real training images, for comparison, or None.

@@ -295,6 +295,7 @@ def release(
         + (() if counts_block is None else (_record(counts_block, classes, 0),)),
         num_classes=classes,
         labelled=labelled,
+        class_names=tuple(images.class_names) if labelled and images.class_names else None,
         num_units=num_units if public_n else None,
         image_shape=images.image_shape,
         source=images.name.encode("utf-8", "replace").decode(),  # need not be UTF-8

@@ -75,6 +75,7 @@ class Metadata(BaseModel):
     blocks: tuple[BlockRecord, ...]
     num_classes: int
     labelled: bool
+    class_names: tuple[str, ...] | None = None  # of the classes 0..K-1; None: nobody named them
     num_units: int | None  # N, images or groups; None: it is private (add-remove)
     image_shape: tuple[int, int, int]  # (C, H, W) that images were brought to
     source: str
@@ -250,6 +251,14 @@ class Release:
             raise PrivacyError(
                 f"{name}: arrays {tuple(self.sums.shape)} and {tuple(self.counts.shape)} do not "
                 f"match its metadata (moments, classes) = {expected}."
+            )
+        if m.class_names is not None and (
+            not m.labelled or not len(set(m.class_names)) == len(m.class_names) == m.num_classes
+        ):
+            raise PrivacyError(
+                f"{name}: class_names has {len(m.class_names)} names ({len(set(m.class_names))} "
+                f"different ones), expected one for each of the num_classes = {m.num_classes} "
+                "classes of a labelled release; the file was altered. Restore it from a copy."
             )
         if (
             not math.isclose(m.sensitivity_under(m.adjacency), m.sensitivity, rel_tol=1e-9)

@@ -7,6 +7,7 @@ from typing import Any
 
 from scipy.special import ndtr, ndtri
 
+from dpmmd.data.classes import listed
 from dpmmd.privacy import accounting
 from dpmmd.privacy.ledger import Ledger
 from dpmmd.privacy.release_file import Metadata, Release
@@ -119,6 +120,7 @@ def facts(release: Release, ledger: Ledger | None = None) -> dict[str, Any]:
         "by_adjacency": _by_adjacency(m),
         "num_units": m.num_units,
         "num_classes": m.num_classes,
+        "class_names": None if m.class_names is None else list(m.class_names),
         "released_counts": [round(n, 1) for n in release.counts.tolist()],
         "labels": "private" if m.labelled else "not read",
         "assumed_public": _public(release),
@@ -313,10 +315,15 @@ def _range(values: list[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
+def _classes(m: Metadata) -> str:
+    named = "" if m.class_names is None else f" and their names ({listed(m.class_names)})"
+    return f"the {m.num_classes} classes{named}"
+
+
 def _public(release: Release) -> list[str]:
     m = release.metadata
     public = [
-        f"the {m.num_classes} classes" if m.labelled else "that there are no labels",
+        _classes(m) if m.labelled else "that there are no labels",
         "the shape {} x {} x {} that images are brought to".format(*m.image_shape),
         f"the encoder {m.encoder['name']} and its training data",
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -91,5 +92,26 @@ AnyPath = Path | RemotePath
 
 
 def opened(path: AnyPath) -> IO[bytes]:
-    """The file, for reading and seeking."""
-    return path.open() if isinstance(path, RemotePath) else open(os.fspath(path), "rb")
+    """The file, for reading and seeking.
+
+    Raises OSError for what is no regular file: a pipe would wait for a writer forever.
+    """
+    if isinstance(path, RemotePath):
+        return path.open()
+    return open(os.fspath(path), "rb", opener=_regular)
+
+
+def _regular(path: str, flags: int) -> int:
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise OSError("not a regular file")
+
+
+def as_path(text: str) -> AnyPath:
+    """A path or URL; ``file://`` is a path like any other, with an identity of its own file."""
+    scheme, separator, rest = text.partition("://")
+    if separator and scheme in ("file", "local") and "::" not in rest:
+        return Path(rest)
+    return RemotePath(text) if separator else Path(text).expanduser()

@@ -219,7 +219,7 @@ class _Tree:
                     reason = leftover(entry.name)
                     if reason is not None:
                         self.passed[reason] += 1
-                    elif entry.is_dir():
+                    elif _is_folder(entry):
                         folders.append(entry.path)
                     elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
                         files.append(entry.path)
@@ -243,6 +243,15 @@ class _Tree:
             "images would be left out; expected permission to read and enter it. Change its mode, "
             "or move it out of the source."
         )
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except PermissionError:
+        raise
+    except OSError:  # links in a circle
+        return False
 
 
 def _by_number(paths: list[str]) -> Any:

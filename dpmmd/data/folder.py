@@ -7,6 +7,8 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,27 @@ import torch
 from dpmmd.data.items import FileSource
 from dpmmd.data.leftovers import copy_of, leftover, listed, other_extension
 from dpmmd.data.once import SECOND_NAME, SECOND_WAY, FileKey, key_of
-from dpmmd.data.pixels import EXTENSIONS, Encoded, Geometry
+from dpmmd.data.pixels import EXTENSIONS, Encoded, Geometry, Unusable
 from dpmmd.data.remote import opened
 from dpmmd.data.source import check_num_classes, file_identity
 
+COPY = "a copy that a file manager made of a file beside it"
+FORBIDDEN = "a folder that may not be read"
 _PIECE = 1 << 20  # bytes read at a time where files are compared
 _SPLIT_FOLDERS = frozenset(("train", "test", "val", "valid", "validation"))
+
+
+_leave_out_forbidden = ContextVar("leave_out_forbidden", default=False)
+
+
+@contextmanager
+def forbidden_left_out() -> Iterator[None]:
+    """Count folders that may not be read instead of refusing the source: for inspections."""
+    token = _leave_out_forbidden.set(True)
+    try:
+        yield
+    finally:
+        _leave_out_forbidden.reset(token)
 
 
 def open_folder(
@@ -134,7 +151,7 @@ class FolderSource(FileSource):
 
     def encoded(self, indices: Sequence[int]) -> Iterator[Encoded]:
         for index, encoded in zip(indices, super().encoded(indices), strict=True):
-            yield None if index in self._copies else encoded
+            yield Unusable(COPY) if index in self._copies else encoded
 
 
 @dataclass
@@ -226,23 +243,28 @@ class _Tree:
                     else:
                         self.passed[other_extension(entry.name)] += 1
         except PermissionError:
-            raise self._forbidden(folder) from None
+            self._forbidden(folder)
         return sorted(folders), sorted(files)
 
     def _status(self, path: str) -> os.stat_result:
         try:
             return os.stat(path)
         except PermissionError:
-            raise self._forbidden(os.path.dirname(path)) from None
+            self._forbidden(os.path.dirname(path))
+            raise FileNotFoundError(path) from None
         except OSError as error:  # e.g. links in a circle
             raise FileNotFoundError(str(error)) from None
 
-    def _forbidden(self, folder: str) -> PermissionError:
-        return PermissionError(
+    def _forbidden(self, folder: str) -> None:
+        """Raise PermissionError; within `forbidden_left_out` count the folder instead."""
+        if _leave_out_forbidden.get():
+            self.passed[FORBIDDEN] += 1
+            return
+        raise PermissionError(
             f"source={str(self.root)!r}: the folder {listed([folder])} may not be read, and its "
             "images would be left out; expected permission to read and enter it. Change its mode, "
             "or move it out of the source."
-        )
+        ) from None
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -307,7 +329,7 @@ def _digest(path: str) -> bytes:
             while piece := file.read(_PIECE):
                 found.update(piece)
         return found.digest()
-    except OSError:
+    except (OSError, Unusable):
         return b""
 
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 HIDDEN = "hidden: the name begins with a dot"
 LEFTOVER = "left by a machine, e.g. __MACOSX, Thumbs.db, @eaDir, *.bak"
 CONFLICT = "a conflicted copy, made by a program that synchronises folders"
+OTHER_SPLIT = "a shard of another split, or of none"
 NOT_READ = "an image of a kind that is not read:"
 EXTENSION = "extension "
 NO_EXTENSION = "no extension"
@@ -87,7 +88,8 @@ def other_extension(name: str) -> str:
 
 def may_be_images(reason: str) -> bool:
     """Whether what was passed over for this reason is worth a warning."""
-    return reason not in (HIDDEN, LEFTOVER, NO_EXTENSION) and not reason.startswith(EXTENSION)
+    expected = (HIDDEN, LEFTOVER, NO_EXTENSION, OTHER_SPLIT)
+    return reason not in expected and not reason.startswith(EXTENSION)
 
 
 def copy_of(name: str, *, numbered: bool = False) -> str | None:

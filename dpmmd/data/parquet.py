@@ -16,11 +16,13 @@ from torch import Tensor
 
 from dpmmd.data.items import EncodedSource
 from dpmmd.data.labels import as_labels, label_type_error
+from dpmmd.data.leftovers import OTHER_SPLIT
 from dpmmd.data.once import FileKey, inside, shards_in
-from dpmmd.data.pixels import Encoded, Geometry
+from dpmmd.data.pixels import Encoded, Geometry, Unusable
 from dpmmd.data.remote import AnyPath, opened
 from dpmmd.data.source import file_identity
 
+NO_FILE = "a cell without an image, or whose file is another cell's or not in the shard's folder"
 _SHARD = re.compile(r"(train|test|val|valid|validation)[-_.]", re.IGNORECASE)
 _IMAGE_COLUMNS = ("image", "img", "images", "x")
 _ROWS = 64  # read at a time
@@ -74,6 +76,7 @@ class ParquetSource(EncodedSource):
                     _check_bytes(parquet.metadata, path)
                     if position == 0:
                         self._column = _image_column(schema, image_key, path)
+                        self.columns = tuple(schema.names)
                         label_column = _label_column(schema, label_key, path)
                         class_names = _class_names(schema, label_column)
                         _check_column(schema, group_by, "group_by", path)
@@ -140,7 +143,9 @@ class ParquetSource(EncodedSource):
     def _file(self, index: int) -> Encoded:
         """The file that a cell without bytes stands for, if it is the first to name it."""
         path = self._named.get(index)
-        if path is None or isinstance(path, Path):
+        if path is None:
+            return Unusable(NO_FILE)
+        if isinstance(path, Path):
             return path
         with opened(path) as file:
             return file.read()
@@ -280,7 +285,7 @@ def _shards(path: AnyPath, split: str) -> tuple[list[AnyPath], str, dict[str, in
             f"split={split!r}: no shard in {str(path)!r} belongs to it; expected one of "
             f"{', '.join(known)}."
         )
-    passed["a shard of another split, or of none"] = len(files) - len(chosen)
+    passed[OTHER_SPLIT] = len(files) - len(chosen)
     return chosen, split.lower(), {reason: n for reason, n in passed.items() if n}
 
 

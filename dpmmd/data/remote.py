@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import stat
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
+
+from dpmmd.data.pixels import open_regular
 
 
 def is_url(source: Any) -> bool:
@@ -94,19 +94,11 @@ AnyPath = Path | RemotePath
 def opened(path: AnyPath) -> IO[bytes]:
     """The file, for reading and seeking.
 
-    Raises OSError for what is no regular file: a pipe would wait for a writer forever.
+    Raises Unusable for what is no regular file: a pipe would wait for a writer forever.
     """
     if isinstance(path, RemotePath):
         return path.open()
-    return open(os.fspath(path), "rb", opener=_regular)
-
-
-def _regular(path: str, flags: int) -> int:
-    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):
-        return descriptor
-    os.close(descriptor)
-    raise OSError("not a regular file")
+    return open_regular(path)
 
 
 def as_path(text: str) -> AnyPath:

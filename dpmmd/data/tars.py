@@ -17,13 +17,15 @@ from dpmmd.data.labels import as_labels
 from dpmmd.data.leftovers import leftover, other_extension
 from dpmmd.data.members import DamagedTar, Member, Walk
 from dpmmd.data.once import shards_in, without_second_names
-from dpmmd.data.pixels import EXTENSIONS, Encoded, Geometry
+from dpmmd.data.pixels import EXTENSIONS, Encoded, Geometry, Unusable
 from dpmmd.data.remote import AnyPath, opened
 from dpmmd.data.source import file_identity
 
 UNENDED = "a shard without the mark of its end, perhaps cut short"
+NO_BYTES = "a record without an image whose bytes are its own"
 _MAX_FACTS = 1 << 23  # bytes of a .json or .cls
 _MAX_DIGITS = 20
+_MAX_KEYS = 100
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _LABEL_KEYS = ("label", "cls")
 
@@ -84,14 +86,18 @@ class TarSource(EncodedSource):
         places = array("q")  # shard, offset, bytes of each
         labels: list[Any] = []
         groups: list[Any] = []
+        columns: set[str] = set()  # keys of the .json members
         for number, file in enumerate(self._files):
             shard = _Shard(image_key, label_key, group_by, path.name, passed)
-            for record in shard.read(file):
+            records = shard.read(file)
+            columns |= shard.keys
+            for record in records:
                 places.extend((number, *record.place))
                 labels.append(record.label)
                 groups.append(record.group)
         self._places = np.array(places, np.int64).reshape(-1, 3)
         self.passed_over = dict(passed)
+        self.columns = tuple(sorted(columns))
         missing = sum(label is None for label in labels)
         if missing not in (0, len(labels)):
             raise ValueError(
@@ -123,10 +129,15 @@ class TarSource(EncodedSource):
         self._settle_shape()
 
     def encoded(self, indices: Sequence[int]) -> Iterator[Encoded]:
+        return self.beginnings(indices, None)
+
+    def beginnings(self, indices: Sequence[int], limit: int | None) -> Iterator[Encoded]:
+        """The first bytes of each image, at most `limit`."""
         current, file = -1, None
         try:
             for index in indices:
                 shard, offset, size = self._places[index].tolist()
+                wanted = size if limit is None else min(size, limit)
                 try:
                     if shard != current or file is None:
                         if file is not None:
@@ -134,10 +145,10 @@ class TarSource(EncodedSource):
                         current, file = shard, None
                         file = opened(self._files[shard])
                     file.seek(offset)
-                    data = file.read(size)
+                    data = file.read(wanted)
                 except Exception:
                     data = b""
-                yield data if size and len(data) == size else None
+                yield data if size and len(data) == wanted else Unusable(NO_BYTES)
         finally:
             if file is not None:
                 file.close()
@@ -169,6 +180,7 @@ class _Shard:
         self.label_keys = _LABEL_KEYS if label_key is None else (label_key,)
         self.facts = {"cls", "json"} | ({label_key.lower()} if label_key else set())
         self.records: dict[str, _Record] = {}
+        self.keys: set[str] = set()
         self.heads: dict[str, bool] = {}  # WebDataset's key of each image -> a dot in its extension
 
     def read(self, path: AnyPath) -> list[_Record]:
@@ -181,8 +193,9 @@ class _Shard:
                     self._take(member, file, names)
                 if not walk.ended:
                     self.passed[UNENDED] += 1
-        except (DamagedTar, OSError, EOFError) as error:
-            reason = str(error) if isinstance(error, DamagedTar) else type(error).__name__
+        except (DamagedTar, Unusable, OSError, EOFError) as error:
+            told = isinstance(error, DamagedTar | Unusable)
+            reason = str(error) if told else type(error).__name__
             raise ValueError(
                 f"source={str(path)!r} is not a readable tar file ({reason}): "
                 "expected one without compression; write or download it again."
@@ -227,6 +240,8 @@ class _Shard:
     def _take_facts(self, record: _Record, extension: str, text: bytes) -> None:
         if extension == "json":
             facts = self._json(text)
+            if len(self.keys) < _MAX_KEYS:
+                self.keys.update(facts)
             found = next((facts[k] for k in self.label_keys if k in facts), None)
             record.label = found if record.label is None else record.label
             record.group = facts.get(self.group_by) if self.group_by else None

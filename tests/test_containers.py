@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import os
 import shutil
+import sys
 import tarfile
 import tempfile
+import types
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -21,6 +24,7 @@ from PIL import Image
 from dpmmd.data import ImageSource, open_source
 from dpmmd.data.leftovers import copy_of, leftover
 from dpmmd.data.members import BLOCK, DamagedTar, Walk
+from dpmmd.data.once import inside as file_inside
 from dpmmd.data.pixels import Unusable
 
 OPTIONS: dict[str, Any] = {"image_size": 4, "channels": 1}
@@ -170,6 +174,32 @@ def test_a_database_named_twice_is_refused(tmp_path: Path) -> None:
     _refuse_one_database_twice([tmp_path / "a", tmp_path / "c"])
     with pytest.raises(ValueError, match="one database"):
         _refuse_one_database_twice([tmp_path / "a", tmp_path / "b"])
+
+
+def test_a_key_with_several_values_is_one_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Database:
+        """One that keeps two values under one key, as LMDB's DUPSORT does."""
+
+        def begin(self, write: bool) -> Any:
+            return contextlib.nullcontext(self)
+
+        def cursor(self) -> Any:
+            return self
+
+        def iternext(self, keys: bool, values: bool) -> Any:
+            return iter([b"a", b"a", b"b"])
+
+        def get(self, key: bytes) -> bytes:
+            return png(key[0])
+
+    lmdb = types.ModuleType("lmdb")
+    lmdb.open = lambda path, **_: Database()  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "lmdb", lmdb)
+    put(tmp_path / "tower_train_lmdb" / "data.mdb", 0)
+    source = opened("lsun:tower", root=tmp_path)
+    assert summed(source) == {(97, 0): 1, (98, 0): 1}
 
 
 # --------------------------------------------------------------------- what machines leave behind
@@ -419,7 +449,7 @@ def test_the_walk_agrees_with_tarfile(format: int) -> None:
     names = ["a.png", "b/" * 60 + "c.png", "d" * 90 + "/" + "e" * 90 + ".png", "ü.png"]
     if format != tarfile.USTAR_FORMAT:
         names.append("x" * 300 + ".png")
-    members = {name: os.urandom(size) for size, name in enumerate(names, 510)}
+    members = {name: os.urandom(510 + i + 3000 * i) for i, name in enumerate(names)}
     data = tar(members, format=format)
     walk = Walk(io.BytesIO(data))
     found = {m.name: data[m.offset : m.offset + m.size] for m in walk if m.own}
@@ -544,6 +574,7 @@ def test_a_file_that_ten_cells_name_counts_once(tmp_path: Path) -> None:
 def test_a_cell_reads_no_file_outside_of_its_folder(tmp_path: Path) -> None:
     outside, inside = put(tmp_path / "secret.png", 9), tmp_path / "data"
     put(inside / "0.png", 5)
+    (inside / "deep").mkdir()
     (inside / "link.png").symlink_to("../secret.png")
     (inside / "up").symlink_to("..")
     (inside / "good.png").symlink_to("1.png")
@@ -551,6 +582,7 @@ def test_a_cell_reads_no_file_outside_of_its_folder(tmp_path: Path) -> None:
     os.mkfifo(inside / "pipe.png")
     names = [str(outside), "../secret.png", "link.png", "up/secret.png", "a/../0.png", "pipe.png"]
     names += ["", str(inside / "0.png"), "file:///etc/passwd", "a\0b", ".", "0.png", "good.png"]
+    assert file_inside(inside, "deep/../0.png") is None
     source = opened(cells(inside / "x.parquet", names))
     assert summed(source) == {(5, 0): 1, (6, 0): 1}
     assert source.num_images == len(names)
@@ -568,26 +600,20 @@ def test_cells_at_a_url_stay_in_their_folder() -> None:
     assert (source.num_images, summed(source)) == (6, {(5, 0): 1})
 
 
-def test_pieces_of_a_parquet_file_share_no_bytes(tmp_path: Path) -> None:
-    from dpmmd.data.parquet import _check_bytes, _SchemaError
-
+def test_row_groups_that_share_bytes_are_refused(tmp_path: Path) -> None:
     pq, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
-    path = tmp_path / "x.parquet"
+    path, footer = tmp_path / "x.parquet", tmp_path / "footer"
     pq.write_table(pa.table({"image": [png(i) for i in range(9)]}), path, row_group_size=3)
-    _check_bytes(pq.ParquetFile(path).metadata, path)
-
-    class Twice:
-        """Metadata whose second row group is the first again."""
-
-        def __init__(self) -> None:
-            self.metadata = pq.ParquetFile(path).metadata
-            self.num_row_groups = 2
-
-        def row_group(self, number: int) -> Any:
-            return self.metadata.row_group(0)
-
-    with pytest.raises(_SchemaError, match="share bytes"):
-        _check_bytes(Twice(), path)
+    assert opened(path).num_images == 9
+    whole = path.read_bytes()
+    metadata = pq.ParquetFile(path).metadata
+    metadata.append_row_groups(pq.ParquetFile(path).metadata)  # the same bytes once more
+    metadata.write_metadata_file(footer)
+    data = whole[: -8 - int.from_bytes(whole[-8:-4], "little")]
+    path.write_bytes(data + footer.read_bytes()[4:])
+    assert pq.ParquetFile(path).metadata.num_rows == 18
+    with pytest.raises(ValueError, match="share bytes"):
+        opened(path)
 
 
 @pytest.mark.parametrize("suffix", [".tar", ".parquet", ".npz"])

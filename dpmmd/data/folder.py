@@ -298,7 +298,7 @@ def _copies(images: Sequence[_Image]) -> frozenset[int]:
     """
     families: dict[str, list[int]] = {}  # path of the original -> its copies
     for index, image in enumerate(images):
-        folder, name = os.path.split(image.path)
+        folder, _, name = image.path.rpartition(os.sep)
         original = name
         while (shorter := copy_of(original)) is not None:
             original = shorter

@@ -8,19 +8,19 @@ damaged one) is left to Pillow, and so what is reported is always what Pillow re
 from __future__ import annotations
 
 import os
+import stat
 import zlib
 from dataclasses import dataclass
 
 from dpmmd.data.pixels import (
     MAX_PIXELS,
     Encoded,
-    Unusable,
     open_image,
-    open_regular,
     oriented_size,
 )
 
 FIRST = 4096  # bytes of a file that are read before Pillow is asked
+_BINARY = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_MODES = {
     (1, 0): "1",
@@ -59,19 +59,26 @@ def head_of(encoded: Encoded) -> Head:
         Unusable: it has none that can be used.
         Exception: whatever Pillow raises.
     """
-    return plain_head(_first(encoded)) or _by_pillow(encoded)
+    if isinstance(encoded, os.PathLike):
+        first = beginning(os.fspath(encoded))
+    else:
+        first = encoded[:FIRST] if isinstance(encoded, bytes) else b""
+    return plain_head(first) or _by_pillow(encoded)
 
 
-def _first(encoded: Encoded) -> bytes:
-    if isinstance(encoded, bytes):
-        return encoded[:FIRST]
+def beginning(path: str) -> bytes:
+    """The first bytes of a regular file, at most `FIRST`; none where it cannot be read."""
     try:
-        if isinstance(encoded, os.PathLike):
-            with open_regular(encoded) as file:
-                return file.read(FIRST)
-    except (OSError, Unusable):  # Pillow's way says why
-        pass
-    return b""
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _BINARY)
+    except OSError:
+        return b""
+    try:
+        regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
+        return os.read(descriptor, FIRST) if regular else b""
+    except OSError:
+        return b""
+    finally:
+        os.close(descriptor)
 
 
 def plain_head(first: bytes) -> Head | None:
@@ -127,4 +134,3 @@ def _by_pillow(encoded: Encoded) -> Head:
             int(getattr(image, "n_frames", 1)) if several else 1,
             image.has_transparency_data,
         )
-

@@ -1,9 +1,9 @@
 """What is there, before anything is spent: for the data holder's eyes alone.
 
-`inspect` looks at a source as `dpmmd.data.open_source` would open it, and says what it found: how many
-images of which classes, sizes and formats, what cannot be read and why, what was passed over and why,
-how large the groups are, and what a release would still have to be told. Nothing here is private in
-any sense: show it to nobody. Nothing is written anywhere, and nothing is downloaded.
+`inspect` looks at a source as `dpmmd.data.open_source` would open it, and says what it found: how
+many images of which classes, sizes and formats, what cannot be read and why, what was passed over
+and why, how large the groups are, and what a release would still have to be told. Nothing here is
+private in any sense: show it to nobody. Nothing is written anywhere, and nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import shlex
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from tqdm.auto import tqdm
 from dpmmd.data.arrays import ArraySource
 from dpmmd.data.dataset import DatasetSource
 from dpmmd.data.folder import FolderSource, forbidden_left_out
-from dpmmd.data.heads import FIRST, Head, head_of, plain_head
+from dpmmd.data.heads import FIRST, Head, beginning, head_of, plain_head
 from dpmmd.data.items import EncodedSource
 from dpmmd.data.leftovers import copy_of, listed
 from dpmmd.data.look import first_look
@@ -41,10 +42,13 @@ from dpmmd.data.source import ImageSource
 from dpmmd.data.tars import TarSource
 
 YOURS = (
-    "For the data holder's eyes alone: what follows depends on private images, and no epsilon covers "
-    "it. Show it to nobody, and do not choose published settings by it beyond what everyone may know."
+    "For the data holder's eyes alone: what follows depends on private images, and no epsilon "
+    "covers it. Show it to nobody, and do not choose published settings by it beyond what everyone "
+    "may know."
 )
+NEXT = "A release of what is there, to be read before it is run:"
 _AT_ONCE = 64  # records that are decoded at a time
+_SHOWN = 20  # lines of a row
 _ITEMS = 256  # items of a Dataset that are looked at, unless all are
 _SIDES = (8, 16, 28, 32, 48, 64, 96, 128, 192, 224, 256, 384, 512)
 _GREY = ("1", "L", "LA", "La", "F", "I", "I;16", "I;16L", "I;16B", "I;16N", "1 channel")
@@ -155,12 +159,13 @@ def inspect(
         ValueError, TypeError, OSError: the source cannot be opened whatever is declared.
     """
     refused: list[str] = []
-    found = _open(source, options, refused)
+    kept = dict(options)
+    found = _open(source, kept, refused)
     return inspect_source(
         found,
         everything=everything,
         progress=progress,
-        options=options,
+        options=kept,
         refused=refused,
         shown=source if isinstance(source, str | os.PathLike) else None,
     )
@@ -211,29 +216,71 @@ def inspect_source(
     )
 
 
-def _open(source: Any, options: Mapping[str, Any], refused: list[str]) -> ImageSource:
-    """The source, opened with as much of what was declared as it allows; and what it does not."""
+def rows(found: Inspection) -> Iterator[tuple[str, str]]:
+    """What to print: pairs of a name and a text, which may have several lines."""
+
+    def several(counts: Mapping[Any, int]) -> str:
+        lines = [f"{count:,} x {listed([str(what)])}" for what, count in counts.items()]
+        return "\n".join([*lines[:_SHOWN], *(["..."] if len(lines) > _SHOWN else [])])
+
+    yield "source", f"{listed([found.source])} ({found.kind})"
+    yield "records", f"{found.records:,}"
+    yield "looked at", f"{found.looked_at:,} headers or items; {found.decoded:,} records decoded"
+    if found.classes:
+        yield f"{len(found.classes)} classes", several(found.classes)
+    else:
+        yield "classes", "no labels"
+    if found.sizes is not None:
+        s = found.sizes
+        ends = " to ".join(f"{w} x {h}" for w, h in (s.least, s.greatest))
+        middle = f"{s.median[0]} x {s.median[1]}"
+        yield "width x height", f"{ends}, {middle} in the middle; {s.different:,} different"
+        yield "the commonest", several(s.commonest)
+    yield "modes", several(found.modes) or "none could be read"
+    yield "formats", several(found.formats) or "none could be read"
+    if found.transparent:
+        yield "transparent", f"{found.transparent:,}, composed on the background"
+    if found.several_frames:
+        yield "several pictures", f"{found.several_frames:,}, of which the first one counts"
+    if found.groups is not None:
+        g = found.groups
+        groups = several({f"groups of {size:,}": number for size, number in g.sizes.items()})
+        yield f"groups by {listed([g.by])}", f"{g.number:,}, the largest of {g.largest:,}\n{groups}"
+    so_far = "" if found.decoded == found.records else " (as far as it was looked at)"
+    yield f"unusable{so_far}", several(found.unusable) or "none"
+    yield "passed over", several(found.passed_over) or "nothing"
+    if found.suspicions:
+        yield "counted twice?", several(found.suspicions)
+    for problem in found.refused:
+        yield "a release is refused", problem
+    for option, why in found.guesses.items():
+        yield f"guess: {option}", why
+
+
+def _open(source: Any, options: dict[str, Any], refused: list[str]) -> ImageSource:
+    """The source, opened with as much of `options` as it allows; what it refuses is left out."""
     if isinstance(source, ImageSource):
         return source
-    declared = {"download": False, **options}
-    for name, value in _PLACE_HOLDER.items():
-        if declared.get(name) is None:
-            declared[name] = value
-    with warnings.catch_warnings():
+    opening = ExitStack()
+    with opening, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # `passed_over` says it
         while True:
+            declared = {name: v for name, v in options.items() if v is not None}
             try:
-                return open_source(source, allow_empty=True, **declared)
+                return open_source(
+                    source, **{"download": False, "allow_empty": True, **_PLACE_HOLDER, **declared}
+                )
             except PermissionError as error:
+                if str(error) in refused:
+                    raise
                 refused.append(str(error))
-                with forbidden_left_out():
-                    return _open(source, options, refused)
+                opening.enter_context(forbidden_left_out())
             except (ValueError, TypeError) as error:
-                refused.append(str(error))
-                dropped = next((o for o in _DROPPED if declared.get(o) is not None), None)
+                dropped = next((o for o in _DROPPED if o in declared), None)
                 if dropped is None:
                     raise
-                declared[dropped] = None
+                refused.append(str(error))
+                options[dropped] = None
 
 
 @dataclass
@@ -321,7 +368,7 @@ def _heads(
         yield Head(width, height, mode, f"array of {kind}"), source.num_images
     elif isinstance(source, EncodedSource):
         with quiet():
-            for head in _beginnings(source, everything):
+            for head in _beginnings(source):
                 yield head, 1
     elif isinstance(source, DatasetSource):
         number = source.num_images if everything else min(source.num_images, _ITEMS)
@@ -333,12 +380,17 @@ def _heads(
             yield head, 1
 
 
-def _beginnings(source: EncodedSource, everything: bool) -> Iterator[Head | Unusable]:
+def _beginnings(source: EncodedSource) -> Iterator[Head | Unusable]:
     numbers = source.records(range(source.num_images))
-    if everything or not isinstance(source, TarSource):
+    firsts: Iterable[Encoded]
+    if isinstance(source, TarSource):
+        firsts = source.beginnings(numbers, FIRST)
+    elif isinstance(source, FolderSource):
+        firsts = (b"" if n in source.copies else beginning(source.paths[n]) for n in numbers)
+    else:
         yield from map(_outcome, source.encoded(numbers))
         return
-    for number, first in zip(numbers, source.beginnings(numbers, FIRST), strict=True):
+    for number, first in zip(numbers, firsts, strict=True):
         head = plain_head(first) if isinstance(first, bytes) else None
         yield head or _outcome(next(source.encoded([number])))
 
@@ -422,7 +474,9 @@ def _numbered_copies(source: FolderSource) -> list[str]:
     places = set(source.paths)
     found = []
     for path in source.paths:
-        folder, name = os.path.split(path)
+        folder, _, name = path.rpartition(os.sep)
+        if " " not in name and "(" not in name:
+            continue
         original = copy_of(name, numbered=True)
         if original is None or copy_of(name) is not None:
             continue
@@ -549,9 +603,9 @@ def _elongated(sizes: Counter[tuple[int, int]]) -> bool:
 def _persons(source: ImageSource) -> str | None:
     """A column, or 'folder', that may say which images are of one person."""
     if isinstance(source, FolderSource):
-        places = [os.path.relpath(path, source.folder).split(os.sep) for path in source.paths]
-        parts = {tuple(place[:2]) for place in places}
-        in_folders = bool(places) and all(len(place) > 2 for place in places)
+        top = len(os.path.join(source.folder, ""))
+        parts = {tuple(path[top:].split(os.sep, 2)[:-1]) for path in source.paths}
+        in_folders = bool(parts) and all(len(part) == 2 for part in parts)
         return "folder" if in_folders and len(parts) > len({p[0] for p in parts}) else None
     columns = source.columns if isinstance(source, ParquetSource | TarSource) else ()
     return next((c for c in columns if any(word in c.lower() for word in _PERSONS)), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import itertools
 import os
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from dpmmd.data import ImageSource, open_source
 from dpmmd.data.leftovers import copy_of, leftover
@@ -163,6 +165,40 @@ def test_the_list_of_a_named_set_names_each_file_once(tmp_path: Path) -> None:
     refuse_second_names([*paths, str(tmp_path / "gone.png")], "celeba/train")
     with pytest.raises(ValueError, match=r"'celeba/train'.*one file several times"):
         refuse_second_names([*paths, paths[0]], "celeba/train")
+
+
+class Numbers(Dataset[Any]):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return torch.full((1, 4, 4), index, dtype=torch.uint8), 0
+
+
+def test_a_data_set_that_has_a_record_several_times_is_refused(tmp_path: Path) -> None:
+    one, other = Numbers(), Numbers()
+    good = (one, Subset(one, [3, 0]), ConcatDataset([one, other]), Subset(Subset(one, [1, 2]), [0]))
+    halves = ConcatDataset([Subset(one, [0, 1]), Subset(one, [2, 3])])
+    for dataset in (*good, halves):
+        opened(dataset)
+    several = (Subset(one, [1, 1]), Subset(one, [3, -1]), ConcatDataset([one, other, one]))
+    nested = Subset(ConcatDataset([other, Subset(one, [2, 1]), Subset(one, [1, 3])]), [5, 6])
+    for dataset in (*several, nested, ConcatDataset([Subset(one, [0, 1]), Subset(one, [1])])):
+        with pytest.raises(ValueError, match="one record several times"):
+            opened(dataset)
+
+
+def test_a_folder_of_torchvision_names_each_file_once(tmp_path: Path) -> None:
+    from dpmmd._torchvision import import_torchvision
+
+    if importlib.util.find_spec("torchvision") is None:
+        pytest.skip("torchvision is not installed")
+    torchvision = import_torchvision()
+    folder(tmp_path / "x")
+    assert opened(torchvision.datasets.ImageFolder(tmp_path / "x")).num_images == 6
+    os.link(tmp_path / "x" / "a" / "1.png", tmp_path / "x" / "a" / "again.png")
+    with pytest.raises(ValueError, match="one file several times"):
+        opened(torchvision.datasets.ImageFolder(tmp_path / "x"))
 
 
 def test_a_database_named_twice_is_refused(tmp_path: Path) -> None:

@@ -23,6 +23,10 @@ import stat
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import ConcatDataset, Subset
 
 from dpmmd.data.leftovers import leftover, other_extension
 from dpmmd.data.remote import AnyPath, RemotePath
@@ -68,6 +72,45 @@ def refuse_second_names(paths: Sequence[str], name: str) -> None:
                 "each image once, so that it counts once. Remove links and further lines from it."
             )
         found.add(key)
+
+
+def refuse_repeated_items(dataset: Any, name: str) -> None:
+    """Raise ValueError where a data set has one record several times, as far as it shows.
+
+    Seen are repeated indices of a `Subset`, one data set twice in a `ConcatDataset`, and files with
+    several names in a data set of torchvision that lists its files in ``samples``.
+    """
+    composed = isinstance(dataset, Subset | ConcatDataset)
+    keys = _items(dataset, np.arange(len(dataset))) if composed else np.zeros((0, 2))
+    if len(np.unique(keys, axis=0)) < len(keys):
+        raise ValueError(
+            f"source {name!r} has one record several times (indices that repeat in a Subset, or "
+            "one data set twice in a ConcatDataset); expected each record once, as an image that "
+            "counts twice has twice the privacy loss that is stated."
+        )
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    samples = getattr(dataset, "samples", None)
+    if type(dataset).__module__.startswith("torchvision.") and isinstance(samples, list):
+        refuse_second_names([path for path, _ in samples], name)
+
+
+def _items(dataset: Any, positions: np.ndarray) -> np.ndarray:
+    """Which record of which data set stands at each position: int64 ``[n, 2]``."""
+    if isinstance(dataset, Subset):
+        return _items(dataset.dataset, np.asarray(list(dataset.indices), np.int64)[positions])
+    if isinstance(dataset, ConcatDataset):
+        positions = positions % max(1, len(dataset))
+        ends = np.asarray(dataset.cumulative_sizes, np.int64)
+        parts = np.searchsorted(ends, positions, side="right")
+        starts = np.concatenate([[0], ends[:-1]])
+        found = np.zeros((len(positions), 2), np.int64)
+        for part in np.unique(parts):
+            here = parts == part
+            found[here] = _items(dataset.datasets[part], positions[here] - starts[part])
+        return found
+    whole = np.full(len(positions), id(dataset), np.int64)
+    return np.stack([whole, positions % max(1, len(dataset))], axis=1)
 
 
 def shards_in(folder: AnyPath, suffix: str) -> tuple[list[AnyPath], dict[str, int]]:

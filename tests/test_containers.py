@@ -358,7 +358,7 @@ def tar(members: dict[str, bytes], **options: Any) -> bytes:
 def header(name: str, size: int, kind: bytes = b"0", **fields: bytes) -> bytes:
     """A header as it stands, with a true checksum."""
     block = bytearray(BLOCK)
-    block[: len(name)] = name.encode()
+    block[: len(name.encode())] = name.encode()
     block[100:108] = b"0000644\0"
     block[124:136] = fields.get("stated", b"%011o\0" % size)
     block[156:157] = kind
@@ -478,6 +478,13 @@ def test_a_pax_size_is_that_of_the_bytes(tmp_path: Path) -> None:
     source = opened(path)
     assert summed(source) == {(1, 0): 1, (2, 0): 1}
     assert source.passed_over == {"a shard without the mark of its end, perhaps cut short": 1}
+
+
+def test_a_checksum_over_signed_bytes_is_one_too() -> None:
+    block = bytearray(header("é.png", len(png(1))))
+    block[148:156] = b"%06o\0 " % (int(block[148:154], 8) - 2 * 256)
+    (member,) = Walk(io.BytesIO(bytes(block) + FIRST + END))
+    assert member.name == "é.png"
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])

@@ -120,10 +120,13 @@ def _padded(size: int) -> int:
 def _check(header: bytes) -> None:
     """Raise DamagedTar unless the checksum is that of the header."""
     stored = _number(header[148:156])
-    rest = header[:148] + header[156:]
-    unsigned = sum(rest) + 8 * ord(" ")
-    if stored not in (unsigned, unsigned - 256 * sum(byte > 127 for byte in rest)):
+    unsigned = sum(header) - sum(header[148:156]) + 8 * ord(" ")
+    if stored != unsigned and stored != unsigned - 256 * _negative(header):  # as old writers did
         raise DamagedTar("a header whose checksum is wrong")
+
+
+def _negative(header: bytes) -> int:
+    return sum(byte > 127 for byte in header[:148] + header[156:])
 
 
 def _number(field: bytes) -> int:

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from typer.core import TyperGroup
 
 from dpmmd._memory import keep_freed_memory
@@ -57,6 +58,16 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on sta
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and messages.")]
 Device = Annotated[
     str, typer.Option(help="auto (a GPU if PyTorch sees one), cpu, cuda, cuda:1, ...")
+]
+ImageKey = Annotated[
+    str | None,
+    typer.Option(
+        help="Array, column or extension (in .tar) of the images, if not found by itself."
+    ),
+]
+LabelKey = Annotated[
+    str | None,
+    typer.Option(help="Array, column or key of the labels, if not found by itself."),
 ]
 Background = Annotated[
     str | None,
@@ -132,6 +143,8 @@ def release(
     channels: Annotated[int | None, typer.Option(help="1 (grey) or 3 (RGB).")] = None,
     crop: Annotated[str | None, typer.Option(help="'center': crop instead of stretch.")] = None,
     background: Background = None,
+    image_key: ImageKey = None,
+    label_key: LabelKey = None,
     batch_size: Annotated[
         int | None,
         typer.Option(
@@ -215,6 +228,8 @@ def release(
         channels=channels,
         crop=crop,
         background=background,
+        image_key=image_key,
+        label_key=label_key,
     )
     if rank:
         return
@@ -224,6 +239,63 @@ def release(
     else:
         _print_report(told)
         _say(f"wrote {out}")
+
+
+@app.command()
+def inspect(
+    source: Annotated[str, typer.Argument(help="Private images, as for `dpmmd release`.")],
+    everything: Annotated[
+        bool,
+        typer.Option("--all", help="Decode every image, and compare contents; not headers alone."),
+    ] = False,
+    num_classes: Annotated[int | None, typer.Option(help="Classes that you expect.")] = None,
+    group_by: Annotated[
+        str | None,
+        typer.Option(help="The array, column or key of the groups, or 'folder', as for a release."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of a named data set.")] = "train",
+    image_size: Annotated[int | None, typer.Option(help="Side to bring images to.")] = None,
+    channels: Annotated[int | None, typer.Option(help="1 (grey) or 3 (RGB).")] = None,
+    crop: Annotated[str | None, typer.Option(help="'center': crop instead of stretch.")] = None,
+    background: Background = None,
+    image_key: ImageKey = None,
+    label_key: LabelKey = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Say what a source of private images holds, before anything is spent: for your eyes alone.
+
+    What cannot be read and what is passed over, by reason; classes, sizes, formats, groups; and the
+    options that a release needs. Reads headers; writes nothing, downloads nothing.
+
+    Example: `dpmmd inspect scans/ --num-classes 2`
+    """
+    from dpmmd.data import inspect as inspection
+
+    found = inspection.inspect(
+        source,
+        everything=everything,
+        progress=not quiet,
+        num_classes=num_classes,
+        group_by=group_by,
+        split=split,
+        image_size=image_size,
+        channels=channels,
+        crop=crop,
+        background=background,
+        image_key=image_key,
+        label_key=label_key,
+    )
+    if as_json:
+        _print_json(found.facts())
+        return
+    console = _console()
+    console.print(inspection.YOURS, markup=False, highlight=False)
+    table = Table(show_header=False)
+    for name, value in inspection.rows(found):
+        table.add_row(Text(name), Text(value))
+    console.print(table)
+    console.print(f"{inspection.NEXT}\n{found.command}", markup=False, highlight=False)
 
 
 @app.command()

@@ -17,6 +17,7 @@ from dpmmd.data.classes import written_names
 from dpmmd.data.draws import Draws, callers_streams
 from dpmmd.data.items import ItemSource, Refused
 from dpmmd.data.labels import as_labels, check_label_range, groups_at, one_label
+from dpmmd.data.once import refuse_repeated_items
 from dpmmd.data.pixels import Geometry, Unusable, from_item, quiet
 from dpmmd.data.source import ImageSource, source_identity
 
@@ -48,6 +49,7 @@ def open_dataset(
             "and __getitem__, of (image, label); collect a stream into a Dataset first."
         )
     name, identity = _describe(dataset)
+    refuse_repeated_items(dataset, name)
     groups = None if group_by is None else _attribute(dataset, group_by, name)
     known = _IN_MEMORY.get(type(dataset).__name__) if _is_torchvision(dataset) else None
     if known is not None and _is_plain(dataset):

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from dpmmd.data.items import EncodedSource
+from dpmmd.data.once import FileKey, shard_key
 from dpmmd.data.pixels import Encoded
 from dpmmd.data.source import check_source_labels
 
@@ -26,13 +27,14 @@ class LmdbSource(EncodedSource):
 
     def __init__(self, databases: Sequence[Path], **common: Any) -> None:
         self._paths = [str(path) for path in databases]
+        _refuse_one_database_twice(databases)
         self._environments: tuple[int, list[Any]] | None = None
         self._keys: list[list[bytes]] = []
         for environment in self._open():
             with environment.begin(write=False) as transaction:
-                self._keys.append(
-                    [bytes(key) for key in transaction.cursor().iternext(keys=True, values=False)]
-                )
+                keys = transaction.cursor().iternext(keys=True, values=False)
+                # A key with several values comes several times; it is read as one record.
+                self._keys.append([bytes(key) for key, _ in itertools.groupby(keys)])
         self.counts = [len(keys) for keys in self._keys]
         self._ends = list(itertools.accumulate(self.counts))
         super().__init__(num_images=self._ends[-1] if self._ends else 0, **common)
@@ -74,6 +76,18 @@ class LmdbSource(EncodedSource):
                 yield None if value is None else bytes(value)
             except Exception:
                 yield None
+
+
+def _refuse_one_database_twice(databases: Sequence[Path]) -> None:
+    first: dict[FileKey, Path] = {}
+    for path in databases:
+        data = path / "data.mdb"
+        other = first.setdefault(shard_key(data if data.exists() else path), path)
+        if other is not path:
+            raise ValueError(
+                f"{str(other)!r} and {str(path)!r} are one database: expected one for each "
+                "category, as an image cannot be of two; remove the link."
+            )
 
 
 def _lmdb() -> ModuleType:

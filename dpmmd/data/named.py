@@ -17,6 +17,7 @@ from dpmmd.data.arrays import ArraySource
 from dpmmd.data.fetch import cache_folder, fetch_fashion_mnist, find_fashion_mnist, read_idx
 from dpmmd.data.items import FileSource
 from dpmmd.data.lmdb import LmdbSource
+from dpmmd.data.once import refuse_second_names
 from dpmmd.data.pixels import Geometry
 from dpmmd.data.source import ImageSource, source_identity
 
@@ -139,8 +140,10 @@ def _celeba(request: Request) -> ImageSource:
         labels = data.attr[:, attributes.index(request.label_key)].to(torch.int64)
         names = (f"not {request.label_key}", request.label_key)
     folder = os.path.join(data.root, data.base_folder, "img_align_celeba")
+    paths = [os.path.join(folder, os.path.basename(name)) for name in data.filename]
+    refuse_second_names(paths, f"{request.name}/{request.split}")
     return FileSource(
-        [os.path.join(folder, name) for name in data.filename],
+        paths,
         labels=labels,
         class_names=names,
         **request.common(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from dpmmd.data.classes import check_class_names
 from dpmmd.data.dataset import open_dataset
 from dpmmd.data.folder import open_folder
 from dpmmd.data.items import check_workers
+from dpmmd.data.leftovers import described, leftover, may_be_images
 from dpmmd.data.named import LSUN_CATEGORIES, NAMED, Request
 from dpmmd.data.npz import open_npz
 from dpmmd.data.parquet import ParquetSource
 from dpmmd.data.pixels import Geometry
-from dpmmd.data.remote import AnyPath, RemotePath, is_url
+from dpmmd.data.remote import AnyPath, as_path, is_url
 from dpmmd.data.source import ImageSource, check_not_empty, check_num_classes
 from dpmmd.data.tars import TarSource, expand
 
@@ -109,7 +111,11 @@ def open_source(
             channels without a declaration, labels out of range, unreadable files.
         TypeError: a source or labels of another type.
         FileNotFoundError: the path, or the files of a named data set, are not there.
+        PermissionError: a folder below the source may not be read.
         ImportError: a package that this kind of source needs is not installed.
+
+    Warns:
+        UserWarning: files that may be images are not counted (`ImageSource.passed_over`).
     """
     geometry = Geometry.declare(image_size, channels, crop, background)
     check_workers(workers)
@@ -136,7 +142,19 @@ def open_source(
     check_class_names(opened.class_names if opened.labelled else None, num_classes, opened.name)
     if not allow_empty:
         check_not_empty(opened.num_images, opened.name)
+    _warn_passed_over(opened)
     return opened
+
+
+def _warn_passed_over(source: ImageSource) -> None:
+    found = {why: count for why, count in source.passed_over.items() if may_be_images(why)}
+    if found:
+        warnings.warn(
+            f"source {source.name!r} holds what may be images and is not counted: "
+            f"{described(found)}. "
+            "This is for the data holder's eyes alone; `dpmmd inspect` says more.",
+            stacklevel=3,
+        )
 
 
 def _open(
@@ -171,7 +189,7 @@ def _open(
         shards = [os.fspath(source)]
         if is_url(shards[0]) or not Path(shards[0]).expanduser().exists():
             shards = expand(shards[0])
-        path, *others = [RemotePath(s) if is_url(s) else Path(s).expanduser() for s in shards]
+        path, *others = [as_path(shard) for shard in shards]
         for each in (path, *others):
             if not each.exists():
                 raise _not_found(each if others else source, each)
@@ -263,7 +281,10 @@ def _open(
 
 
 def _holds(path: AnyPath, suffix: str) -> bool:
-    return path.is_dir() and any(entry.suffix == suffix for entry in path.iterdir())
+    return path.is_dir() and any(
+        entry.suffix == suffix and leftover(entry.name) is None and not entry.is_dir()
+        for entry in path.iterdir()
+    )
 
 
 def _tars(path: AnyPath, others: list[AnyPath]) -> list[AnyPath]:
@@ -271,7 +292,7 @@ def _tars(path: AnyPath, others: list[AnyPath]) -> list[AnyPath]:
     if all(each.suffix == ".tar" and each.is_file() for each in (path, *others)):
         return [path, *others]
     if not others and _holds(path, ".tar") and not _holds(path, ".parquet"):
-        return sorted(entry for entry in path.iterdir() if entry.suffix == ".tar")
+        return [path]
     return []
 
 

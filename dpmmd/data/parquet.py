@@ -18,10 +18,13 @@ from dpmmd.data.classes import written_names
 from dpmmd.data.identifiers import raw_values
 from dpmmd.data.items import EncodedSource
 from dpmmd.data.labels import as_labels, label_type_error
-from dpmmd.data.pixels import Encoded, Geometry
+from dpmmd.data.leftovers import OTHER_SPLIT
+from dpmmd.data.once import FileKey, inside, shards_in
+from dpmmd.data.pixels import Encoded, Geometry, Unusable
 from dpmmd.data.remote import AnyPath, opened
 from dpmmd.data.source import file_identity
 
+NO_FILE = "a cell without an image, or whose file is another cell's or not in the shard's folder"
 _SHARD = re.compile(r"(train|test|val|valid|validation)[-_.]", re.IGNORECASE)
 _IMAGE_COLUMNS = ("image", "img", "images", "x")
 _ROWS = 64  # read at a time
@@ -33,8 +36,18 @@ class ParquetSource(EncodedSource):
     """A parquet file, or the shards of one data set, with a column of encoded images.
 
     The image column is ``binary`` or ``struct{bytes, path}``; a cell with a path and no bytes
-    is read from that path, relative to the shard. Labels, if any, are an integer column, read
-    when the source is opened; images stream, whatever the size of the row groups.
+    stands for a file in the shard's folder or below it. No other file is read: a cell with an
+    absolute path, with ``..``, or that a link leads elsewhere from is an image that cannot be
+    decoded. Labels, if any, are an integer column, read when the source is opened; images stream,
+    whatever the size of the row groups.
+
+    Each row is a record. Where several rows name one file, the first counts and the others
+    contribute nothing; they are refused where they do not agree on the file's label and group.
+    Shards that are one file are read once, and a shard whose row groups share bytes is refused.
+
+    *Why this keeps the claim.* The rows that name files contribute the set of pairs (file, label of
+    the file); the others contribute their own bytes. An exchange of one row takes at most one
+    element away and adds at most one, and does not change the number of rows.
     """
 
     def __init__(
@@ -50,18 +63,22 @@ class ParquetSource(EncodedSource):
         group_by: str | None = None,
     ) -> None:
         pq = _pyarrow_parquet()
-        files, part = _shards(path, split)
+        files, part, passed = _shards(path, split)
+        self.passed_over = passed
         self._groups: list[tuple[AnyPath, int]] = []  # (shard, row group) in order
         counts: list[int] = []
         labels: list[Tensor] = []
         groups: list[Any] = []
         class_names: tuple[str, ...] | None = None
+        named = _NamedFiles()
         for position, file in enumerate(files):
             try:
                 with opened(file) as handle, pq.ParquetFile(handle) as parquet:
                     schema = parquet.schema_arrow
+                    _check_bytes(parquet.metadata, path)
                     if position == 0:
                         self._column = _image_column(schema, image_key, path)
+                        self.columns = tuple(schema.names)
                         label_column = _label_column(schema, label_key, path)
                         class_names = _class_names(schema, label_column)
                         _check_column(schema, group_by, "group_by", path)
@@ -72,6 +89,7 @@ class ParquetSource(EncodedSource):
                         )
                     for group in range(parquet.num_row_groups):
                         self._groups.append((file, group))
+                        named.look(parquet, group, self._column, file, sum(counts))
                         counts.append(parquet.metadata.row_group(group).num_rows)
                     if label_column is not None:
                         column = parquet.read(columns=[label_column]).column(label_column)
@@ -102,6 +120,8 @@ class ParquetSource(EncodedSource):
             groups=None if group_by is None else groups,
             group_by=group_by,
         )
+        named.check(self._labels, self.groups, path)
+        self._named = named.rows
         self._settle_shape()
         self._cells = None
 
@@ -116,9 +136,97 @@ class ParquetSource(EncodedSource):
                 self._cells = None  # frees the last rows before others are read
                 self._cells = _Cells(*self._groups[group], group, self._column)
             try:
-                yield _cell(self._cells[row], self._groups[group][0].parent)
+                cell = self._cells[row]
+                image = cell.get("bytes") if isinstance(cell, dict) else cell
+                yield self._file(index) if image is None else image
             except Exception:
                 yield None
+
+    def _file(self, index: int) -> Encoded:
+        """The file that a cell without bytes stands for, if it is the first to name it."""
+        path = self._named.get(index)
+        if path is None:
+            return Unusable(NO_FILE)
+        if isinstance(path, Path):
+            return path
+        with opened(path) as file:
+            return file.read()
+
+
+class _NamedFiles:
+    """The files that cells without bytes name, each with the first row that names it."""
+
+    def __init__(self) -> None:
+        self.rows: dict[int, AnyPath] = {}
+        self._first: dict[FileKey, int] = {}
+        self._others: list[tuple[int, int]] = []  # (a row, the first row that names its file)
+
+    def look(self, parquet: Any, group: int, column: str, shard: AnyPath, start: int) -> None:
+        """Note the files that the cells of a row group name; `start` is its first row."""
+        if not _may_name_files(parquet, group, column):
+            return
+        folder = shard.parent.resolve()
+        row = start
+        for piece in parquet.iter_batches(_ROWS, row_groups=[group], columns=[column]):
+            for cell in piece.column(0):
+                value = cell.as_py()
+                if value is not None and value.get("bytes") is None and value.get("path"):
+                    self._note(row, folder, str(value["path"]))
+                row += 1
+
+    def _note(self, row: int, folder: AnyPath, name: str) -> None:
+        found = inside(folder, name)
+        if found is None:
+            return
+        path, key = found
+        first = self._first.setdefault(key, row)
+        if first == row:
+            self.rows[row] = path
+        else:
+            self._others.append((row, first))
+
+    def check(self, labels: Tensor | None, groups: Tensor | None, path: AnyPath) -> None:
+        for values, what in ((labels, "labels"), (groups, "groups")):
+            if values is not None and any(values[row] != values[one] for row, one in self._others):
+                raise ValueError(
+                    f"source={str(path)!r}: several rows name one image file, with different "
+                    f"{what}; expected one row for each image: drop the further rows."
+                )
+
+
+def _may_name_files(parquet: Any, group: int, column: str) -> bool:
+    """Whether the cells of a row group may be without bytes, by what the file says of itself."""
+    import pyarrow as pa
+
+    kind = parquet.schema_arrow.field(column).type
+    if not pa.types.is_struct(kind) or kind.get_field_index("path") < 0:
+        return False
+    chunks = parquet.metadata.row_group(group)
+    for number in range(chunks.num_columns):
+        chunk = chunks.column(number)
+        if chunk.path_in_schema == f"{column}.bytes":
+            statistics = chunk.statistics
+            counted = statistics is not None and statistics.has_null_count
+            return not counted or statistics.null_count > 0
+    return True
+
+
+def _check_bytes(metadata: Any, path: AnyPath) -> None:
+    """Raise _SchemaError where two pieces of the file share bytes: one image would count twice."""
+    pieces = []
+    for group in range(metadata.num_row_groups):
+        chunks = metadata.row_group(group)
+        for number in range(chunks.num_columns):
+            chunk = chunks.column(number)
+            starts = (chunk.data_page_offset, chunk.dictionary_page_offset or 0)
+            start = min(start for start in starts if start > 0)
+            pieces.append((start, start + chunk.total_compressed_size))
+    pieces.sort()
+    if any(end > start for (_, end), (start, _) in itertools.pairwise(pieces)):
+        raise _SchemaError(
+            f"source={str(path)!r}: pieces of the file share bytes, so that one image would count "
+            "several times; expected a file that a parquet library wrote. Write it again."
+        )
 
 
 class _Cells:
@@ -163,13 +271,13 @@ def _pyarrow_parquet() -> ModuleType:
     return pyarrow.parquet
 
 
-def _shards(path: AnyPath, split: str) -> tuple[list[AnyPath], str]:
-    """The files to read and the split they were chosen by ("" when nothing was chosen)."""
-    if path.is_file():
-        return [path], ""
-    files = sorted(entry for entry in path.iterdir() if entry.suffix == ".parquet")
+def _shards(path: AnyPath, split: str) -> tuple[list[AnyPath], str, dict[str, int]]:
+    """The files to read, the split they were chosen by ("": none), and what was passed over."""
+    if not path.is_dir():
+        return [path], "", {}
+    files, passed = shards_in(path, ".parquet")
     if not any(_SHARD.match(file.name) for file in files):
-        return files, ""
+        return files, "", passed
     chosen = [
         file for file in files if (m := _SHARD.match(file.name)) and m[1].lower() == split.lower()
     ]
@@ -179,7 +287,8 @@ def _shards(path: AnyPath, split: str) -> tuple[list[AnyPath], str]:
             f"split={split!r}: no shard in {str(path)!r} belongs to it; expected one of "
             f"{', '.join(known)}."
         )
-    return chosen, split.lower()
+    passed[OTHER_SPLIT] = len(files) - len(chosen)
+    return chosen, split.lower(), {reason: n for reason, n in passed.items() if n}
 
 
 def _image_column(schema: Any, image_key: str | None, path: AnyPath) -> str:
@@ -245,15 +354,3 @@ def _class_names(schema: Any, label_column: str | None) -> tuple[str, ...] | Non
         return written_names([str(name) for name in features[label_column]["names"]])
     except (KeyError, TypeError, ValueError):
         return None
-
-
-def _cell(value: Any, folder: AnyPath) -> Encoded:
-    if isinstance(value, dict):
-        if value.get("bytes") is not None:
-            return value["bytes"]
-        path = folder / value["path"]
-        if isinstance(path, Path):
-            return path
-        with opened(path) as file:
-            return file.read()
-    return value

@@ -408,12 +408,16 @@ def header_shape(
     """``(C, h, w)`` from an image's header alone, as it is shown, or why it cannot be read."""
     try:
         with open_image(encoded) as image:
-            width, height = image.size
-            if _orientation(image) >= 5:
-                width, height = height, width
+            width, height = oriented_size(image)
             return (_channels(image, geometry or Geometry()), height, width)
     except Exception as error:
         return Unusable(reason_of(error))
+
+
+def oriented_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) as a viewer shows the image."""
+    width, height = image.size
+    return (height, width) if _orientation(image) >= 5 else (width, height)
 
 
 def _channels(image: Image.Image, geometry: Geometry) -> int:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
+
+from dpmmd.data.pixels import open_regular
 
 
 def is_url(source: Any) -> bool:
@@ -91,5 +92,18 @@ AnyPath = Path | RemotePath
 
 
 def opened(path: AnyPath) -> IO[bytes]:
-    """The file, for reading and seeking."""
-    return path.open() if isinstance(path, RemotePath) else open(os.fspath(path), "rb")
+    """The file, for reading and seeking.
+
+    Raises Unusable for what is no regular file: a pipe would wait for a writer forever.
+    """
+    if isinstance(path, RemotePath):
+        return path.open()
+    return open_regular(path)
+
+
+def as_path(text: str) -> AnyPath:
+    """A path or URL; ``file://`` is a path like any other, with an identity of its own file."""
+    scheme, separator, rest = text.partition("://")
+    if separator and scheme in ("file", "local") and "::" not in rest:
+        return Path(rest)
+    return RemotePath(text) if separator else Path(text).expanduser()

@@ -18,6 +18,7 @@ from dpmmd.data.labels import check_label_range
 from dpmmd.data.remote import AnyPath
 
 if TYPE_CHECKING:
+    from dpmmd.data.inspect import Inspection
     from dpmmd.data.pixels import Unusable
 
 
@@ -113,6 +114,17 @@ class ImageSource(ABC):
             NotImplementedError: the source reads in one order only.
         """
         raise NotImplementedError(f"source {self.name!r} cannot be rearranged.")
+
+    def inspect(self, *, everything: bool = False, progress: bool = False) -> Inspection:
+        """What is there, for the data holder's eyes alone (`dpmmd.data.inspect`).
+
+        Args:
+            everything: decode every record, not only look at headers.
+            progress: whether to show a progress bar.
+        """
+        from dpmmd.data.inspect import inspect_source
+
+        return inspect_source(self, everything=everything, progress=progress)
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
-import tarfile
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import IO, Any
 
 import numpy as np
 
 from dpmmd.data.items import EncodedSource
 from dpmmd.data.labels import as_labels
-from dpmmd.data.pixels import EXTENSIONS, Encoded, Geometry
+from dpmmd.data.leftovers import leftover, other_extension
+from dpmmd.data.members import DamagedTar, Member, Walk
+from dpmmd.data.once import shards_in, without_second_names
+from dpmmd.data.pixels import EXTENSIONS, Encoded, Geometry, Unusable
 from dpmmd.data.remote import AnyPath, opened
 from dpmmd.data.source import file_identity
 
+UNENDED = "a shard without the mark of its end, perhaps cut short"
+NO_BYTES = "a record without an image whose bytes are its own"
+_MAX_FACTS = 1 << 23  # bytes of a .json or .cls
+_MAX_DIGITS = 20
+_MAX_KEYS = 100
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _LABEL_KEYS = ("label", "cls")
 
@@ -38,11 +46,23 @@ def expand(pattern: str) -> list[str]:
 class TarSource(EncodedSource):
     """The records of WebDataset shards, in the order of the shards and of their members.
 
-    A record is the members with one key, the name up to the first dot of its last part: an image
-    (``jpg``, ``png``, ...), and a label in ``cls`` (digits) or under a key of ``json``. Opening the
-    source goes through all headers, labels and JSON (of remote shards that reads most of them);
-    images are read from their place as they are needed. A record without an image is an image that
-    cannot be decoded.
+    A record is the members of one shard with one key: an image (``jpg``, ``png``, ...), and a label
+    in ``cls`` (digits) or under a key of ``json``. Its place in the shard does not matter, and of
+    members with one name the last counts, as tar extracts them.
+
+    The key is a name without its extension: what follows the last dot, so that ``1.2.840.113.png``
+    and ``scan.v1.0.png`` are records of their own. With `image_key` names are split as WebDataset
+    splits them, at the first dot of their last part, and `image_key` is all that follows
+    (``seg.png``). Where both ways lead to images, ``a.png`` beside ``a.seg.png``, the source is
+    refused until `image_key` says which are meant.
+
+    Opening the source goes through all headers, labels and JSON (of remote shards that reads most
+    of them); images are read from their place as they are needed. An image whose bytes are not its
+    own (a sparse member, a link) cannot be decoded, nor can a record that has a label and no image.
+
+    *Why one member is in one record.* Members of a shard share no byte (`dpmmd.data.members`), a
+    member's record follows from its own name and its shard, and each shard is read once
+    (`dpmmd.data.once`). So an exchange of one record changes one vector.
     """
 
     def __init__(
@@ -57,17 +77,27 @@ class TarSource(EncodedSource):
         workers: int,
         group_by: str | None = None,
     ) -> None:
-        self._files = tuple(files)
+        if path.is_dir():
+            shards, others = shards_in(path, ".tar")
+        else:
+            shards, others = without_second_names(files)
+        self._files = tuple(shards)
+        passed = Counter(others)
         places = array("q")  # shard, offset, bytes of each
         labels: list[Any] = []
         groups: list[Any] = []
-        for shard, file in enumerate(self._files):
-            reader = _Reader(image_key, label_key, group_by, path.name)
-            for place, label, group in reader.records(file):
-                places.extend((shard, *place))
-                labels.append(label)
-                groups.append(group)
+        columns: set[str] = set()  # keys of the .json members
+        for number, file in enumerate(self._files):
+            shard = _Shard(image_key, label_key, group_by, path.name, passed)
+            records = shard.read(file)
+            columns |= shard.keys
+            for record in records:
+                places.extend((number, *record.place))
+                labels.append(record.label)
+                groups.append(record.group)
         self._places = np.array(places, np.int64).reshape(-1, 3)
+        self.passed_over = dict(passed)
+        self.columns = tuple(sorted(columns))
         missing = sum(label is None for label in labels)
         if missing not in (0, len(labels)):
             raise ValueError(
@@ -99,10 +129,15 @@ class TarSource(EncodedSource):
         self._settle_shape()
 
     def encoded(self, indices: Sequence[int]) -> Iterator[Encoded]:
+        return self.beginnings(indices, None)
+
+    def beginnings(self, indices: Sequence[int], limit: int | None) -> Iterator[Encoded]:
+        """The first bytes of each image, at most `limit`."""
         current, file = -1, None
         try:
             for index in indices:
                 shard, offset, size = self._places[index].tolist()
+                wanted = size if limit is None else min(size, limit)
                 try:
                     if shard != current or file is None:
                         if file is not None:
@@ -110,63 +145,125 @@ class TarSource(EncodedSource):
                         current, file = shard, None
                         file = opened(self._files[shard])
                     file.seek(offset)
-                    data = file.read(size)
+                    data = file.read(wanted)
                 except Exception:
                     data = b""
-                yield data if size and len(data) == size else None
+                yield data if size and len(data) == wanted else Unusable(NO_BYTES)
         finally:
             if file is not None:
                 file.close()
 
 
-class _Reader:
+@dataclass
+class _Record:
+    place: tuple[int, int] = (0, 0)  # offset and bytes of the image; no bytes: it has none
+    image: str | None = None  # the extension of the image
+    label: Any = None
+    group: Any = None
+    stands: bool = False  # whether it is a record, with or without an image
+
+
+class _Shard:
     """Finds the records of a shard, without reading its images."""
 
     def __init__(
-        self, image_key: str | None, label_key: str | None, group_by: str | None, name: str
+        self,
+        image_key: str | None,
+        label_key: str | None,
+        group_by: str | None,
+        name: str,
+        passed: Counter[str],
     ) -> None:
-        self.image = EXTENSIONS if image_key is None else {f".{image_key}"}
-        self.label_key, self.group_by, self.name = label_key, group_by, name
+        self.image_key, self.label_key, self.group_by = image_key, label_key, group_by
+        self.name, self.passed = name, passed
+        self.images = EXTENSIONS if image_key is None else {f".{image_key.lower()}"}
         self.label_keys = _LABEL_KEYS if label_key is None else (label_key,)
+        self.facts = {"cls", "json"} | ({label_key.lower()} if label_key else set())
+        self.records: dict[str, _Record] = {}
+        self.keys: set[str] = set()
+        self.heads: dict[str, bool] = {}  # WebDataset's key of each image -> a dot in its extension
 
-    def records(self, path: AnyPath) -> Iterator[tuple[tuple[int, int], Any, Any]]:
-        """Place of the image (size 0: none), label and group of each."""
+    def read(self, path: AnyPath) -> list[_Record]:
+        """Place of the image (size 0: none), label and group of each record."""
         try:
-            with opened(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
-                members = (m for m in archive if m.isfile() and not _hidden(m.name))
-                for _, members_of in itertools.groupby(members, lambda m: _split(m.name)[0]):
-                    yield self._record(archive, members_of)
-                    archive.members = []  # type: ignore[attr-defined]  # which would grow
-        except (tarfile.TarError, OSError, EOFError) as error:
+            with opened(path) as file:
+                walk = Walk(file)
+                names: set[str] = set()
+                for member in walk:
+                    self._take(member, file, names)
+                if not walk.ended:
+                    self.passed[UNENDED] += 1
+        except (DamagedTar, Unusable, OSError, EOFError) as error:
+            told = isinstance(error, DamagedTar | Unusable)
+            reason = str(error) if told else type(error).__name__
             raise ValueError(
-                f"source={str(path)!r} is not a readable tar file ({type(error).__name__}): "
+                f"source={str(path)!r} is not a readable tar file ({reason}): "
                 "expected one without compression; write or download it again."
             ) from None
+        found = [record for record in self.records.values() if record.stands]
+        if lonely := len(self.records) - len(found):
+            self.passed["a label or .json whose name is that of no image"] += lonely
+        return found
 
-    def _record(
-        self, archive: tarfile.TarFile, members: Iterator[tarfile.TarInfo]
-    ) -> tuple[tuple[int, int], Any, Any]:
-        place, label, group = (0, 0), None, None
-        for member in members:
-            extension = _split(member.name)[1]
-            if f".{extension}" in self.image:
-                place = (member.offset_data, member.size)
-            elif extension in ("cls", "json", self.label_key):
-                held = archive.extractfile(member)
-                text = b"" if held is None else held.read()
-                if extension == "json":
-                    facts = self._json(text)
-                    found = next((facts[k] for k in self.label_keys if k in facts), None)
-                    label = found if label is None else label
-                    group = facts.get(self.group_by) if self.group_by else None
-                elif self.label_key in (None, extension):
-                    label = self._number(text)
-        return place, label, group
+    def _take(self, member: Member, file: IO[bytes], names: set[str]) -> None:
+        parts = [part for part in member.name.split("/") if part not in ("", ".", "..")]
+        reason = next((why for part in parts if (why := leftover(part)) is not None), None)
+        if reason is not None:
+            self.passed[reason] += 1
+            return
+        key, extension = self._split(member.name)
+        if f".{extension}" not in self.images and extension not in self.facts:
+            self.passed[_other(member.name)] += 1
+            return
+        if member.name in names:
+            self.passed["an earlier version of a member of the same name"] += 1
+        names.add(member.name)
+        record = self.records.setdefault(key, _Record())
+        plain = _first_dot(member.name)[0] == key
+        if f".{extension}" in self.images:
+            self._take_image(member, record, extension, plain)
+        else:
+            record.stands |= plain
+            self._take_facts(record, extension, _content(member, file, self.name))
+
+    def _take_image(self, member: Member, record: _Record, extension: str, plain: bool) -> None:
+        head = _first_dot(member.name)[0]
+        if record.image not in (None, extension) or self.heads.setdefault(head, plain) != plain:
+            raise ValueError(
+                f"source {self.name!r} has records with several images (e.g. a.jpg beside a.png, "
+                "or a.png beside a.seg.png): expected one image a record, as each image counts for "
+                "a person of its own; say which with image_key, e.g. image_key='png'."
+            )
+        record.place = (member.offset, member.size)
+        record.image, record.stands = extension, True
+
+    def _take_facts(self, record: _Record, extension: str, text: bytes) -> None:
+        if extension == "json":
+            facts = self._json(text)
+            if len(self.keys) < _MAX_KEYS:
+                self.keys.update(facts)
+            found = next((facts[k] for k in self.label_keys if k in facts), None)
+            record.label = found if record.label is None else record.label
+            record.group = facts.get(self.group_by) if self.group_by else None
+        elif self.label_key is None or extension == self.label_key.lower():
+            record.label = self._number(text)
+
+    def _split(self, name: str) -> tuple[str, str]:
+        """Key and extension of a member."""
+        if self.image_key is not None:
+            return _first_dot(name)
+        if self.label_key and "." in self.label_key:
+            ending = f".{self.label_key.lower()}"
+            if name.lower().endswith(ending):
+                return name[: -len(ending)], ending[1:]
+        folder, slash, last = name.rpartition("/")
+        stem, _, extension = last.rpartition(".")
+        return folder + slash + stem, extension.lower()
 
     def _json(self, text: bytes) -> dict[str, Any]:
         try:
             facts = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             facts = None
         if not isinstance(facts, dict):
             raise ValueError(
@@ -176,7 +273,7 @@ class _Reader:
         return facts
 
     def _number(self, text: bytes) -> int:
-        if not text.strip().isdigit():
+        if not text.strip().isdigit() or len(text) > _MAX_DIGITS:
             raise ValueError(
                 f"labels of source {self.name!r}: a .cls member is not a whole number; expected "
                 "the digits of 0, 1, ... K-1."
@@ -184,12 +281,26 @@ class _Reader:
         return int(text)
 
 
-def _split(name: str) -> tuple[str, str]:
-    """Key and extension: ``a/b.c.png`` is ``a/b`` and ``c.png``."""
+def _content(member: Member, file: IO[bytes], name: str) -> bytes:
+    """The bytes of a label or of JSON: a member that has none of its own is empty."""
+    if member.size > _MAX_FACTS:
+        raise ValueError(
+            f"source {name!r} has a label or .json member of {member.size} bytes: expected at most "
+            f"{_MAX_FACTS}; leave out what is not a label or a group."
+        )
+    file.seek(member.offset)
+    return file.read(member.size)
+
+
+def _first_dot(name: str) -> tuple[str, str]:
+    """Key and extension as WebDataset has them: ``a/b.c.png`` is ``a/b`` and ``c.png``."""
     folder, slash, last = name.rpartition("/")
     stem, _, extension = last.partition(".")
     return folder + slash + stem, extension.lower()
 
 
-def _hidden(name: str) -> bool:
-    return name.rpartition("/")[2].startswith(".")
+def _other(name: str) -> str:
+    """The reason under which a member that is neither image nor label is counted."""
+    extension = _first_dot(name)[1]
+    known = f".{extension.rpartition('.')[2]}" in EXTENSIONS and "." in extension
+    return "a name with several dots, beside image_key" if known else other_extension(name)

@@ -1,0 +1,153 @@
+"""One file, one record: whatever names a file has, it is counted once.
+
+A file is its device and inode (for storage that fsspec reaches: its URL), not its name. Links, bind
+mounts, a folder that is reached twice and a shard that a pattern names twice give further names to
+a file that is counted already, and these names are passed over.
+
+*Why this keeps the claim.* Let F be the files that some name leads to. A source counts the set F,
+each file with the one label and the one group that all its names agree on; where they do not agree,
+the source is refused. If one file is exchanged for another, or loses all its names, F loses at most
+one element and gains at most one. So the vectors that are summed differ in at most one that left
+and one that came, which is the exchange, or the removal, whose sensitivity is declared. Which of a
+file's names is the first decides the order of the records only, and the sums do not depend on the
+order.
+
+What this cannot see: two files with the same content (an image that was copied). They are two
+records.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import ConcatDataset, Subset
+
+from dpmmd.data.leftovers import leftover, other_extension
+from dpmmd.data.remote import AnyPath, RemotePath
+
+SECOND_NAME = "a second name of a file that is counted already"
+SECOND_WAY = "a second way into a folder that was entered already"
+
+FileKey = tuple[int, int] | str
+
+
+def key_of(path: str | os.PathLike[str], status: os.stat_result) -> FileKey:
+    """What stands for a file, whichever name led to it."""
+    if status.st_ino:
+        return status.st_dev, status.st_ino
+    return os.path.realpath(path)  # file systems that do not number their files
+
+
+def shard_key(path: AnyPath) -> FileKey:
+    """The key of a shard, local or remote."""
+    return key_of(path, os.stat(path)) if isinstance(path, Path) else str(path)
+
+
+def without_second_names(files: Sequence[AnyPath]) -> tuple[list[AnyPath], dict[str, int]]:
+    """The shards, each once and in order, and how many names were passed over."""
+    found: dict[FileKey, AnyPath] = {}
+    for file in files:
+        found.setdefault(shard_key(file), file)
+    passed = len(files) - len(found)
+    return list(found.values()), {SECOND_NAME: passed} if passed else {}
+
+
+def refuse_second_names(paths: Sequence[str], name: str) -> None:
+    """Raise ValueError where a list of files names one file several times."""
+    found: set[FileKey] = set()
+    for path in paths:
+        try:
+            key = key_of(path, os.stat(path))
+        except OSError:  # an image that cannot be decoded
+            continue
+        if key in found:
+            raise ValueError(
+                f"source {name!r}: the list of its files names one file several times; expected "
+                "each image once, so that it counts once. Remove links and further lines from it."
+            )
+        found.add(key)
+
+
+def refuse_repeated_items(dataset: Any, name: str) -> None:
+    """Raise ValueError where a data set has one record several times, as far as it shows.
+
+    Seen are repeated indices of a `Subset`, one data set twice in a `ConcatDataset`, and files with
+    several names in a data set of torchvision that lists its files in ``samples``.
+    """
+    composed = isinstance(dataset, Subset | ConcatDataset)
+    keys = _items(dataset, np.arange(len(dataset))) if composed else np.zeros((0, 2))
+    if len(np.unique(keys, axis=0)) < len(keys):
+        raise ValueError(
+            f"source {name!r} has one record several times (indices that repeat in a Subset, or "
+            "one data set twice in a ConcatDataset); expected each record once, as an image that "
+            "counts twice has twice the privacy loss that is stated."
+        )
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    samples = getattr(dataset, "samples", None)
+    if type(dataset).__module__.startswith("torchvision.") and isinstance(samples, list):
+        refuse_second_names([path for path, _ in samples], name)
+
+
+def _items(dataset: Any, positions: np.ndarray) -> np.ndarray:
+    """Which record of which data set stands at each position: int64 ``[n, 2]``."""
+    if isinstance(dataset, Subset):
+        return _items(dataset.dataset, np.asarray(list(dataset.indices), np.int64)[positions])
+    if isinstance(dataset, ConcatDataset):
+        positions = positions % max(1, len(dataset))
+        ends = np.asarray(dataset.cumulative_sizes, np.int64)
+        parts = np.searchsorted(ends, positions, side="right")
+        starts = np.concatenate([[0], ends[:-1]])
+        found = np.zeros((len(positions), 2), np.int64)
+        for part in np.unique(parts):
+            here = parts == part
+            found[here] = _items(dataset.datasets[part], positions[here] - starts[part])
+        return found
+    whole = np.full(len(positions), id(dataset), np.int64)
+    return np.stack([whole, positions % max(1, len(dataset))], axis=1)
+
+
+def shards_in(folder: AnyPath, suffix: str) -> tuple[list[AnyPath], dict[str, int]]:
+    """The shards in a folder, sorted, each once; and what else is there, by reason."""
+    found: list[AnyPath] = []
+    passed: Counter[str] = Counter()
+    for entry in folder.iterdir():
+        reason = leftover(entry.name)
+        if reason is None and entry.suffix != suffix:
+            reason = "a folder beside the shards" if entry.is_dir() else other_extension(entry.name)
+        if reason is None:
+            found.append(entry)
+        else:
+            passed[reason] += 1
+    shards, twice = without_second_names(sorted(found))
+    return shards, dict(passed + Counter(twice))
+
+
+def inside(folder: AnyPath, name: str) -> tuple[AnyPath, FileKey] | None:
+    """The regular file that `name`, read from a container, stands for; None where there is none.
+
+    A container may name files inside `folder` only: no absolute path, no ``..``, and no link that
+    leads outside. `folder` is given with its links resolved.
+    """
+    if isinstance(folder, RemotePath):
+        parts = name.split("/")
+        if "::" in name or "\0" in name or any(part in ("", ".", "..") for part in parts):
+            return None
+        return folder / name, str(folder / name)
+    parts = name.replace("\\", "/").split("/")
+    if not name or "\0" in name or os.path.isabs(name) or ".." in parts or ":" in parts[0]:
+        return None
+    try:
+        path = (folder / name).resolve(strict=True)
+        status = os.stat(path)
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: links in a circle, before 3.13
+        return None
+    if not path.is_relative_to(folder) or not stat.S_ISREG(status.st_mode):
+        return None
+    return path, key_of(path, status)

@@ -8,6 +8,7 @@ import logging
 import sys
 import types
 import warnings
+import zipfile
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from dpmmd._torchvision import import_torchvision
 from dpmmd.data import ArraySource, Batch, ImageSource, open_source, pixels, write_npz
 from dpmmd.data.look import check_source
 from dpmmd.data.pixels import decode
+from dpmmd.data.rows import check_members
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -672,6 +674,38 @@ def test_a_damaged_npz_is_refused_before_it_is_streamed(tmp_path, monkeypatch):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"not a readable \.npz"):
+        open_source(path)
+
+
+def overlapping(path, member, other):
+    """The central directory says that one member lies where another does."""
+    np.savez(path, x=IMAGES, y=LABELS)
+    data = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        places = {info.filename: info.header_offset for info in archive.infolist()}
+        start = archive.start_dir
+    entry = data.index(member.encode(), start) - 46
+    data[entry + 42 : entry + 46] = places[other].to_bytes(4, "little")
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize(("member", "other"), [("y.npy", "x.npy"), ("x.npy", "y.npy")])
+def test_npz_members_that_share_bytes_are_refused(tmp_path, member, other):
+    path = overlapping(tmp_path / "x.npz", member, other)
+    with pytest.raises(zipfile.BadZipFile, match="share bytes"):
+        check_members(path)
+    with pytest.raises(ValueError, match=r"not a readable \.npz"):
+        open_source(path)
+
+
+def test_npz_members_of_one_name_are_refused(tmp_path):
+    path = tmp_path / "x.npz"
+    np.savez(path, x=IMAGES, y=LABELS)
+    with zipfile.ZipFile(path, "a") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        archive.writestr("x.npy", archive.read("y.npy"))
     with pytest.raises(ValueError, match=r"not a readable \.npz"):
         open_source(path)
 

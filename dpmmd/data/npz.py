@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from dpmmd.data.arrays import ArraySource
 from dpmmd.data.classes import listed, written_names
 from dpmmd.data.labels import as_labels
 from dpmmd.data.pixels import Geometry
-from dpmmd.data.rows import StreamedRows
+from dpmmd.data.rows import StreamedRows, check_members
 from dpmmd.data.source import check_not_empty, file_identity
 
 _SPLITS = ("train", "test", "val", "valid", "validation")
@@ -43,6 +44,7 @@ def open_npz(
         with np.load(path, allow_pickle=False) as file:
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise ValueError("a single array")
+            check_members(path)
             names = tuple(file.files)
             image_name = _pick(
                 names,
@@ -68,7 +70,7 @@ def open_npz(
                 groups = file[_pick(names, group_by, "group_by", (), path, split)]
     except _KeyRefused as refused:
         raise ValueError(str(refused)) from None
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, OSError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(
             f"source={str(path)!r} is not a readable .npz file of plain arrays "
             f"({type(error).__name__}): expected what numpy.savez writes, without object arrays; "

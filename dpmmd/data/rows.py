@@ -8,11 +8,36 @@ from typing import Any
 
 import numpy as np
 
+_LOCAL_HEADER = 30  # bytes before a member's name
 _STREAMED = 64 << 20  # bytes from which images are read as they are needed
 _HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
 }
+
+
+def check_members(path: Path) -> None:
+    """Raises BadZipFile where two members of a zip file share a name or bytes.
+
+    Not every Python's `zipfile` looks at that. One array could then be the bytes of another.
+    """
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        members = sorted(archive.infolist(), key=lambda member: member.header_offset)
+        if len({member.filename for member in members}) < len(members):
+            raise zipfile.BadZipFile("two members of one name")
+        end = 0
+        for member in members:
+            file.seek(member.header_offset)
+            header = file.read(_LOCAL_HEADER)
+            if len(header) < _LOCAL_HEADER or member.header_offset < end:
+                raise zipfile.BadZipFile("members share bytes")
+            name, extra = (
+                int.from_bytes(header[26:28], "little"),
+                int.from_bytes(header[28:], "little"),
+            )
+            end = member.header_offset + _LOCAL_HEADER + name + extra + member.compress_size
+        if end > archive.start_dir:
+            raise zipfile.BadZipFile("a member runs into the directory")
 
 
 class StreamedRows:

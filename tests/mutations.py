@@ -4,9 +4,10 @@
     python -m tests.mutations NAME ...   some of them
     python -m tests.mutations --list     what they mean, nothing is run
 
-The package and the tests are copied to a temporary folder. First the named tests must pass there as
-they are; then each mutation is applied, its tests run, and every one of them must fail by itself
-(an error of import or syntax does not count). Exit code 1 if a mutation survives.
+The package and the tests are copied to temporary folders, one for each core that is found. First
+the named tests must pass there as they are; then each mutation is applied, its tests run, and every
+one of them must fail by itself (an error of import or syntax does not count). Exit code 1 if a
+mutation survives. The native core's own faults are in tests/test_native_mutations.py.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,6 +36,7 @@ ITEMS = "dpmmd/data/items.py"
 TRAIN = "dpmmd/train.py"
 PARTIAL = "dpmmd/privacy/partial.py"
 _RANKS = "tests/test_ranks.py"
+SECONDS = 300.0  # that the tests of one mutation may take
 
 
 @dataclass(frozen=True)
@@ -480,8 +483,9 @@ MUTATIONS = (
         (
             Edit(
                 MECHANISM,
-                f"values += {_NOISED}",
-                f"values += {_NOISED} * (whole is taken[0])",
+                "for whole in sums.take())",
+                "for whole, sampler in zip(sums.take(),"
+                " (sampler, lambda n, _: np.zeros(n, np.int64)), strict=True))",
             ),
         ),
         ("tests/test_units.py::test_shared_rows_get_noise_of_their_own",),
@@ -849,19 +853,58 @@ def _child(folder: str, tests: list[str], log: str) -> None:
     os._exit(int(code))
 
 
-def run(folder: Path, tests: Sequence[str]) -> tuple[int, str]:
-    """pytest's exit code and output, from a process of its own."""
-    log = folder / "log"
-    process = multiprocessing.get_context("fork").Process(
-        target=_child, args=(str(folder), list(tests), str(log))
-    )
-    process.start()
-    process.join(timeout=120)
-    if process.is_alive():
-        process.kill()
-        process.join()
-        return 124, log.read_text()
-    return int(process.exitcode or 0), log.read_text()
+@dataclass
+class Run:
+    """Some tests in a process of its own, on a copy of the tree that nobody else uses meanwhile."""
+
+    name: str
+    folder: Path
+    tests: Sequence[str]
+    edits: Sequence[Edit] = ()
+    started: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self._before = apply(self.folder, self.edits)
+        self._log = self.folder / "log"
+        self.process = multiprocessing.get_context("fork").Process(
+            target=_child, args=(str(self.folder), list(self.tests), str(self._log))
+        )
+        self.process.start()
+
+    def overdue(self) -> bool:
+        return time.monotonic() - self.started > SECONDS
+
+    def end(self) -> tuple[int, str]:
+        """pytest's exit code, 124 if it took too long, and its output; the tree is mended."""
+        late = self.process.is_alive()
+        if late:
+            self.process.kill()
+        self.process.join()
+        for path, text in self._before.items():
+            path.write_text(text)
+        return 124 if late else int(self.process.exitcode or 0), self._log.read_text()
+
+
+def run_all(
+    folders: Sequence[Path], jobs: Sequence[tuple[str, Sequence[Edit], Sequence[str]]]
+) -> Iterator[tuple[str, int, str]]:
+    """Name, exit code and output of every (name, edits, tests), as they end; one in each folder."""
+    free, waiting = list(folders), list(reversed(jobs))
+    active: list[Run] = []
+    try:
+        while waiting or active:
+            while free and waiting:
+                name, edits, tests = waiting.pop()
+                active.append(Run(name, free.pop(), tests, edits))
+            wait([one.process.sentinel for one in active], timeout=1)
+            for one in [r for r in active if not r.process.is_alive() or r.overdue()]:
+                active.remove(one)
+                code, output = one.end()
+                free.append(one.folder)
+                yield one.name, code, output
+    finally:
+        for one in active:
+            one.end()
 
 
 def caught(code: int, output: str, tests: Sequence[str]) -> str | None:
@@ -906,25 +949,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)  # threads do not survive a fork
     started, survived = time.perf_counter(), 0
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name).resolve()
-        copy_tree(folder)
+        folders = [Path(name).resolve() / str(i) for i in range(_cores())]
+        for folder in folders:
+            copy_tree(folder)
         tests = sorted({test for m in chosen for test in m.tests})
-        code, output = run(folder, tests)
-        if code != 0:
-            print(f"unmutated, the named tests do not pass:\n{output[-6000:]}")
-            return 1
+        parts = [tests[i :: 4 * len(folders)] for i in range(4 * len(folders))]
+        for _, code, output in run_all(folders, [("unmutated", (), p) for p in parts if p]):
+            if code != 0 or re.search(r"\b\d+ skipped", output):
+                print(f"unmutated, the named tests do not pass:\n{output[-6000:]}")
+                return 1
         print(f"unmutated: {len(tests)} tests pass", flush=True)
-        for m in chosen:
-            before = apply(folder, m.edits)
-            fault = caught(*run(folder, m.tests), m.tests)
-            for path, text in before.items():
-                path.write_text(text)
+        for which, code, output in run_all(folders, [(m.name, m.edits, m.tests) for m in chosen]):
+            fault = caught(code, output, known[which].tests)
             survived += fault is not None
-            names = ", ".join(test.removeprefix("tests/") for test in m.tests)
-            print(f"{m.name}: {fault or f'caught by {names}'}", flush=True)
+            names = ", ".join(test.removeprefix("tests/") for test in known[which].tests)
+            print(f"{which}: {fault or f'caught by {names}'}", flush=True)
     seconds = time.perf_counter() - started
     print(f"{len(chosen) - survived} of {len(chosen)} mutations caught, {seconds:.0f} s")
     return 1 if survived else 0
+
+
+def _cores() -> int:
+    """How many this process may use."""
+    usable = getattr(os, "sched_getaffinity", None)
+    return len(usable(0)) if usable else os.cpu_count() or 1
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ Words = NDArray[np.uint64]
 # The greatest v ln 2 - (tau v)^2 / 2 is that of v = 0 up to 0.3 and at 1.62, 2 at 1.6, 1 elsewhere.
 SDS = (2.0**-20, 0.3, 1.0, 1.6, 1.62, 33.3, 1000.0, 4.0e9, 2.0**60)
 APART = (1e-6, 1e-9, 2.0**-39, 2.0**-41, 2.0**-44, 0.0)  # relative distances of U from p
-CELLS = 16  # and so many cells of 2^-64, more than the unknown bits of u can move p by
+CELLS = 16  # and so many cells of 2^-64, with what the unknown bits of u can move p by
 
 
 class Law:
@@ -109,7 +109,8 @@ def test_decisions_next_to_the_threshold(sd: float, monkeypatch: pytest.MonkeyPa
         bits = (int(rest * 2**63) << 1) | int(rng.integers(2))
         with mpmath.workdps(40):
             p = law.acceptance(bits >> 1, int(v), k) * 2**64
-            away = p * mpmath.mpf(APART[i % len(APART)]) + CELLS
+            unknown = p * y * float(2**law.m / law.sd) * 2.0**-62
+            away = p * mpmath.mpf(APART[i % len(APART)]) + unknown + CELLS
             below, above = int(mpmath.floor(p - away)), int(mpmath.ceil(p + away))
         geometric = (int(rng.integers(2**20)) * 2 + 1) << int(v)
         if below >= 0:

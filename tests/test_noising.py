@@ -22,17 +22,17 @@ PIECE = 1 << 22
 
 
 class Counter:
-    """A sampler whose draws are 1, 2, 3, ... times UNIT."""
+    """A sampler whose draws are 1, 2, 3, ... times ``unit``."""
 
-    def __init__(self) -> None:
-        self.drawn = 0
+    def __init__(self, unit: float = UNIT) -> None:
+        self.unit, self.drawn = int(unit), 0
         self.sds: list[tuple[int, float]] = []  # how many, at each call
 
     def __call__(self, n: int, sd: float) -> np.ndarray:
         values = np.arange(self.drawn + 1, self.drawn + n + 1)
         self.drawn += n
         self.sds.append((n, sd))
-        return values * int(UNIT)
+        return values * self.unit
 
     def sd_of(self, draws: Tensor) -> Tensor:
         """The sd that each of these draws was asked for with."""
@@ -106,12 +106,12 @@ def test_every_released_number_has_a_draw_of_its_own(
 
 
 def test_a_vector_of_several_pieces_has_a_draw_for_every_number() -> None:
-    counter = Counter()
+    counter = Counter(16)
     raw = torch.full((2, PIECE + 3), 7)  # two whole pieces and a few numbers
     result = mechanism._with_noise(raw, 5.0, counter, 0.5, torch.float64)
     assert counter.drawn == raw.numel()
     assert {sd for _, sd in counter.sds} == {5.0}
-    expected = torch.arange(1, raw.numel() + 1, dtype=torch.float64).mul_(UNIT).add_(7).mul_(0.5)
+    expected = torch.arange(1, raw.numel() + 1, dtype=torch.float64).mul_(16).add_(7).mul_(0.5)
     assert torch.equal(result.flatten(), expected)
 
 

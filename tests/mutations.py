@@ -1321,8 +1321,8 @@ MUTATIONS = (
         (
             Edit(
                 ITEMS,
-                "            except Exception:\n                pixels = None",
-                "            except ImportError:\n                pixels = None",
+                "except Exception as error:\n                pixels",
+                "except ImportError as error:\n                pixels",
             ),
         ),
         (f"{_UNDECODABLE}[True-noise-folder]",),
@@ -1333,9 +1333,9 @@ MUTATIONS = (
         (
             Edit(
                 ITEMS,
-                "            except Exception:\n                pixels = None",
-                '            except Exception:\n                print("image", index)\n'
-                "                pixels = None",
+                "except Exception as error:\n                pixels",
+                'except Exception as error:\n                print("image", index)\n'
+                "                pixels",
             ),
         ),
         (f"{_UNDECODABLE}[True-noise-folder]",),

@@ -11,6 +11,7 @@ import ast
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 from dpmmd.privacy.evidence import MODULES, NATIVE
@@ -52,6 +53,7 @@ _IMPORTERS = ("importlib", "runpy", "pkgutil", "imp", "zipimport")
 _BUILTINS = ("__import__", "exec", "eval", "compile")
 
 
+@cache
 def path_of(name: str) -> Path | None:
     """The file of a module of this package; None if there is no such module."""
     parts = name.split(".")
@@ -68,20 +70,30 @@ def path_of(name: str) -> Path | None:
 
 def _executed(tree: ast.AST) -> Iterator[ast.AST]:
     """All nodes but those under ``if TYPE_CHECKING``, which never runs."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test).split(".")[-1] == "TYPE_CHECKING":
-            for other in node.orelse:
-                yield other
-                yield from _executed(other)
-            continue
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
         yield node
-        yield from _executed(node)
+        if isinstance(node, ast.If) and _chain(node.test)[-1:] == ["TYPE_CHECKING"]:
+            waiting += node.orelse
+        else:
+            waiting += ast.iter_child_nodes(node)
 
 
-def _resolved(name: str, attribute: str) -> set[str]:
+def _chain(node: ast.AST) -> list[str]:
+    """The names of ``a.b.c``; empty for anything else."""
+    names: list[str] = []
+    while isinstance(node, ast.Attribute):
+        names.append(node.attr)
+        node = node.value
+    return [*names, node.id][::-1] if isinstance(node, ast.Name) else []
+
+
+@cache
+def _resolved(name: str, attribute: str) -> frozenset[str]:
     """The modules that ``attribute`` of the module ``name`` brings in."""
     if path_of(whole := f"{name}.{attribute}"):
-        return {name, whole}
+        return frozenset({name, whole})
     path = path_of(name)
     if path is not None and path.name == "__init__.py":  # a name that the package imports itself
         for node in _executed(ast.parse(path.read_text())):
@@ -90,8 +102,8 @@ def _resolved(name: str, attribute: str) -> set[str]:
             ):
                 source = _absolute(name, node, package=True)
                 if source != name and path_of(source):
-                    return {name, source}
-    return {name}
+                    return frozenset({name, source})
+    return frozenset({name})
 
 
 def _absolute(name: str, node: ast.ImportFrom, *, package: bool) -> str:
@@ -123,7 +135,7 @@ def imports(name: str, text: str, *, package: bool = False) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             source = _absolute(name, node, package=package)
             for alias in node.names:
-                found |= {source} | (_resolved(source, alias.name) if path_of(source) else set())
+                found |= _resolved(source, alias.name) if path_of(source) else set()
                 if path_of(f"{source}.{alias.name}"):
                     bound[alias.asname or alias.name] = f"{source}.{alias.name}"
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -131,8 +143,8 @@ def imports(name: str, text: str, *, package: bool = False) -> set[str]:
     for node in nodes:
         if not isinstance(node, ast.Attribute):
             continue
-        chain = ast.unparse(node).split(".")
-        source = bound.get(chain[0], "")
+        chain = _chain(node)
+        source = bound.get(chain[0], "") if chain else ""
         for attribute in chain[1:]:
             if not path_of(source):
                 break
@@ -152,9 +164,8 @@ def dynamic(text: str) -> set[str]:
         elif isinstance(node, ast.Name):
             found |= {node.id} & {*_BUILTINS}
         elif isinstance(node, ast.Attribute):
-            whole = ast.unparse(node)
-            if whole in ("sys.modules", "builtins.__import__", "__builtins__.__import__"):
-                found.add(whole)
+            whole = ".".join(_chain(node))
+            found |= {whole} & {"sys.modules", "builtins.__import__", "__builtins__.__import__"}
     return found
 
 
@@ -187,7 +198,7 @@ def of_the_package(text: str) -> set[str]:
     return {
         node.attr
         for node in nodes
-        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "dpmmd"
+        if isinstance(node, ast.Attribute) and _chain(node.value) == ["dpmmd"]
     }
 
 

@@ -419,6 +419,60 @@ MUTATIONS = (
         (f"{_REPLAY}::test_the_cell_that_holds_p_is_decided_by_further_bits",),
     ),
     Mutation(
+        "further-bits-of-u-are-zero",
+        "so it is with u: |X| is a little too small where it decides",
+        (
+            Edit(
+                NOISE,
+                "u, u_bits = (u << 64) | int(words(1)[0]), u_bits + 64",
+                "u, u_bits = (u << 64) | int(words(1)[0]) * 0, u_bits + 64",
+            ),
+        ),
+        (f"{_REPLAY}::test_the_cell_that_holds_p_is_decided_by_further_bits",),
+    ),
+    Mutation(
+        "unsure-are-refused",
+        "proposals within the margin are refused without a look",
+        (Edit(NOISE, "(w <= p * (1.0 + margin))", "(w <= p * (1.0 - margin))"),),
+        (f"{_REPLAY}::test_decisions_next_to_the_threshold",),
+    ),
+    Mutation(
+        "no-sign",
+        "noise is never negative",
+        (
+            Edit(
+                NOISE,
+                "np.where(negative, -magnitude, magnitude)",
+                "np.where(negative, magnitude, magnitude)",
+            ),
+        ),
+        (
+            f"{_REPLAY}::test_decisions_next_to_the_threshold",
+            f"{_REPLAY}::test_a_recorded_stream_is_read_as_the_law_says",
+        ),
+    ),
+    Mutation(
+        "v-off-by-one",
+        "V is taken for one more than the zeros of its word",
+        (Edit(NOISE, "[1].astype(np.int64) - 1", "[1].astype(np.int64)"),),
+        (
+            f"{_REPLAY}::test_decisions_next_to_the_threshold",
+            f"{_REPLAY}::test_a_recorded_stream_is_read_as_the_law_says",
+        ),
+    ),
+    Mutation(
+        "sd-too-large-for-the-words",
+        "above 2^60 the integers have fewer random bits than digits",
+        (Edit(NOISE, "SD_MAX = 2.0**60", "SD_MAX = 2.0**62"),),
+        ("tests/test_noise.py::test_refuses_sd",),
+    ),
+    Mutation(
+        "margin-not-checked",
+        "a margin of 0 is taken: decisions in double precision alone",
+        (Edit(NOISE, "if margin < MARGIN:", "if False:"),),
+        ("tests/test_noise.py::test_refuses_a_smaller_margin",),
+    ),
+    Mutation(
         "rounded-down",
         "|X| is rounded toward zero",
         (Edit(NOISE, "((half_bits + 1) >> 1)", "(half_bits >> 1)"),),
@@ -531,6 +585,18 @@ MUTATIONS = (
                 MECHANISM,
                 "sums, sd, sampler, part.unit\n",
                 "sums, sd * part.block.bound / GRID, sampler, part.unit\n",
+            ),
+        ),
+        (f"{_NOISING}::test_every_released_number_has_a_draw_of_its_own",),
+    ),
+    Mutation(
+        "counts-half-the-noise",
+        "the counts get half the sd",
+        (
+            Edit(
+                MECHANISM,
+                "_noised(raw_counts, sd, sampler,",
+                "_noised(raw_counts, sd / 2, sampler,",
             ),
         ),
         (f"{_NOISING}::test_every_released_number_has_a_draw_of_its_own",),

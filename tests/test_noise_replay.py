@@ -150,36 +150,43 @@ def test_a_recorded_stream_is_read_as_the_law_says(sd: float) -> None:
     assert drawn == expected[:200]
 
 
-@pytest.mark.parametrize("below", [True, False])
+ONES = 2**64 - 1
+
+
+@pytest.mark.parametrize(
+    ("of_u", "of_w", "accepted"), [(0, 0, True), (0, ONES, False), (ONES, 0, False)]
+)
 def test_the_cell_that_holds_p_is_decided_by_further_bits(
-    below: bool, monkeypatch: pytest.MonkeyPatch
+    of_u: int, of_w: int, accepted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first 64 bits of U are those of p; the next 64 are all zero or all one."""
+    """The 64 bits of U are those of p at the low end of u's cell, and not at the high end."""
     sd = 4.2
     law, k = Law(sd), constant(sd, monkeypatch)
     rng = np.random.default_rng(4)
-    proposals, expected, further = [], [], []
+    proposals: list[tuple[int, int, int]] = []
+    expected: list[int] = []
     while len(expected) < 30:
         bits, v = int(rng.integers(2**63)) << 1, int(rng.integers(3))
+        ends = []
         with mpmath.workdps(60):
-            # Further bits of u are zero: u is at the lower end of its cell.
-            y = _mpf(2**law.m * (v + Fraction(bits >> 1, 2**63)) / law.sd)
-            p = mpmath.exp(v * mpmath.log(2) - y * y / 2 - mpmath.mpf(k)) * 2**64
-            within = p - mpmath.floor(p)
-        if not 0.01 < within < 0.99 or p >= 2**64:
-            continue
-        proposals.append((bits, 1 << v, int(p)))
+            for u in (Fraction(bits >> 1, 2**63), Fraction((bits >> 1) + 1, 2**63)):
+                y = _mpf(2**law.m * (v + u) / law.sd)
+                ends.append(mpmath.exp(v * mpmath.log(2) - y * y / 2 - mpmath.mpf(k)) * 2**64)
+            w = int(ends[0])
+            if not (0.01 < ends[0] - w < 0.99 and ends[1] - w < -0.01):
+                continue
+        proposals.append((bits, 1 << v, w))
         expected.append(law.integer(bits, v))
-        further += [0, 0 if below else 2**64 - 1]
     size = int(len(expected) * 1.5) + 64
+    further = np.array([of_u, of_w] * len(expected), dtype=np.uint64)
     proposals += [(0, 1, 2**64 - 1)] * (size - len(proposals))
     words = np.array(proposals, dtype=np.uint64).T.flatten()
-    extra = iter(np.array(further, dtype=np.uint64))
+    extra = iter(further)
     tape = Tape(words, lambda n: np.array([next(extra)]))
-    accepted = noise._round_of_proposals(
+    found = noise._round_of_proposals(
         size, sd, law.m, math.ldexp(1.0, law.m) / sd, k, tape, noise.MARGIN
     )
-    assert accepted.tolist() == (expected if below else [])
+    assert found.tolist() == (expected if accepted else [])
     assert next(extra, None) is None  # two further words for each
 
 

@@ -5,6 +5,10 @@
 
 #include "bindings.h"
 
+namespace dpmmd {
+const char* sources();  // sha256 of what this module was compiled from; CMakeLists.txt writes it
+}
+
 namespace py = pybind11;
 
 namespace {
@@ -131,6 +135,7 @@ int bounded_sums(
 
 PYBIND11_MODULE(_native, module) {
     module.doc() = "The native cores (csrc/); dpmmd/_cpu.py and _cuda.py are their only callers.";
+    module.attr("sources") = dpmmd::sources();
     module.def("level", [] { return std::string(dpmmd::operations().level); });
     module.def("choose", [](const std::string& level) { return dpmmd::choose(level.c_str()); });
     module.def("mean_embedding", mean_embedding);

@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 _Tap = tuple[int, int, int, int, int]  # data, stride, columns, gradient or 0, gradient's stride
 
+sources: str  # sha256 of what it was compiled from
+
 def level() -> str: ...
 def choose(level: str) -> bool: ...
 def mean_embedding(

@@ -921,10 +921,11 @@ def _print_report(f: dict[str, Any]) -> None:
     console.print("Not covered:")
     for line in f["not_covered"]:
         console.print(f"- {line}", highlight=False)
-    console.print("Test evidence:")
+    console.print(f"Tests: {f['tested']}", highlight=False, markup=False)
     for evidence in f["evidence"]:
         console.print(f"- {evidence['what']} ({evidence['test']})", highlight=False)
-    console.print("- on this machine: dpmmd audit --canaries 10000", highlight=False)
+    if f["evidence"]:
+        console.print("- on this machine: dpmmd audit --canaries 10000", highlight=False)
 
 
 def _print_figures(report: dict[str, Any]) -> None:

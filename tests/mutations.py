@@ -4,9 +4,10 @@
     python -m tests.mutations NAME ...   some of them
     python -m tests.mutations --list     what they mean, nothing is run
 
-The package and the tests are copied to a temporary folder. First the named tests must pass there as
-they are; then each mutation is applied, its tests run, and every one of them must fail by itself
-(an error of import or syntax does not count). Exit code 1 if a mutation survives.
+The package and the tests are copied to temporary folders, one for each core that is found. First
+the named tests must pass there as they are; then each mutation is applied, its tests run, and every
+one of them must fail by itself (an error of import or syntax does not count). Exit code 1 if a
+mutation survives. The native core's own faults are in tests/test_native_mutations.py.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,11 +31,17 @@ SUMS = "dpmmd/privacy/sums.py"
 NOISE = "dpmmd/privacy/noise.py"
 SENSITIVITY = "dpmmd/privacy/sensitivity.py"
 FILE = "dpmmd/privacy/release_file.py"
+ACCOUNTING = "dpmmd/privacy/accounting.py"
+LEDGER = "dpmmd/privacy/ledger.py"
 ENCODER = "dpmmd/encoders/base.py"
 ITEMS = "dpmmd/data/items.py"
 TRAIN = "dpmmd/train.py"
 PARTIAL = "dpmmd/privacy/partial.py"
 _RANKS = "tests/test_ranks.py"
+_REPLAY = "tests/test_noise_replay.py"
+_CERTIFICATE = "tests/test_certificate.py"
+_NOISING = "tests/test_noising.py"
+SECONDS = 300.0  # that the tests of one mutation may take
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,9 @@ _UNCERTIFIED = "return integers, torch.stack([(q != 0).any(dim=1) for q in integ
 _SPHERE = "rate = limits * GUARD / norm"
 _UNBOUNDED = "rate = limits * _power_of_two(exponent) / clip"
 _COUNTS = "_noised(raw_counts, sd, sampler, 1 / counts_block.bound, torch.float64)"
+_SHARED_DRAW = (
+    "sampler, memory = (lambda n, s, fresh=sampler: memory.setdefault(n, fresh(n, s))), {}"
+)
 _BAD = "tests/test_release.py::test_a_bad_image_contributes_zero_in_silence"
 _UNDECODABLE = "tests/test_data.py::test_an_undecodable_image_is_a_silent_zero_row"
 _CLAIM = "tests/test_release.py::test_an_altered_claim_is_refused"
@@ -269,6 +280,394 @@ MUTATIONS = (
         ),
         (_SUMS_OF, "tests/test_release.py::test_noise_has_the_declared_sd"),
     ),
+    # ------------------------------------------------------------------------- the sampler
+    Mutation(
+        "key-of-16-bits",
+        "the noise has 65,536 values, which anybody can try",
+        (Edit(NOISE, "ChaCha20(os.urandom(32),", "ChaCha20(os.urandom(2) + bytes(30),"),),
+        (f"{_REPLAY}::test_every_draw_reads_a_key_of_32_bytes",),
+    ),
+    Mutation(
+        "key-used-in-part",
+        "32 bytes are read, two of them used",
+        (Edit(NOISE, "ChaCha20(os.urandom(32),", "ChaCha20(os.urandom(32)[:2] + bytes(30),"),),
+        (f"{_REPLAY}::test_every_draw_reads_a_key_of_32_bytes",),
+    ),
+    Mutation(
+        "key-drawn-at-import",
+        "one key for all releases of a process, and of its forks: their noise is the same",
+        (
+            Edit(NOISE, "MARGIN = 2.0**-40\n", "MARGIN = 2.0**-40\n_KEY = os.urandom(32)\n"),
+            Edit(NOISE, "ChaCha20(os.urandom(32),", "ChaCha20(_KEY,"),
+        ),
+        (f"{_REPLAY}::test_every_draw_reads_a_key_of_32_bytes",),
+    ),
+    Mutation(
+        "key-kept-for-the-process",
+        "one stream for all releases of a process: that of its forks is the same",
+        (
+            Edit(
+                NOISE,
+                "words = words or operating_system_words()",
+                'words = words or globals().setdefault("_KEPT", operating_system_words())',
+            ),
+        ),
+        (f"{_REPLAY}::test_every_draw_reads_a_key_of_32_bytes",),
+    ),
+    Mutation(
+        "words-used-again",
+        "rounds of one size read the same words: their noise is the same",
+        (
+            Edit(
+                NOISE,
+                "    def words(n: int)",
+                "    memory: dict[int, bytes] = {}\n\n    def words(n: int)",
+            ),
+            Edit(
+                NOISE,
+                "cipher.update(bytes(8 * n))",
+                "memory.setdefault(n, cipher.update(bytes(8 * n)))",
+            ),
+        ),
+        (f"{_REPLAY}::test_no_word_is_used_twice",),
+    ),
+    Mutation(
+        "margin-too-narrow",
+        "decisions that double precision cannot make are made in it",
+        (Edit(NOISE, "MARGIN = 2.0**-40", "MARGIN = 2.0**-60"),),
+        (f"{_REPLAY}::test_decisions_next_to_the_threshold",),
+    ),
+    Mutation(
+        "unsure-decisions-in-double",
+        "proposals within the margin are taken without a look",
+        (Edit(NOISE, "p * (1.0 - margin)", "p * (1.0 + margin)"),),
+        (f"{_REPLAY}::test_decisions_next_to_the_threshold",),
+    ),
+    Mutation(
+        "small-uniforms-in-double",
+        "U below 2^-23 is compared by the 64 bits that are known of it",
+        (Edit(NOISE, "_TINY = 2.0**-23", "_TINY = 0.0"),),
+        ("tests/test_noise.py::test_small_uniforms_are_decided_exactly",),
+    ),
+    Mutation(
+        "acceptance-constant-too-small",
+        "the probability of acceptance passes 1, where the law is cut off",
+        (Edit(NOISE, "for v in range(64)) + 1e-9", "for v in range(64)) - 1e-3"),),
+        (
+            f"{_REPLAY}::test_the_acceptance_never_passes_one_and_wastes_nothing",
+            f"{_REPLAY}::test_decisions_next_to_the_threshold",
+        ),
+    ),
+    Mutation(
+        "acceptance-constant-of-no-tail",
+        "the constant is that of V = 0: the tails of the noise are too light",
+        (Edit(NOISE, "for v in range(64)) + 1e-9", "for v in range(1)) + 1e-9"),),
+        (
+            f"{_REPLAY}::test_the_acceptance_never_passes_one_and_wastes_nothing",
+            f"{_REPLAY}::test_decisions_next_to_the_threshold",
+        ),
+    ),
+    Mutation(
+        "logarithm-off",
+        "ln 2 is off by 1e-3: V has another law",
+        (Edit(NOISE, "_LN2 = math.log(2.0)", "_LN2 = 0.6938"),),
+        (
+            f"{_REPLAY}::test_the_acceptance_never_passes_one_and_wastes_nothing",
+            f"{_REPLAY}::test_decisions_next_to_the_threshold",
+        ),
+    ),
+    Mutation(
+        "sampler-sd-small",
+        "the sampler's sd is 0.1 % too small",
+        (
+            Edit(
+                NOISE,
+                "words = words or operating_system_words()",
+                "words, sd = words or operating_system_words(), sd * 0.999",
+            ),
+        ),
+        (f"{_REPLAY}::test_decisions_next_to_the_threshold",),
+    ),
+    Mutation(
+        "sampler-sd-small-in-double",
+        "it is so where decisions are made in double precision",
+        (Edit(NOISE, "tau = math.ldexp(1.0, m) / sd", "tau = math.ldexp(1.0, m) / sd * 1.001"),),
+        (f"{_REPLAY}::test_decisions_next_to_the_threshold",),
+    ),
+    Mutation(
+        "sampler-sd-small-in-exact-path",
+        "it is so where decisions are made by intervals",
+        (Edit(NOISE, "(u_in + v) / iv.mpf(sd)", "(u_in + v) / iv.mpf(sd * 0.999)"),),
+        (f"{_REPLAY}::test_decisions_next_to_the_threshold",),
+    ),
+    Mutation(
+        "uncertain-is-accepted",
+        "the cell that holds p is accepted without further bits",
+        (Edit(NOISE, "if w_in.b <= p.a:", "if w_in.a <= p.b:"),),
+        (f"{_REPLAY}::test_the_cell_that_holds_p_is_decided_by_further_bits",),
+    ),
+    Mutation(
+        "further-bits-are-zero",
+        "U goes on with zeros where further bits are needed",
+        (
+            Edit(
+                NOISE,
+                "w, w_bits = (w << 64) | int(words(1)[0]), w_bits + 64",
+                "w, w_bits = (w << 64) | int(words(1)[0]) * 0, w_bits + 64",
+            ),
+        ),
+        (f"{_REPLAY}::test_the_cell_that_holds_p_is_decided_by_further_bits",),
+    ),
+    Mutation(
+        "further-bits-of-u-are-zero",
+        "so it is with u: |X| is a little too small where it decides",
+        (
+            Edit(
+                NOISE,
+                "u, u_bits = (u << 64) | int(words(1)[0]), u_bits + 64",
+                "u, u_bits = (u << 64) | int(words(1)[0]) * 0, u_bits + 64",
+            ),
+        ),
+        (f"{_REPLAY}::test_the_cell_that_holds_p_is_decided_by_further_bits",),
+    ),
+    Mutation(
+        "unsure-are-refused",
+        "proposals within the margin are refused without a look",
+        (Edit(NOISE, "(w <= p * (1.0 + margin))", "(w <= p * (1.0 - margin))"),),
+        (f"{_REPLAY}::test_decisions_next_to_the_threshold",),
+    ),
+    Mutation(
+        "no-sign",
+        "noise is never negative",
+        (
+            Edit(
+                NOISE,
+                "np.where(negative, -magnitude, magnitude)",
+                "np.where(negative, magnitude, magnitude)",
+            ),
+        ),
+        (
+            f"{_REPLAY}::test_decisions_next_to_the_threshold",
+            f"{_REPLAY}::test_a_recorded_stream_is_read_as_the_law_says",
+        ),
+    ),
+    Mutation(
+        "v-off-by-one",
+        "V is taken for one more than the zeros of its word",
+        (Edit(NOISE, "[1].astype(np.int64) - 1", "[1].astype(np.int64)"),),
+        (
+            f"{_REPLAY}::test_decisions_next_to_the_threshold",
+            f"{_REPLAY}::test_a_recorded_stream_is_read_as_the_law_says",
+        ),
+    ),
+    Mutation(
+        "sd-too-large-for-the-words",
+        "above 2^60 the integers have fewer random bits than digits",
+        (Edit(NOISE, "SD_MAX = 2.0**60", "SD_MAX = 2.0**62"),),
+        ("tests/test_noise.py::test_refuses_sd",),
+    ),
+    Mutation(
+        "margin-not-checked",
+        "a margin of 0 is taken: decisions in double precision alone",
+        (Edit(NOISE, "if margin < MARGIN:", "if False:"),),
+        ("tests/test_noise.py::test_refuses_a_smaller_margin",),
+    ),
+    Mutation(
+        "rounded-down",
+        "|X| is rounded toward zero",
+        (Edit(NOISE, "((half_bits + 1) >> 1)", "(half_bits >> 1)"),),
+        (
+            f"{_REPLAY}::test_decisions_next_to_the_threshold",
+            f"{_REPLAY}::test_a_recorded_stream_is_read_as_the_law_says",
+        ),
+    ),
+    Mutation(
+        "low-bits-missing",
+        "u has 62 bits: half of every interval is never drawn",
+        (Edit(NOISE, "u63 = bits >> np.uint64(1)", "u63 = bits >> np.uint64(2)"),),
+        (
+            f"{_REPLAY}::test_decisions_next_to_the_threshold",
+            f"{_REPLAY}::test_a_recorded_stream_is_read_as_the_law_says",
+        ),
+    ),
+    Mutation(
+        "one-word-for-two-uniforms",
+        "the uniform that decides is the one that was proposed",
+        (
+            Edit(
+                NOISE, "uniform.astype(np.float64) * 2.0**-64", "bits.astype(np.float64) * 2.0**-64"
+            ),
+        ),
+        (
+            f"{_REPLAY}::test_decisions_next_to_the_threshold",
+            f"{_REPLAY}::test_a_recorded_stream_is_read_as_the_law_says",
+        ),
+    ),
+    Mutation(
+        "sign-of-another-word",
+        "the sign follows from V",
+        (Edit(NOISE, "negative = (bits & np.uint64(1))", "negative = (geometric & np.uint64(1))"),),
+        (
+            f"{_REPLAY}::test_decisions_next_to_the_threshold",
+            f"{_REPLAY}::test_a_recorded_stream_is_read_as_the_law_says",
+        ),
+    ),
+    Mutation(
+        "tail-begins-again",
+        "a zero word, of probability 2^-64, leaves V = 0",
+        (Edit(NOISE, "v[i] = 64\n", "v[i] = 0\n"),),
+        ("tests/test_noise.py::test_zero_words_extend_the_geometric",),
+    ),
+    Mutation(
+        "tail-cut-off",
+        "further zero words add nothing to V",
+        (Edit(NOISE, "v[i] += 64\n", "pass\n"),),
+        ("tests/test_noise.py::test_zero_words_extend_the_geometric",),
+    ),
+    Mutation(
+        "tail-ends-early",
+        "the zeros of the last word add nothing to V",
+        (Edit(NOISE, "v[i] += (word & -word).bit_length() - 1", "pass"),),
+        ("tests/test_noise.py::test_zero_words_extend_the_geometric",),
+    ),
+    # ------------------------------------------------------------------------- what is noised
+    Mutation(
+        "one-draw-for-every-piece",
+        "the pieces of a long vector get the same noise: their differences have none",
+        (
+            Edit(
+                MECHANISM,
+                "    result = torch.empty(whole.shape, dtype=dtype)\n",
+                f"    {_SHARED_DRAW}\n    result = torch.empty(whole.shape, dtype=dtype)\n",
+            ),
+        ),
+        (f"{_NOISING}::test_a_vector_of_several_pieces_has_a_draw_for_every_number",),
+    ),
+    Mutation(
+        "one-draw-for-the-classes-products",
+        "the products of all classes get the same noise: their differences have none",
+        (
+            Edit(
+                MECHANISM,
+                "    rows, columns = torch.triu_indices(d, d, 1)\n",
+                f"    {_SHARED_DRAW}\n    rows, columns = torch.triu_indices(d, d, 1)\n",
+            ),
+        ),
+        (f"{_NOISING}::test_every_released_number_has_a_draw_of_its_own",),
+    ),
+    Mutation(
+        "noise-a-little-small",
+        "the sd of what is added is 0.1 % below the declared one",
+        (Edit(MECHANISM, "sampler(values.numel(), sd)", "sampler(values.numel(), sd * 0.999)"),),
+        (
+            f"{_NOISING}::test_every_released_number_has_a_draw_of_its_own",
+            f"{_NOISING}::test_a_vector_of_several_pieces_has_a_draw_for_every_number",
+            f"{_NOISING}::test_the_sampler_is_asked_for_the_declared_sd_of_every_block",
+        ),
+    ),
+    Mutation(
+        "sd-a-little-small",
+        "the declared sd is 0.1 % below what the calibration asks for",
+        (
+            Edit(
+                MECHANISM,
+                "sd = noise_level.sd_over_sensitivity * moved",
+                "sd = noise_level.sd_over_sensitivity * moved * 0.999",
+            ),
+        ),
+        (f"{_NOISING}::test_the_sampler_is_asked_for_the_declared_sd_of_every_block",),
+    ),
+    Mutation(
+        "noise-scaled-by-the-weight",
+        "a block of small weight gets that much less noise",
+        (
+            Edit(
+                MECHANISM,
+                "sums, sd, sampler, part.unit\n",
+                "sums, sd * part.block.bound / GRID, sampler, part.unit\n",
+            ),
+        ),
+        (f"{_NOISING}::test_every_released_number_has_a_draw_of_its_own",),
+    ),
+    Mutation(
+        "counts-half-the-noise",
+        "the counts get half the sd",
+        (
+            Edit(
+                MECHANISM,
+                "_noised(raw_counts, sd, sampler,",
+                "_noised(raw_counts, sd / 2, sampler,",
+            ),
+        ),
+        (f"{_NOISING}::test_every_released_number_has_a_draw_of_its_own",),
+    ),
+    Mutation(
+        "squares-not-noised",
+        "the diagonal of the products is released as it is",
+        (
+            Edit(
+                MECHANISM,
+                "_with_noise(square.diagonal().clone(), sd, sampler, unit)",
+                "square.diagonal() * unit",
+            ),
+        ),
+        (f"{_NOISING}::test_every_released_number_has_a_draw_of_its_own",),
+    ),
+    Mutation(
+        "products-above-not-noised",
+        "what is above the diagonal is released as it is",
+        (
+            Edit(
+                MECHANISM,
+                "_with_noise(square[rows, columns], sd / math.sqrt(2), sampler, unit)",
+                "square[rows, columns] * unit",
+            ),
+        ),
+        (f"{_NOISING}::test_every_released_number_has_a_draw_of_its_own",),
+    ),
+    Mutation(
+        "products-below-not-noised",
+        "what is below the diagonal is released as it is",
+        (
+            Edit(
+                MECHANISM,
+                "out[rows, columns] = out[columns, rows] = above",
+                "out[rows, columns], out[columns, rows] = above, square[rows, columns] * unit",
+            ),
+        ),
+        (f"{_NOISING}::test_every_released_number_has_a_draw_of_its_own",),
+    ),
+    Mutation(
+        "products-below-noised-again",
+        "what is below the diagonal has noise of its own: the mean of both has too little",
+        (
+            Edit(
+                MECHANISM,
+                "out[rows, columns] = out[columns, rows] = above",
+                "out[rows, columns], out[columns, rows] = above, _with_noise("
+                "square[rows, columns], sd / math.sqrt(2), sampler, unit)",
+            ),
+        ),
+        (f"{_NOISING}::test_every_released_number_has_a_draw_of_its_own",),
+    ),
+    Mutation(
+        "unit-forgotten",
+        "what is released is in grid units of another bound than its block's",
+        (Edit(MECHANISM, "return self.clip / self.block.bound", "return self.clip / GRID"),),
+        (f"{_NOISING}::test_every_released_number_has_a_draw_of_its_own",),
+    ),
+    Mutation(
+        "shares-not-shifted",
+        "a release that goes on takes the groups of its first images for those of the rest",
+        (
+            Edit(
+                MECHANISM,
+                "(first + done) * batch_size",
+                "(2 * first + done - numbers.start) * batch_size",
+            ),
+        ),
+        ("tests/test_partial.py::test_it_goes_on_with_the_shares_of_its_own_images",),
+    ),
     # ------------------------------------------------------------------------- several processes
     Mutation(
         "noise-before-the-reduction",
@@ -372,6 +771,214 @@ MUTATIONS = (
             Edit(SUMS, "self._sums.cpu(), None", "self._sums.cpu().to(torch.int64), None"),
         ),
         ("tests/test_release.py::test_order_changes_no_bit",),
+    ),
+    Mutation(
+        "square-not-checked",
+        "vectors of any length are summed",
+        (Edit(SUMS, "within &= square <= limits * limits\n", "pass\n"),),
+        (
+            f"{_CERTIFICATE}::test_a_vector_of_the_limit_passes_and_one_above_it_does_not",
+            f"{_CERTIFICATE}::test_what_is_summed_has_passed",
+        ),
+    ),
+    Mutation(
+        "square-checked-loosely",
+        "one above the squared limit passes",
+        (Edit(SUMS, "square <= limits * limits\n", "square <= limits * limits + 1\n"),),
+        (
+            f"{_CERTIFICATE}::test_a_vector_of_the_limit_passes_and_one_above_it_does_not",
+            f"{_CERTIFICATE}::test_what_is_summed_has_passed",
+        ),
+    ),
+    Mutation(
+        "taps-certified-alone",
+        "every tap may be as long as the limit",
+        (Edit(SUMS, "square += torch.where(", "square = torch.where("),),
+        (f"{_CERTIFICATE}::test_a_vector_of_the_limit_passes_and_one_above_it_does_not",),
+    ),
+    Mutation(
+        "one-limit-for-all",
+        "an image of a large group may be as long as one that is alone",
+        (Edit(SUMS, "square <= limits * limits\n", "square <= limits.max() ** 2\n"),),
+        (
+            f"{_CERTIFICATE}::test_a_vector_of_the_limit_passes_and_one_above_it_does_not",
+            f"{_CERTIFICATE}::test_what_is_summed_has_passed",
+        ),
+    ),
+    Mutation(
+        "overflow-not-excluded",
+        "squares that are small modulo 2^64 pass",
+        (Edit(SUMS, "within &= (q.double() ** 2).sum(dim=1) < 2.0**61", "pass"),),
+        (f"{_CERTIFICATE}::test_squares_that_overflow_do_not_pass",),
+    ),
+    Mutation(
+        "sign-of-the-last-tap",
+        "a negative entry is forgiven where a later tap has none",
+        (
+            Edit(
+                SUMS,
+                "within &= q.amin(dim=1) >= 0",
+                "within = (square <= limits * limits) & (q.amin(dim=1) >= 0)",
+            ),
+        ),
+        (f"{_CERTIFICATE}::test_a_negative_entry_of_any_tap_fails_a_nonnegative_block",),
+    ),
+    Mutation(
+        "zero-vectors-pass",
+        "what contributes nothing is said to contribute",
+        (Edit(SUMS, "    within &= square > 0\n", ""),),
+        (f"{_CERTIFICATE}::test_a_vector_of_the_limit_passes_and_one_above_it_does_not",),
+    ),
+    Mutation(
+        "refused-but-not-zeroed",
+        "what fails the certificate keeps its numbers",
+        (
+            Edit(
+                SUMS,
+                "return [q.mul_(within[:, None]) for q in integers], within",
+                "return integers, within",
+            ),
+        ),
+        (f"{_CERTIFICATE}::test_a_vector_of_the_limit_passes_and_one_above_it_does_not",),
+    ),
+    Mutation(
+        "certificate-not-asked",
+        "the bounded integers are believed",
+        (
+            Edit(
+                SUMS,
+                "return certify(integers, limits, nonnegative=nonnegative)",
+                "return integers, limits > 0",
+            ),
+        ),
+        (f"{_CERTIFICATE}::test_what_is_summed_has_passed",),
+    ),
+    Mutation(
+        "products-certified-loosely",
+        "the vectors of products may be twice as long, their products four times",
+        (Edit(SUMS, ">> _HALF], roots,", ">> _HALF], roots * 2,"),),
+        (f"{_CERTIFICATE}::test_the_vectors_of_products_are_certified_to_the_root",),
+    ),
+    Mutation(
+        "root-rounded-up",
+        "the square of the bound of a products' vector is above the limit",
+        (Edit(SUMS, ".sqrt().to(torch.int64)", ".sqrt().ceil().to(torch.int64)"),),
+        (f"{_CERTIFICATE}::test_the_limit_of_a_products_vector",),
+    ),
+    Mutation(
+        "invalid-images-count",
+        "an image that could not be decoded contributes what its padding is",
+        (Edit(SUMS, "            within &= valid[part]\n", ""),),
+        (f"{_CERTIFICATE}::test_every_image_has_its_own_limit_label_and_validity",),
+    ),
+    Mutation(
+        "limits-of-other-images",
+        "from the second piece of a batch on, images have the limits of the first",
+        (
+            Edit(
+                SUMS, "vectors, limits[part], bound", "vectors, limits[: len(labels[part])], bound"
+            ),
+        ),
+        (f"{_CERTIFICATE}::test_every_image_has_its_own_limit_label_and_validity",),
+    ),
+    Mutation(
+        "labels-of-other-images",
+        "so it is with their labels",
+        (
+            Edit(
+                SUMS,
+                "rows_of, target = labels[part], self._sums",
+                "rows_of, target = labels[: len(labels[part])], self._sums",
+            ),
+        ),
+        (f"{_CERTIFICATE}::test_every_image_has_its_own_limit_label_and_validity",),
+    ),
+    Mutation(
+        "shared-taps-of-the-first-moment",
+        "the shared taps of the second moment are summed by class, over other numbers",
+        (
+            Edit(
+                SUMS,
+                "shared = position % len(features) < shared_taps",
+                "shared = position < shared_taps",
+            ),
+        ),
+        (f"{_CERTIFICATE}::test_every_image_has_its_own_limit_label_and_validity",),
+    ),
+    Mutation(
+        "columns-that-overlap",
+        "the taps of a vector are added into the same columns",
+        (Edit(SUMS, "                columns[shared] += q.shape[1]\n", ""),),
+        (f"{_CERTIFICATE}::test_every_image_has_its_own_limit_label_and_validity",),
+    ),
+    Mutation(
+        "invalid-images-are-counted",
+        "an image that contributes nothing moves the counts",
+        (Edit(SUMS, "valid.to(torch.int64) * taus", "taus"),),
+        (f"{_CERTIFICATE}::test_counts_are_of_valid_images_in_their_classes",),
+    ),
+    Mutation(
+        "counts-in-one-class",
+        "all images are counted in the first class",
+        (
+            Edit(
+                SUMS,
+                "self._sums[:, 0].index_add_(0, labels,",
+                "self._sums[:, 0].index_add_(0, labels * 0,",
+            ),
+        ),
+        (f"{_CERTIFICATE}::test_counts_are_of_valid_images_in_their_classes",),
+    ),
+    Mutation(
+        "invalid-images-have-products",
+        "an image that could not be decoded has products",
+        (Edit(SUMS, "q.mul_((within & valid)[:, None])", "q.mul_(within[:, None])"),),
+        (
+            f"{_CERTIFICATE}::test_products_are_of_valid_images_in_their_classes",
+            "tests/test_products.py::test_sums_are_exact_in_any_batches",
+        ),
+    ),
+    Mutation(
+        "products-in-every-class",
+        "an image's products are added to those of all classes",
+        (Edit(SUMS, "for part in q[labels == k].split(", "for part in q.split("),),
+        (
+            f"{_CERTIFICATE}::test_products_are_of_valid_images_in_their_classes",
+            "tests/test_products.py::test_classes_have_matrices_of_their_own",
+        ),
+    ),
+    Mutation(
+        "products-in-float32",
+        "products are summed in float32, which rounds",
+        (Edit(SUMS, "valid)[:, None]).double()", "valid)[:, None]).float()"),),
+        (
+            f"{_CERTIFICATE}::test_products_are_summed_where_float64_is_exact",
+            "tests/test_products.py::test_sums_are_exact_in_any_batches",
+        ),
+    ),
+    Mutation(
+        "too-many-products-at-once",
+        "partial sums of products may pass 2^53, where float64 rounds",
+        (Edit(SUMS, "_EXACTLY = 1 << 20", "_EXACTLY = 1 << 30"),),
+        (f"{_CERTIFICATE}::test_products_are_summed_where_float64_is_exact",),
+    ),
+    Mutation(
+        "products-not-split",
+        "so it is where a batch is not cut",
+        (Edit(SUMS, ".split(_EXACTLY)", ".split(1 << 30)"),),
+        (f"{_CERTIFICATE}::test_products_are_summed_where_float64_is_exact",),
+    ),
+    Mutation(
+        "shared-row-not-reduced",
+        "of the row that all classes share, rank 0 has its own part alone",
+        (
+            Edit(
+                SUMS,
+                "ranks.reduce(self._sums), ranks.reduce(self._shared)",
+                "ranks.reduce(self._sums), self._shared",
+            ),
+        ),
+        (f"{_RANKS}::test_the_integers_are_those_of_one_process[2]",),
     ),
     # ------------------------------------------------------------------------- sensitivity
     Mutation(
@@ -480,8 +1087,9 @@ MUTATIONS = (
         (
             Edit(
                 MECHANISM,
-                f"values += {_NOISED}",
-                f"values += {_NOISED} * (whole is taken[0])",
+                "for whole in sums.take())",
+                "for whole, sampler in zip(sums.take(),"
+                " (sampler, lambda n, _: np.zeros(n, np.int64)), strict=True))",
             ),
         ),
         ("tests/test_units.py::test_shared_rows_get_noise_of_their_own",),
@@ -683,6 +1291,59 @@ MUTATIONS = (
         ),
         ("tests/test_ledger.py::test_over_the_budget_no_image_is_read_and_nothing_is_written",),
     ),
+    # ------------------------------------------------------------------------- accounting, ledger
+    Mutation(
+        "epsilon-rounded-down",
+        "the epsilon that is printed is below the true one",
+        (
+            Edit(
+                ACCOUNTING,
+                "def calibrate(*,",
+                "_up = epsilon\n\n\ndef epsilon(*, mu, delta):\n"
+                "    return _up(mu=mu, delta=delta) * (1 - 1e-8)\n\n\ndef calibrate(*,",
+            ),
+        ),
+        ("tests/test_accounting.py::test_epsilon_is_tight_and_on_the_safe_side",),
+    ),
+    Mutation(
+        "delta-rounded-down",
+        "the delta that is printed is below the true one",
+        (
+            Edit(
+                ACCOUNTING,
+                "def epsilon(*,",
+                "_up = delta\n\n\ndef delta(*, mu, epsilon):\n"
+                "    return _up(mu=mu, epsilon=epsilon) * (1 - 1e-8)\n\n\ndef epsilon(*,",
+            ),
+        ),
+        ("tests/test_accounting.py::test_delta_against_mpmath",),
+    ),
+    Mutation(
+        "calibration-rounded-down",
+        "the noise is a little less than epsilon and delta need",
+        (
+            Edit(
+                ACCOUNTING,
+                "def compose(",
+                "_up = calibrate\n\n\ndef calibrate(*, epsilon, delta):\n"
+                "    sd = _up(epsilon=epsilon, delta=delta).sd_over_sensitivity * (1 - 1e-8)\n"
+                "    return Calibration(sd, 1 / sd)\n\n\ndef compose(",
+            ),
+        ),
+        ("tests/test_accounting.py::test_calibration_is_tight_and_on_the_safe_side",),
+    ),
+    Mutation(
+        "ledger-without-fsync",
+        "a power cut after the release undoes its spend",
+        (Edit(LEDGER, "os.fsync(file.fileno())", "pass"),),
+        ("tests/test_ledger.py::test_every_line_is_on_disk_before_anything_goes_on",),
+    ),
+    Mutation(
+        "ledger-name-without-fsync",
+        "so it is with the name of a new ledger",
+        (Edit(LEDGER, "os.fsync(directory)", "pass"),),
+        ("tests/test_ledger.py::test_every_line_is_on_disk_before_anything_goes_on",),
+    ),
     # ------------------------------------------------------------------------- single images
     Mutation(
         "encoder-in-train-mode",
@@ -726,8 +1387,8 @@ MUTATIONS = (
         (
             Edit(
                 ITEMS,
-                "            except Exception:\n                pixels = None",
-                "            except ImportError:\n                pixels = None",
+                "except Exception as error:\n                pixels",
+                "except ImportError as error:\n                pixels",
             ),
         ),
         (f"{_UNDECODABLE}[True-noise-folder]",),
@@ -738,9 +1399,9 @@ MUTATIONS = (
         (
             Edit(
                 ITEMS,
-                "            except Exception:\n                pixels = None",
-                '            except Exception:\n                print("image", index)\n'
-                "                pixels = None",
+                "except Exception as error:\n                pixels",
+                'except Exception as error:\n                print("image", index)\n'
+                "                pixels",
             ),
         ),
         (f"{_UNDECODABLE}[True-noise-folder]",),
@@ -849,19 +1510,58 @@ def _child(folder: str, tests: list[str], log: str) -> None:
     os._exit(int(code))
 
 
-def run(folder: Path, tests: Sequence[str]) -> tuple[int, str]:
-    """pytest's exit code and output, from a process of its own."""
-    log = folder / "log"
-    process = multiprocessing.get_context("fork").Process(
-        target=_child, args=(str(folder), list(tests), str(log))
-    )
-    process.start()
-    process.join(timeout=120)
-    if process.is_alive():
-        process.kill()
-        process.join()
-        return 124, log.read_text()
-    return int(process.exitcode or 0), log.read_text()
+@dataclass
+class Run:
+    """Some tests in a process of its own, on a copy of the tree that nobody else uses meanwhile."""
+
+    name: str
+    folder: Path
+    tests: Sequence[str]
+    edits: Sequence[Edit] = ()
+    started: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self._before = apply(self.folder, self.edits)
+        self._log = self.folder / "log"
+        self.process = multiprocessing.get_context("fork").Process(
+            target=_child, args=(str(self.folder), list(self.tests), str(self._log))
+        )
+        self.process.start()
+
+    def overdue(self) -> bool:
+        return time.monotonic() - self.started > SECONDS
+
+    def end(self) -> tuple[int, str]:
+        """pytest's exit code, 124 if it took too long, and its output; the tree is mended."""
+        late = self.process.is_alive()
+        if late:
+            self.process.kill()
+        self.process.join()
+        for path, text in self._before.items():
+            path.write_text(text)
+        return 124 if late else int(self.process.exitcode or 0), self._log.read_text()
+
+
+def run_all(
+    folders: Sequence[Path], jobs: Sequence[tuple[str, Sequence[Edit], Sequence[str]]]
+) -> Iterator[tuple[str, int, str]]:
+    """Name, exit code and output of every (name, edits, tests), as they end; one in each folder."""
+    free, waiting = list(folders), list(reversed(jobs))
+    active: list[Run] = []
+    try:
+        while waiting or active:
+            while free and waiting:
+                name, edits, tests = waiting.pop()
+                active.append(Run(name, free.pop(), tests, edits))
+            wait([one.process.sentinel for one in active], timeout=1)
+            for one in [r for r in active if not r.process.is_alive() or r.overdue()]:
+                active.remove(one)
+                code, output = one.end()
+                free.append(one.folder)
+                yield one.name, code, output
+    finally:
+        for one in active:
+            one.end()
 
 
 def caught(code: int, output: str, tests: Sequence[str]) -> str | None:
@@ -906,25 +1606,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)  # threads do not survive a fork
     started, survived = time.perf_counter(), 0
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name).resolve()
-        copy_tree(folder)
+        folders = [Path(name).resolve() / str(i) for i in range(_cores())]
+        for folder in folders:
+            copy_tree(folder)
         tests = sorted({test for m in chosen for test in m.tests})
-        code, output = run(folder, tests)
-        if code != 0:
-            print(f"unmutated, the named tests do not pass:\n{output[-6000:]}")
-            return 1
+        parts = [tests[i :: 4 * len(folders)] for i in range(4 * len(folders))]
+        for _, code, output in run_all(folders, [("unmutated", (), p) for p in parts if p]):
+            if code != 0 or re.search(r"\b\d+ skipped", output):
+                print(f"unmutated, the named tests do not pass:\n{output[-6000:]}")
+                return 1
         print(f"unmutated: {len(tests)} tests pass", flush=True)
-        for m in chosen:
-            before = apply(folder, m.edits)
-            fault = caught(*run(folder, m.tests), m.tests)
-            for path, text in before.items():
-                path.write_text(text)
+        for which, code, output in run_all(folders, [(m.name, m.edits, m.tests) for m in chosen]):
+            fault = caught(code, output, known[which].tests)
             survived += fault is not None
-            names = ", ".join(test.removeprefix("tests/") for test in m.tests)
-            print(f"{m.name}: {fault or f'caught by {names}'}", flush=True)
+            names = ", ".join(test.removeprefix("tests/") for test in known[which].tests)
+            print(f"{which}: {fault or f'caught by {names}'}", flush=True)
     seconds = time.perf_counter() - started
     print(f"{len(chosen) - survived} of {len(chosen)} mutations caught, {seconds:.0f} s")
     return 1 if survived else 0
+
+
+def _cores() -> int:
+    """How many this process may use."""
+    usable = getattr(os, "sched_getaffinity", None)
+    return len(usable(0)) if usable else os.cpu_count() or 1
 
 
 if __name__ == "__main__":

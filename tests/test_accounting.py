@@ -37,6 +37,15 @@ def test_calibration_is_tight_and_on_the_safe_side(epsilon: float, delta: float)
     assert exact_delta(mu * (1 + 3e-9), epsilon) > delta
 
 
+@pytest.mark.parametrize("mu", [0.01, 0.2366, 1.0, 7.0, 40.0])
+@pytest.mark.parametrize("delta", [1e-3, 1e-6, 1e-12, 1e-200])
+def test_epsilon_is_tight_and_on_the_safe_side(mu: float, delta: float) -> None:
+    found = accounting.epsilon(mu=mu, delta=delta)
+    assert found > 0
+    assert exact_delta(mu, found) <= delta
+    assert exact_delta(mu, found * (1 - 3e-9)) > delta
+
+
 @pytest.mark.parametrize("mu", [1e-7, 1e-5, 1e-2, 0.3, 1.0, 5.0, 50.0])
 @pytest.mark.parametrize("epsilon", [0.0, 1e-6, 0.1, 1.0, 10.0, 100.0])
 def test_delta_against_mpmath(mu: float, epsilon: float) -> None:

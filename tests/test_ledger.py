@@ -393,6 +393,35 @@ def test_no_release_leaves_if_it_cannot_be_confirmed(tmp_path: Path) -> None:
     assert not out.exists()
 
 
+def test_every_line_is_on_disk_before_anything_goes_on(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A spend that a power cut could undo would let a budget be passed."""
+    synced: list[tuple[int, int]] = []  # inode and size at that time
+    fsync = os.fsync
+
+    def watch(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.append((os.fstat(descriptor).st_ino, os.fstat(descriptor).st_size))
+
+    def whole() -> tuple[int, int]:
+        return path.stat().st_ino, path.stat().st_size
+
+    monkeypatch.setattr(os, "fsync", watch)
+    ledger = Ledger(path)
+    first = spend(ledger)
+    folder = path.parent.stat().st_ino
+    named = [i for i, (inode, _) in enumerate(synced) if inode == folder]
+    assert named  # the file's name is on disk too
+    assert synced[0][0] == path.stat().st_ino  # a first line, before it has that name
+    assert named[0] > 0
+    assert synced[-1] == whole()
+    spend(ledger)
+    assert synced[-1] == whole()
+    ledger.confirm(first, "0" * 64)
+    assert synced[-1] == whole()
+
+
 def test_a_full_disk_leaves_no_half_line(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = filled.read_bytes()
     real = module._append

@@ -30,8 +30,10 @@ pytestmark = pytest.mark.filterwarnings(WARNING)
 class Stops(ArraySource):
     """Raises before a batch, once."""
 
-    def __init__(self, at: int | None, error: type[BaseException] = KeyboardInterrupt) -> None:
-        super().__init__(*images(N))
+    def __init__(
+        self, at: int | None, error: type[BaseException] = KeyboardInterrupt, **options: Any
+    ) -> None:
+        super().__init__(*images(N), **options)
         self.at, self.error, self.read = at, error, 0
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
@@ -74,6 +76,18 @@ def test_it_goes_on_to_the_same_bits(tmp_path: Path, at: int, options: dict[str,
         a, b = getattr(resumed, name), getattr(whole, name)
         assert (a is b is None) or torch.equal(a, b)
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("at", [1, 5])
+def test_it_goes_on_with_the_shares_of_its_own_images(tmp_path: Path, at: int) -> None:
+    """Images 0 to 39 have a group each, the others are one person's: a twentieth each."""
+    groups = {"groups": np.r_[np.arange(40), np.full(N - 40, 40)], "group_by": "person"}
+    with pytest.raises(KeyboardInterrupt):
+        release(Stops(at, **groups), tmp_path / "sums")
+    resumed = release(Stops(None, **groups), tmp_path / "sums")
+    whole = release(Stops(None, **groups), None)
+    assert torch.equal(resumed.sums, whole.sums)
+    assert torch.equal(resumed.counts, whole.counts)
 
 
 def test_nothing_is_written_unless_asked(tmp_path: Path) -> None:

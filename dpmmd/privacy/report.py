@@ -8,7 +8,7 @@ from typing import Any
 from scipy.special import ndtr, ndtri
 
 from dpmmd.data.classes import listed
-from dpmmd.privacy import accounting
+from dpmmd.privacy import accounting, evidence
 from dpmmd.privacy.ledger import Ledger
 from dpmmd.privacy.release_file import Metadata, Release
 from dpmmd.privacy.sensitivity import ADJACENCIES
@@ -32,39 +32,6 @@ NOT_COVERED = (
 )
 _ONE_IMAGE = "Several images of one person: the unit is one image."
 _OTHER_GROUPS = "A person with images in several groups: the unit is one group."
-# What stands behind the claim, and the tests that fail where it does not hold. The tests come with
-# the source; `dpmmd audit` attacks the installed package itself.
-EVIDENCE = (
-    (
-        "accounting equals 60-digit arithmetic and dp-accounting, rounded to the safe side",
-        "tests/test_accounting.py::test_calibration_is_tight_and_on_the_safe_side",
-    ),
-    (
-        "declared sensitivities are reached and never passed, exhaustively on small integers",
-        "tests/test_sensitivity.py::test_declared_sensitivity_is_reached_and_never_passed",
-    ),
-    (
-        "no feature vector passes its bound, checked in exact integers on adversarial values",
-        "tests/test_release.py::test_no_vector_passes_the_limit",
-    ),
-    (
-        "releases of neighbours differ by at most the sensitivity, and in nothing else",
-        "tests/test_release.py::test_replay_neighbours_differ_by_at_most_the_sensitivity",
-    ),
-    (
-        "the noise has exactly the declared law, to its lowest bit",
-        "tests/test_noise.py::test_distribution",
-    ),
-    (
-        "an attack with 10,000 and a million canaries does not refute the claim and nearly "
-        "reaches it; releases broken on purpose are refuted",
-        "tests/test_audit.py::test_a_broken_release_is_rejected",
-    ),
-    (
-        "faults injected into this code, one at a time, are each caught by a named test",
-        "tests/test_mutations.py::test_every_mutation_is_caught",
-    ),
-)
 
 
 def meaning(adjacency: str, unit: str) -> str:
@@ -128,7 +95,7 @@ def facts(release: Release, ledger: Ledger | None = None) -> dict[str, Any]:
         "sd_over_sensitivity": m.sd / m.sensitivity,
         "blocks": blocks,
         "not_covered": [*NOT_COVERED, _ONE_IMAGE if m.unit == "image" else _OTHER_GROUPS],
-        "evidence": [{"what": what, "test": test} for what, test in EVIDENCE],
+        **evidence.facts(m.version),  # "tested" and "evidence"
         "source": m.source,
         "encoder": m.encoder["name"],
         "encoder_weights_sha256": m.encoder["weights_sha256"],
@@ -203,9 +170,9 @@ def markdown(release: Release, ledger: Ledger | None = None) -> str:
     lines += [f"- {line}" for line in utility(f)]
     lines += ["", "Not covered:", ""]
     lines += [f"- {line}" for line in f["not_covered"]]
-    lines += ["", "Test evidence:", ""]
+    lines += ["", f"Tests: {f['tested']}", ""]
     lines += [f"- {e['what']} (`{e['test']}`)" for e in f["evidence"]]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines).rstrip("\n") + "\n"
 
 
 def rows(f: dict[str, Any]) -> list[tuple[str, str]]:

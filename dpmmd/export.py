@@ -6,7 +6,6 @@ import contextlib
 import io
 import json
 import os
-import re
 import shutil
 import tempfile
 import unicodedata
@@ -280,7 +279,7 @@ def card(
         f"{', aligned with released moments of pixels' if m.pixel_encoder else ''}.",
         "",
         _HOW[format],
-        *([f"\nClasses: {_plain('; '.join(classes))}."] if classes else []),
+        *([f"\nClasses: {escaped('; '.join(classes))}."] if classes else []),
         "",
         "## Privacy",
         "",
@@ -302,11 +301,6 @@ def card(
             "",
         ]
     return "\n".join(lines)
-
-
-def _plain(text: str) -> str:
-    """Text in which Markdown finds nothing to format."""
-    return re.sub(r"([\\`*_{}\[\]<>#|~!])", r"\\\1", text)
 
 
 _HOW = {

@@ -6,6 +6,7 @@ import ctypes
 import gc
 import platform
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
@@ -52,6 +53,16 @@ def return_memory_at_once() -> None:
         libc.malloc_trim(0)
 
 
+def peak_memory() -> int | None:
+    """The greatest resident memory of this process so far, in bytes; None on Windows."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 class Meter:
     """Memory in use: resident on the CPU (Linux), in tensors on a CUDA device.
 
@@ -62,6 +73,8 @@ class Meter:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         if device.type != "cuda":
+            if sys.platform != "linux":
+                raise OSError("memory: only Linux tells how much a process uses; leave it out.")
             self._reset()
 
     def used(self) -> int:

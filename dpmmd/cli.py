@@ -154,8 +154,15 @@ def release(
     ledger: Annotated[
         Path | None,
         typer.Option(
-            help="File that remembers what was spent of each data set; made if absent. A release "
-            "that is interrupted stays counted."
+            help="File that remembers what was spent, of whatever source; made if absent. A "
+            "release that is interrupted stays counted."
+        ),
+    ] = None,
+    population: Annotated[
+        str | None,
+        typer.Option(
+            help="Declares that nobody in this source has data in another population of the "
+            "ledger: only this one's releases, and those without a name, count. Default: all count."
         ),
     ] = None,
     budget_epsilon: Annotated[
@@ -219,6 +226,7 @@ def release(
         out=out,
         ledger=ledger,
         budget=budget,
+        population=population,
         partial_sums=partial_sums,
         progress=not quiet,
         process_group=group,
@@ -413,7 +421,7 @@ def sample(
     from dpmmd import export
     from dpmmd import run as runs
     from dpmmd import train as training
-    from dpmmd.files import refuse_existing
+    from dpmmd.files import refuse_unwritable
 
     chosen = export.format_of(out, format)
     if num_images < 1:
@@ -422,7 +430,7 @@ def sample(
         raise ValueError(f"--temperature {temperature}: expected a number > 0; training has 1.")
     picture, card = out.with_suffix(".png"), out.with_suffix(".md")
     for path in (out, picture, card):
-        refuse_existing(path, overwrite=overwrite and not path.is_dir())
+        refuse_unwritable(path, overwrite=overwrite)
     where = runs.choose_device(device)
     trained = training.load_generator(checkpoint)
     origin = runs.release_of(checkpoint, release)
@@ -636,7 +644,8 @@ def run(
         return
     _print_figures(report)
     seconds = ", ".join(f"{name} {value:.0f} s" for name, value in report["seconds"].items())
-    _say(f"{seconds}; peak memory {report['peak_rss_bytes'] / 2**30:.2f} GiB")
+    peak = report["peak_rss_bytes"]
+    _say(f"{seconds}; peak memory {'unknown' if peak is None else f'{peak / 2**30:.2f} GiB'}")
     if not report["private"]:
         _say("NOT PRIVATE: the release was made with test noise, or none")
     for name, what in (
@@ -746,13 +755,15 @@ def calibrate(
     with epsilon (what delta?). Example: `dpmmd calibrate --epsilon 1 --delta 1e-6`
     """
     from dpmmd import privacy
+    from dpmmd.privacy import accounting
+    from dpmmd.privacy.printed import up
 
     if mu is not None and sd is not None:
         raise ValueError("--mu and --sd: give one of them, each is the other's inverse.")
     if sd is not None:
         if not sd > 0:
             raise ValueError(f"--sd {sd}: expected a number > 0.")
-        mu = 1 / sd
+        mu = accounting.UP / sd
     if sum(v is not None for v in (epsilon, delta, mu)) != 2:
         raise ValueError(
             "give exactly two of --epsilon, --delta and --mu (or --sd); "
@@ -764,7 +775,7 @@ def calibrate(
         level = privacy.calibrate(epsilon=epsilon, delta=delta)
         mu, ratio = level.mu, level.sd_over_sensitivity
     else:
-        ratio = 1 / mu if mu else float("inf")
+        ratio = sd or (accounting.UP / mu if mu else float("inf"))
         if epsilon is None:
             assert delta is not None
             epsilon = privacy.epsilon(mu=mu, delta=delta)
@@ -781,13 +792,15 @@ def calibrate(
         for sign in ("signed", "nonnegative"):
             block = privacy.Block("sums", "sums", 1.0, nonnegative=sign == "nonnegative")
             result[f"sensitivity_{sign}"] = privacy.sensitivity(adjacency.value, [block])
-            result[f"sd_{sign}"] = ratio * result[f"sensitivity_{sign}"]
+            result[f"sd_{sign}"] = ratio * result[f"sensitivity_{sign}"] * accounting.UP
     if as_json:
         _print_json(result)
         return
     table = Table(show_header=False)
     for name, value in result.items():
-        table.add_row(name.replace("_", " "), value if isinstance(value, str) else f"{value:.10g}")
+        # more noise than is asked for is safe; mu is asked for or promised, so it stands exactly
+        exact = isinstance(value, str) or name == "mu"
+        table.add_row(name.replace("_", " "), str(value) if exact else up(value, 10))
     _console().print(table)
 
 
@@ -796,7 +809,7 @@ def privacy(
     release: Annotated[Path, typer.Argument(help="Release file.")],
     ledger: Annotated[
         Path | None,
-        typer.Option(help="Also print the total over all releases of its data set in this ledger."),
+        typer.Option(help="Also print the total over all releases in this ledger."),
     ] = None,
     as_json: Json = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
@@ -842,6 +855,7 @@ def audit(
     the claim is refuted.
     """
     from dpmmd import privacy
+    from dpmmd.privacy.printed import down, up
 
     result = privacy.audit(
         epsilon=epsilon,
@@ -861,15 +875,16 @@ def audit(
         for name, value in result.facts().items():
             if isinstance(value, tuple):
                 value = ", ".join(map(str, value))
-            table.add_row(
-                name.replace("_", " "), f"{value:.7g}" if isinstance(value, float) else str(value)
-            )
+            elif isinstance(value, float):
+                claimed = name in ("epsilon_claimed", "mu_claimed", "delta")
+                value = (up if claimed else down)(value, 7)  # what was found is a lower bound
+            table.add_row(name.replace("_", " "), str(value))
         _console().print(table)
     if result.verdict == "VIOLATED":
         _say(
-            f"error: VIOLATED: epsilon is at least {result.epsilon_lower:.4g} at "
-            f"delta={result.delta:g}, claimed is {result.epsilon_claimed:g}. Do not publish what "
-            "this installation releases."
+            f"error: VIOLATED: epsilon is at least {down(result.epsilon_lower, 4)} at "
+            f"delta={up(result.delta)}, claimed is {up(result.epsilon_claimed)}. Do not publish "
+            "what this installation releases."
         )
         raise typer.Exit(2)
     if not quiet:
@@ -895,11 +910,14 @@ def _integers(option: str, text: str) -> tuple[int, ...]:
 
 
 def _console() -> Console:
-    return Console(soft_wrap=not sys.stdout.isatty())
+    """Takes texts as they are: no markup, as names may come from anybody's files."""
+    return Console(soft_wrap=not sys.stdout.isatty(), markup=False, emoji=False)
 
 
-def _say(line: str) -> None:
-    typer.echo(line, err=True)
+def _say(text: str) -> None:
+    from dpmmd.privacy.printed import plain
+
+    typer.echo("\n".join(plain(line, None) for line in text.split("\n")), err=True)
 
 
 def _print_json(value: dict[str, Any]) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import io
 import json
 import os
-import re
 import shutil
 import tempfile
 import unicodedata
@@ -22,6 +21,7 @@ from dpmmd.data import write_npz
 from dpmmd.data.classes import NAMES_FILE, listed, written_names
 from dpmmd.files import refuse_existing
 from dpmmd.privacy import Release
+from dpmmd.privacy.printed import markdown as escaped
 from dpmmd.privacy.report import facts, rows
 
 FORMATS = ("npz", "npz-float", "folder", "parquet")
@@ -264,6 +264,7 @@ def card(
         temperature, seed: of the latent points.
     """
     f, m = facts(release), release.metadata
+    version, source, encoder = (escaped(f[key]) for key in ("version", "source", "encoder"))
     n, channels, height, width = shape
     kind = "RGB" if channels == 3 else "grey"
     labels = f"labels 0 to {m.num_classes - 1}, in equal parts" if m.labelled else "no labels"
@@ -271,14 +272,14 @@ def card(
     lines = [
         f"# {'' if m.private else 'NOT PRIVATE: '}{n:,} synthetic images",
         "",
-        f"`{name}`: {n:,} {kind} images of {height} x {width} px, {labels}. Made by dpmmd "
-        f"{f['version']}: a generator, trained for {step:,} steps on a noised mean embedding of "
-        f"private images ({f['source']}; encoder {f['encoder']}); latent "
+        f"{escaped(name)}: {n:,} {kind} images of {height} x {width} px, {labels}. Made by dpmmd "
+        f"{version}: a generator, trained for {step:,} steps on a noised mean embedding of "
+        f"private images ({source}; encoder {encoder}); latent "
         f"temperature {temperature:g}, seed {seed}"
         f"{', aligned with released moments of pixels' if m.pixel_encoder else ''}.",
         "",
         _HOW[format],
-        *([f"\nClasses: {_plain('; '.join(classes))}."] if classes else []),
+        *([f"\nClasses: {escaped('; '.join(classes))}."] if classes else []),
         "",
         "## Privacy",
         "",
@@ -292,7 +293,7 @@ def card(
             "",
             "| what | value |",
             "| --- | --- |",
-            *(f"| {key} | {value} |" for key, value in rows(f)),
+            *(f"| {escaped(key)} | {escaped(value)} |" for key, value in rows(f)),
             "",
             "Not covered:",
             "",
@@ -300,11 +301,6 @@ def card(
             "",
         ]
     return "\n".join(lines)
-
-
-def _plain(text: str) -> str:
-    """Text in which Markdown finds nothing to format."""
-    return re.sub(r"([\\`*_{}\[\]<>#|~!])", r"\\\1", text)
 
 
 _HOW = {

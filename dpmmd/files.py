@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -43,22 +44,63 @@ def _place(temporary: str, path: Path) -> None:
         os.unlink(temporary)
 
 
-def refuse_unwritable(path: Path) -> None:
-    """Raises where `write_atomically` would: before privacy is spent, not after."""
-    refuse_existing(path)
+def refuse_unwritable(
+    path: Path,
+    *,
+    overwrite: bool = False,
+    others: Iterable[str | os.PathLike[str] | None] = (),
+) -> None:
+    """Raises where `write_atomically` would: before privacy is spent, not after.
+
+    It makes the temporary file that `write_atomically` would make, in the same folder and of the
+    same name, and removes it.
+
+    Args:
+        path: what is to be written.
+        overwrite: whether it may exist.
+        others: files and folders that will be made before it, which it must be apart from.
+
+    Raises:
+        FileExistsError: it exists and may not, or is a folder.
+        OSError, ValueError: it cannot be written.
+    """
+    _refuse_others(path, others)
     try:
+        refuse_existing(path, overwrite=overwrite and not path.is_dir())
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(descriptor)
+        os.unlink(temporary)
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        if isinstance(error, FileExistsError) and error.errno is None:
+            raise
+        reason = getattr(error, "strerror", None) or error
         raise OSError(
-            f"out={str(path)!r}: cannot write there ({error.strerror or error}); choose a folder "
-            "that exists or can be made."
+            f"out={str(path)!r}: cannot write there ({reason}); choose a folder that exists or can "
+            "be made, and a name that it can hold."
         ) from None
 
 
+def _refuse_others(path: Path, others: Iterable[str | os.PathLike[str] | None]) -> None:
+    own = Path(os.path.realpath(path)) if "\0" not in str(path) else path
+    for other in others:
+        if other is None:
+            continue
+        there = Path(os.path.realpath(Path(other).expanduser()))
+        if own == there or there in own.parents or own in there.parents:
+            raise ValueError(
+                f"out={str(path)!r}: is, holds or is inside {str(other)!r}, which the same call "
+                "makes; choose another name."
+            )
+
+
 def refuse_existing(path: Path, *, overwrite: bool = False) -> None:
-    """Raises FileExistsError with the remedy if ``path`` exists."""
+    """Raises FileExistsError with the remedy if ``path`` exists, or is a link to nowhere."""
+    if path.is_symlink() and not path.exists() and not overwrite:
+        raise FileExistsError(
+            f"{path} is a link to {os.readlink(path)!r}, which is not there: nothing can be "
+            "written through it. Choose another name, or remove the link."
+        )
     if path.exists() and not overwrite:
         raise FileExistsError(
             f"{path} exists: it is not overwritten unless told to. Choose another name, or "

@@ -13,6 +13,7 @@ from dpmmd.encoders import Encoder
 from dpmmd.functional import adam_loss, check_labels, ema_loss, mean_embedding, mmd_loss
 from dpmmd.microbatch import Chunk, micro_batched
 from dpmmd.privacy import PrivacyError, Release
+from dpmmd.privacy.printed import plain
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -336,7 +337,7 @@ def check_encoder(release: Release, encoder: Encoder, *, selection: bool = False
 
 def _brief(value: Any) -> str:
     text = ", ".join(t["name"] for t in value) if _is_taps(value) else repr(value)
-    return text if len(text) < 120 else text[:117] + "..."
+    return plain(text, 120)
 
 
 def _is_taps(value: Any) -> bool:

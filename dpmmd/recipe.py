@@ -95,13 +95,14 @@ class ReleaseSection(_Section):
     partial_sums: str | None = None
     ledger: str | None = None
     budget: tuple[float, float] | None = None  # (epsilon, delta) of all releases in the ledger
+    population: str | None = None  # declared disjoint from the others in the ledger
 
-    @field_validator("budget")
+    @field_validator("budget", "population")
     @classmethod
-    def _budget_needs_a_ledger(cls, budget: Any, info: ValidationInfo) -> Any:
-        if budget is not None and info.data.get("ledger") is None:
+    def _needs_a_ledger(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is not None and info.data.get("ledger") is None:
             raise ValueError("needs 'ledger', the file that remembers what was spent")
-        return budget
+        return value
 
 
 class GeneratorSection(_Section):

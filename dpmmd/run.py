@@ -10,9 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import resource
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,7 +21,7 @@ import numpy as np
 import torch
 
 from dpmmd import align, encoders, export, metrics, plan, recipe, train
-from dpmmd._memory import return_freed_memory
+from dpmmd._memory import peak_memory, return_freed_memory
 from dpmmd.data import ImageSource, open_source
 from dpmmd.encoders import Encoder
 from dpmmd.evaluate import check_classifiers, evaluate, sets
@@ -31,6 +29,7 @@ from dpmmd.files import write_atomically
 from dpmmd.nn import check_encoder
 from dpmmd.privacy import Release
 from dpmmd.privacy import release as make_release
+from dpmmd.privacy.printed import up
 from dpmmd.privacy.release_file import unit_of
 from dpmmd.privacy.report import facts
 
@@ -92,7 +91,9 @@ def run(
                 f"{out}: holds a run of another recipe ({kept}). Choose another folder with --out, "
                 "or go on with that recipe."
             )
-    elif out.exists() and any(out.iterdir()):
+    elif out.is_symlink() and not out.exists():
+        raise RunError(f"{out}: a link to a folder that is not there; choose another with --out.")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{out}: exists and is not a run folder; choose another with --out.")
     _check_before_release(settings, where)
     encoder = load_encoder(settings.encoder).to(where)
@@ -216,7 +217,7 @@ def _release(
     else:
         say(
             f"release: {data.source} ({data.split}), encoder {encoder.name}, D = {encoder.dim}, "
-            f"epsilon = {wanted.epsilon:g}, delta = {wanted.delta:g}, {wanted.adjacency}"
+            f"epsilon = {up(wanted.epsilon)}, delta = {up(wanted.delta)}, {wanted.adjacency}"
         )
         if math.isinf(wanted.epsilon):
             say("release: epsilon = inf adds NO NOISE: NOT PRIVATE, for comparison only")
@@ -278,6 +279,7 @@ def _release(
                 partial_sums=wanted.partial_sums,
                 ledger=wanted.ledger,
                 budget=wanted.budget,
+                population=wanted.population,
                 out=path,
                 progress=progress,
             )
@@ -696,7 +698,7 @@ class _Measured:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.seconds: dict[str, float] = {}
-        self._peak = 0
+        self._peak: int | None = None
         if path.exists():
             kept = json.loads(path.read_text("utf-8"))
             self.seconds, self._peak = kept["seconds"], kept["peak_rss_bytes"]
@@ -704,10 +706,10 @@ class _Measured:
     def stage(self, name: str) -> _Stage:
         return _Stage(self, name)
 
-    def peak(self) -> int:
-        unit = 1 if sys.platform == "darwin" else 1024
-        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        self._peak = max(self._peak, used)
+    def peak(self) -> int | None:
+        """Bytes; None where the system does not tell."""
+        used = peak_memory()
+        self._peak = self._peak if used is None else max(self._peak or 0, used)
         return self._peak
 
     def write(self) -> None:

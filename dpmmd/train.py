@@ -31,7 +31,7 @@ from tqdm import tqdm
 from dpmmd import plan
 from dpmmd.distributed import Team, require_alike, synchronise_batch_norm
 from dpmmd.encoders import Encoder
-from dpmmd.files import write_atomically
+from dpmmd.files import refuse_unwritable, write_atomically
 from dpmmd.functional import mean_embedding
 from dpmmd.generators import ConvGenerator, DCGANGenerator, ResNetGenerator, build
 from dpmmd.nn import MMDLoss, check_encoder
@@ -197,6 +197,8 @@ def train(
         if state is not None:
             run.restore(state, elastic=elastic)
     if run.step < settings.steps:
+        if folder is not None:
+            team.from_first(lambda: refuse_unwritable(folder / CHECKPOINT, overwrite=True))
         run.spread()
         with _compiled([generator, encoder.backbone] if settings.compile else []):
             _loop(run, device, num_classes, folder, progress)

@@ -33,6 +33,7 @@ SENSITIVITY = "dpmmd/privacy/sensitivity.py"
 FILE = "dpmmd/privacy/release_file.py"
 ACCOUNTING = "dpmmd/privacy/accounting.py"
 LEDGER = "dpmmd/privacy/ledger.py"
+CHECKS = "dpmmd/privacy/checks.py"
 ENCODER = "dpmmd/encoders/base.py"
 ITEMS = "dpmmd/data/items.py"
 TRAIN = "dpmmd/train.py"
@@ -1217,7 +1218,7 @@ MUTATIONS = (
         "the arrays of a file were altered and nobody notices",
         (
             Edit(
-                FILE,
+                CHECKS,
                 "if found != m.array_sha256:",
                 "if False:",
             ),
@@ -1233,25 +1234,25 @@ MUTATIONS = (
     Mutation(
         "epsilon-not-checked",
         "a file may claim a smaller epsilon than its noise gives",
-        (Edit(FILE, "or delta_of(mu=m.mu, epsilon=m.epsilon) > m.delta * (1 + 1e-6)", ""),),
+        (
+            Edit(CHECKS, '("mu", calibrate(epsilon=m.epsilon, delta=m.delta).mu, _GUESS),', ""),
+            Edit(CHECKS, "> allowed:", "> 1:"),
+        ),
         (f"{_CLAIM}[change0]",),
     ),
     Mutation(
         "noise-not-checked",
         "a file may claim other noise than its mu needs",
-        (Edit(FILE, "or not math.isclose(m.mu * m.sd, m.sensitivity, rel_tol=1e-9)", ""),),
+        (
+            Edit(CHECKS, '("sd", m.sensitivity / m.mu, _CLOSE),', ""),
+            Edit(CHECKS, '("noise_sd", m.sd / _GRID * m.clip, _CLOSE),', ""),
+        ),
         (f"{_CLAIM}[change2]",),
     ),
     Mutation(
         "adjacency-not-checked",
         "a file may claim another adjacency, or another sensitivity, than its blocks have",
-        (
-            Edit(
-                FILE,
-                "not math.isclose(m.sensitivity_under(m.adjacency), m.sensitivity, rel_tol=1e-9)",
-                "False",
-            ),
-        ),
+        (Edit(CHECKS, '("sensitivity", m.sensitivity_under(m.adjacency), _CLOSE),', ""),),
         (f"{_CLAIM}[change3]",),
     ),
     Mutation(

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import dpmmd
-from dpmmd.data import Batch, ImageSource, open_source
+from dpmmd.data import ArraySource, Batch, ImageSource, open_source
 from dpmmd.privacy import (
     ADJACENCIES,
     Block,
@@ -107,10 +107,12 @@ def filled(path: Path) -> Path:
 # ----------------------------------------------------------------------------- units
 
 
+@pytest.mark.filterwarnings("ignore:population=")
 def test_a_release_for_groups_promises_something_for_images(path: Path) -> None:
     """One image changed is its group exchanged: one step, or two for blanking and leaving out."""
     for number, adjacency in enumerate(ADJACENCIES):
-        spend(Ledger(path), f"{number}", adjacency=adjacency, unit="group by patient", mu=0.3)
+        options = {"adjacency": adjacency, "unit": "group by patient", "population": f"{number}"}
+        spend(Ledger(path), mu=0.3, **options)
     factors = {
         "replace-one": (1, 1, math.inf),
         "zero-out": (2, 2, math.inf),
@@ -130,13 +132,15 @@ def test_a_release_for_images_promises_nothing_for_groups(path: Path) -> None:
     ledger = Ledger(path, budget=(5.0, 1e-5))
     spend(ledger, unit="image")
     spend(ledger, unit="image")
-    assert set(ledger.total(ONE, unit="group by patient").mu.values()) == {math.inf}
+    total = ledger.total(unit="group by patient")
+    assert (set(total.mu.values()), total.units) == ({math.inf}, ("image", "image"))
     with pytest.raises(PrivacyError, match=r"another unit \(image\)"):
         spend(ledger, unit="group by patient")
-    spend(ledger, OTHER, unit="group by patient")
+    other = Ledger(path.with_name("other"), budget=(5.0, 1e-5))
+    spend(other, unit="group by patient")
     with pytest.raises(PrivacyError, match=r"another unit \(group by patient\)"):
-        spend(ledger, OTHER, unit="group by family")
-    spend(ledger, OTHER, unit="image")  # that is stated for images
+        spend(other, unit="group by family")
+    spend(other, unit="image")  # that is stated for images
 
 
 # ----------------------------------------------------------------------------- what is recorded
@@ -156,21 +160,18 @@ def test_a_release_is_recorded_with_its_hash(path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def test_releases_of_a_data_set_compose(path: Path) -> None:
+def test_releases_in_a_ledger_compose(path: Path) -> None:
+    """Whatever their sources: a spelling, a wrapper or a copy hides nothing."""
     ledger = Ledger(path)
     mus = [calibrate(epsilon=e, delta=1e-6).mu for e in (1.0, 2.0, 0.5)]
-    for mu in mus:
-        spend(ledger, mu=mu)
-    spend(ledger, OTHER)
-    total = ledger.total(ONE)
+    for number, mu in enumerate(mus):
+        spend(ledger, f"{number}" * 64, mu=mu)
+    total = ledger.total()
     assert (total.releases, total.incomplete, total.private) == (3, 3, True)
     assert total.mu["replace-one"] == pytest.approx(accounting.compose(mus), rel=1e-12)
     assert total.mu["replace-one"] ** 2 >= math.fsum(mu * mu for mu in mus)
     expected = accounting.epsilon(mu=accounting.compose(mus), delta=1e-5)
     assert total.epsilon(adjacency="replace-one", delta=1e-5) == pytest.approx(expected)
-    nothing = ledger.total("3" * 64)
-    assert (nothing.releases, nothing.mu["replace-one"]) == (0, 0.0)
-    assert nothing.epsilon(adjacency="replace-one", delta=1e-5) == 0.0
 
 
 def test_nothing_in_the_ledger_depends_on_n_under_add_remove(tmp_path: Path) -> None:
@@ -198,7 +199,7 @@ def test_test_noise_is_an_infinite_loss(path: Path) -> None:
     (entry,) = Ledger(path).entries()
     assert (entry.private, entry.mu) == (False, math.inf)
     release(path)
-    total = Ledger(path).total(entry.identity)
+    total = Ledger(path).total()
     assert not total.private
     assert set(total.mu.values()) == {math.inf}
     assert total.epsilon(adjacency="zero-out", delta=0.5) == math.inf
@@ -207,7 +208,7 @@ def test_test_noise_is_an_infinite_loss(path: Path) -> None:
     json.dumps(f, allow_nan=False)
     assert "NO GUARANTEE" in markdown(released, Ledger(path))
     before = path.read_bytes()
-    with pytest.raises(PrivacyError, match="test noise was made of it"):
+    with pytest.raises(PrivacyError, match="has a release with test noise"):
         release(path, budget=(9000.0, 0.9))
     with pytest.raises(PrivacyError, match="no budget allows it"):
         release(path.with_name("new"), budget=(9000.0, 0.9), insecure_test_noise=no_noise)
@@ -218,10 +219,11 @@ def test_test_noise_is_an_infinite_loss(path: Path) -> None:
 # ----------------------------------------------------------------------------- adjacencies
 
 
+@pytest.mark.filterwarnings("ignore:population=")
 def test_factors_between_adjacencies(path: Path) -> None:
     mus = {"replace-one": 0.3, "zero-out": 0.4, "add-remove": 0.5}
     for adjacency, mu in mus.items():
-        spend(Ledger(path), adjacency, adjacency=adjacency, mu=mu)
+        spend(Ledger(path), population=adjacency, adjacency=adjacency, mu=mu)
     of = {a: Ledger(path).total(a).mu for a in mus}
     assert of["replace-one"] == pytest.approx(
         {"replace-one": 0.3, "zero-out": 0.3, "add-remove": math.inf}
@@ -254,9 +256,9 @@ def test_mixed_adjacencies_and_the_budget(path: Path) -> None:
     spend(ledger, adjacency="add-remove")
     spend(ledger, adjacency="replace-one")  # sqrt(4 + 4 + 1) mu of epsilon = 1
     mu = calibrate(epsilon=1.0, delta=1e-6).mu
-    assert ledger.total(ONE).mu["replace-one"] == pytest.approx(3 * mu)
-    assert ledger.total(ONE).mu["zero-out"] == pytest.approx(3**0.5 * mu)
-    assert ledger.total(ONE).mu["add-remove"] == math.inf
+    assert ledger.total().mu["replace-one"] == pytest.approx(3 * mu)
+    assert ledger.total().mu["zero-out"] == pytest.approx(3**0.5 * mu)
+    assert ledger.total().mu["add-remove"] == math.inf
     with pytest.raises(PrivacyError, match=r"stated the number of images.*'replace-one'"):
         spend(ledger, adjacency="add-remove", epsilon=0.01)
     limit = calibrate(epsilon=3.4, delta=1e-6).mu
@@ -276,21 +278,23 @@ def test_a_budget_is_used_up_to_the_last_bit_and_not_passed(path: Path) -> None:
     with pytest.raises(PrivacyError, match="nothing of it is left"):
         spend(ledger, epsilon=0.001)
     assert path.read_bytes() == before
-    spend(ledger, OTHER)  # every data set has its own
+    with pytest.raises(PrivacyError, match="of whatever source"):
+        spend(ledger, OTHER, epsilon=0.001)  # the same images, another name for their source
+    assert path.read_bytes() == before
 
 
 def test_what_the_refusal_says_fits_does_fit(path: Path) -> None:
     ledger = Ledger(path, budget=(2.0, 1e-5))
     spend(ledger)
-    with pytest.raises(PrivacyError, match=r"1 earlier release spent mu = 0\.2367 of") as caught:
+    with pytest.raises(PrivacyError, match=r"1 earlier release spent mu = 0\.2368 of") as caught:
         spend(ledger, epsilon=2.0)
     text = str(caught.value)
     fits = float(text.split("at most epsilon = ")[1].split()[0])
     assert 0.5 < fits < 2.0
     with pytest.raises(PrivacyError):
-        spend(ledger, epsilon=fits + 2e-4)
+        spend(ledger, epsilon=fits + 2e-5)
     spend(ledger, epsilon=fits)
-    assert ledger.total(ONE).epsilon(adjacency="replace-one", delta=1e-5) <= 2.0
+    assert ledger.total().epsilon(adjacency="replace-one", delta=1e-5) <= 2.0
 
 
 def test_over_the_budget_no_image_is_read_and_nothing_is_written(tmp_path: Path) -> None:
@@ -330,6 +334,118 @@ def test_a_budget_needs_a_ledger() -> None:
         dpmmd.release(unreadable(), small_encoder(), **OPTIONS, budget=(1, 1e-6))
 
 
+# ----------------------------------------------------------------------------- populations
+
+
+def test_one_data_set_under_other_names_is_counted_once_more_each_time(tmp_path: Path) -> None:
+    """A link, a copy, another kind of source, a wrapper: a budget for one release allows one."""
+    x, y = images(40)
+    np.savez(tmp_path / "a.npz", x=x, y=y)
+    (tmp_path / "link.npz").symlink_to(tmp_path / "a.npz")
+    np.savez(tmp_path / "copy.npz", x=x, y=y)
+
+    class Wrapper(ArraySource):
+        pass
+
+    path, sources = tmp_path / "ledger", (tmp_path / "a.npz", tmp_path / "link.npz")
+    for number, source in enumerate(
+        (*sources, tmp_path / "copy.npz", (x, y), ArraySource(x, y, name="b"), Wrapper(x, y))
+    ):
+        options = {**OPTIONS, "ledger": path, "budget": (1.0, 1e-6)}
+        if number:
+            with pytest.raises(PrivacyError, match="1 earlier release spent"):
+                dpmmd.release(source, small_encoder(), **options)
+        else:
+            dpmmd.release(source, small_encoder(), **options)
+    assert len(Ledger(path).entries()) == 1
+
+
+def test_populations_that_are_declared_disjoint_do_not_compose(path: Path) -> None:
+    ledger = Ledger(path, budget=(1.0, 1e-6))
+    spend(ledger, population="ward 3")
+    with pytest.warns(UserWarning, match=r"'ward 4' is new.*'ward 3': you declare that nobody"):
+        spend(ledger, population="ward 4")
+    mu = calibrate(epsilon=1.0, delta=1e-6).mu
+    for name in ("ward 3", "Ward-3", "WARD  3", "ward3", "\uff37ard \uff13"):  # one word
+        assert ledger.total(name).mu["replace-one"] == pytest.approx(mu)
+        with pytest.raises(PrivacyError, match=r"for population .*1 earlier release spent"):
+            spend(ledger, population=name)
+    assert ledger.total().mu["replace-one"] == pytest.approx(2**0.5 * mu)
+    with pytest.raises(PrivacyError, match="2 earlier releases spent"):
+        spend(ledger)  # nothing was declared of it: all of them may have its people
+    assert [e.population for e in ledger.entries()] == ["ward 3", "ward 4"]
+
+
+@pytest.mark.filterwarnings("ignore:population=")
+def test_what_has_no_population_composes_with_every_one(path: Path) -> None:
+    ledger = Ledger(path)
+    spend(ledger, mu=0.3)
+    spend(ledger, mu=0.4, population="a")
+    spend(ledger, mu=1.2, population="b")
+    assert ledger.total("a").mu["replace-one"] == pytest.approx(0.5)
+    assert ledger.total("b").mu["replace-one"] == pytest.approx(1.53**0.5)
+    assert ledger.total().mu["replace-one"] == pytest.approx(1.3)
+    assert ledger.total().releases == 3
+    strict = Ledger(path, budget=(1.0, 1e-6))
+    with pytest.raises(PrivacyError, match=r"2 earlier releases spent mu = 0\.5001"):
+        spend(strict, population="a")
+
+
+def test_a_ledger_of_before_is_read_and_all_of_it_composes(path: Path) -> None:
+    """Its lines have no population; those of now have none either, unless one is named."""
+    spend(Ledger(path), ONE)
+    assert "population" not in path.read_text()
+    spend(Ledger(path), OTHER, population="a")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line.get("population") for line in lines] == [None, None, "a"]
+    assert Ledger(path).total("a").releases == 2
+    edited = path.read_bytes().replace(b'"population":"a",', b"")
+    path.write_bytes(edited)
+    with pytest.raises(PrivacyError, match="line 3: has hash"):
+        Ledger(path).total()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (ONE, "is the identity of a source, which no longer counts"),
+        ("", "expected a name"),
+        (" - ", "expected a name"),
+        ("a\x1b[31m", r"population='a\\x1b\[31m': expected a name"),
+        ("a" * 201, "at most 200"),
+        (3, "population=3: expected a name"),
+    ],
+)
+def test_names_that_are_none_are_refused(path: Path, name: Any, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        release(path, population=name)
+    with pytest.raises((ValueError, TypeError), match=message):
+        spend(Ledger(path), population=name)
+    assert not path.exists()
+    spend(Ledger(path))
+    with pytest.raises((ValueError, TypeError), match=message):
+        Ledger(path).total(name)
+
+
+def test_a_population_that_is_not_there_is_no_zero(path: Path) -> None:
+    spend(Ledger(path), population="ward 3")
+    with pytest.raises(ValueError, match=r"population='wart 3': .* only for 'ward 3'"):
+        Ledger(path).total("wart 3")
+    with pytest.raises(ValueError, match=r"population='ward 3': needs ledger=FILE"):
+        dpmmd.release(unreadable(), small_encoder(), **OPTIONS, population="ward 3")
+
+
+def test_a_population_is_on_record(path: Path) -> None:
+    first = release(path, population="ward 3")
+    with pytest.warns(UserWarning, match="is new to ledger"):
+        release(path, population="ward 4")
+    f = facts(first, Ledger(path))["ledger"]
+    assert (f["population"], f["releases"]) == ("ward 3", 1)
+    assert "| population | 'ward 3', which was declared disjoint" in markdown(first, Ledger(path))
+    release(path)
+    assert facts(first, Ledger(path))["ledger"]["releases"] == 2
+
+
 # ----------------------------------------------------------------------------- crashes
 
 
@@ -362,7 +478,7 @@ def test_a_crash_after_the_spend_leaves_it_counted(
     with pytest.raises(KeyboardInterrupt):
         dpmmd.release(Source(before), small_encoder(), **options)
     assert set(seen) == {1}  # recorded before the first image, and before the noise
-    total = Ledger(path).total(ONE)
+    total = Ledger(path).total()
     assert (total.releases, total.incomplete) == (1, 0 if where == "save" else 1)
     assert total.mu["replace-one"] == pytest.approx(calibrate(epsilon=1.0, delta=1e-6).mu)
     assert not out.exists()
@@ -484,7 +600,7 @@ def test_processes_at_once_do_not_pass_the_budget(
     path: Path, exists: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if exists:
-        spend(Ledger(path), OTHER)
+        spend(Ledger(path), OTHER, epsilon=1e-3)
     real = module._append
 
     def slow(file: FileIO, *rest: Any) -> str:  # between check and record
@@ -505,7 +621,7 @@ def test_processes_at_once_do_not_pass_the_budget(
     assert sorted(worker.exitcode or 0 for worker in workers) == [0] * expected + [3] * (
         8 - expected
     )
-    assert Ledger(path).total(ONE).releases == expected
+    assert Ledger(path).total().releases == expected + exists
 
 
 def test_releases_at_once_in_one_process(path: Path) -> None:
@@ -526,7 +642,7 @@ def test_releases_at_once_in_one_process(path: Path) -> None:
     for thread in threads:
         thread.join(60)
     assert sorted(isinstance(r, PrivacyError) for r in results) == [False, True, True]
-    assert Ledger(path).total(ONE).releases == 1
+    assert Ledger(path).total().releases == 1
 
 
 # ----------------------------------------------------------------------------- edits
@@ -592,7 +708,7 @@ def test_edits_are_found(filled: Path, edit: Any, message: str) -> None:
     assert edited != filled.read_bytes()
     filled.write_bytes(edited)
     ledger = Ledger(filled)
-    for use in (ledger.entries, lambda: ledger.total(ONE), lambda: spend(ledger)):
+    for use in (ledger.entries, lambda: ledger.total(), lambda: spend(ledger)):
         with pytest.raises(PrivacyError, match=f"ledger .*ledger.jsonl, {message}"):
             use()
     with pytest.raises(PrivacyError, match=message):
@@ -607,7 +723,7 @@ def test_a_cut_line_is_refused_with_the_remedy(filled: Path, keep: int) -> None:
     data = filled.read_bytes()
     filled.write_bytes(data[:keep])
     with pytest.raises(PrivacyError, match=r"incomplete.*delete the incomplete line by hand"):
-        Ledger(filled).total(ONE)
+        Ledger(filled).total()
     with pytest.raises(PrivacyError, match="incomplete"):
         spend(Ledger(filled))
     assert filled.read_bytes() == data[:keep]

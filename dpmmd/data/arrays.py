@@ -34,8 +34,7 @@ class ArraySource(ImageSource):
             ``[N, H, W, C]`` or ``[N, C, H, W]``, C 1 or 3; an array or a tensor.
         labels: integers ``[N]``, or None.
         name: what messages call the data.
-        identity: ledger identity; by default derived from `name`, so that all arrays under one
-            name count as the same data set.
+        identity: `ImageSource.identity`; by default derived from `name`.
         class_names: names of the classes, or None.
         num_classes: K to check the labels against, or None.
         geometry: declared size and channels.

@@ -260,7 +260,7 @@ def _is_plain(dataset: Any) -> bool:
 
 
 def _describe(dataset: Any) -> tuple[str, str]:
-    """Name and identity. A Subset counts as the whole: the ledger then errs on the safe side."""
+    """Name and identity; a Subset has those of the whole."""
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
     kind = type(dataset)

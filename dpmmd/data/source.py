@@ -45,11 +45,10 @@ class ImageSource(ABC):
 
     Attributes:
         name: what messages call the data set, e.g. ``"fashion-mnist/train"`` or a file's name.
-        identity: 64 hexadecimal digits naming the data set in a privacy ledger. A hash of the
-            kind of source, its canonical path or name and its split; never of pixels. It
-            recognises the same source under the same name only: a copy, or a second source
-            that holds some of the same records, has another identity, and it is the data
-            holder who must then compose the two privacy losses.
+        identity: 64 hexadecimal digits that tell the data holder, in a privacy ledger and in
+            partial sums, which source it was. A hash of the kind of source, its canonical path or
+            name and its split; never of pixels. No privacy loss depends on it: all releases in a
+            ledger compose, whatever their sources.
         num_images: the number of records N, undecodable ones included. Private under the
             add-remove adjacency.
         class_names: names of the classes 0..K-1 where the source knows them, else None.
@@ -163,7 +162,7 @@ class ImageSource(ABC):
 
 
 def source_identity(kind: str, canonical: str, split: str = "") -> str:
-    """The ledger identity of a source: sha256 of its kind, canonical path or name, and split."""
+    """The identity of a source: sha256 of its kind, canonical path or name, and split."""
     text = "\0".join(("dpmmd image source", kind, canonical, split))
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 

@@ -10,22 +10,47 @@ from N(mu, 1). The curve ``delta(epsilon)`` of that test is Balle and Wang 2018 
 exact, neither a bound nor a composition theorem's slack. k releases compose to
 ``mu = sqrt(mu_1^2 + ... + mu_k^2)`` (Dong et al., Cor. 3.3), again exactly.
 
-Every conversion rounds to the safe side by a relative 1e-9, far above the error of the arithmetic
-(tests compare with 60-digit mpmath) and far below anything that matters.
+Rounding. Every result is on the safe side of the true value, for all inputs, and within a relative
+1e-9 of it (tests compare with 60-digit arithmetic). Doubles only guess; `_Curve` decides, which
+encloses delta between two numbers. Since e^eps phi(b) = phi(a) for a = eps/mu - mu/2 and
+b = eps/mu + mu/2, with phi the normal density and R(x) = (1 - Phi(x)) / phi(x),
+
+    delta(eps) = phi(a) (R(a) - R(b)),   d delta / d mu = phi(a),   d delta / d eps = -phi(a) R(b).
+
+R is enclosed in one of two ways. *Series*: Phi(x) - 1/2 = phi(x) S(x) with
+S(x) = x + x^3/3 + x^5/(3 5) + ..., so R(x) = 1 / (2 phi(x)) - S(x). For x > 0 all terms are
+positive, and from the n-th on, n >= 2 x^2, each is at most half of the one before it: what comes
+after a term is at most that term. *Tail*: R(x) is the integral of e^(-xt) e^(-t^2/2) over t > 0,
+and e^(-t^2/2) lies between any two successive partial sums of 1 - t^2/2 + (t^2/2)^2/2! - ...;
+integrated, R(x) lies between any two successive partial sums of 1/x - 1/x^3 + 3/x^5 - 15/x^7 + ....
+Sums are of integers, rounded down for the lower and up for the upper end; the rest is interval
+arithmetic of 256 bits, with an exponential that is widened by far more than its error.
+`delta` returns the upper end; `epsilon` and `calibrate` move away from their guess until the upper
+end is at most delta.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from fractions import Fraction
+from typing import Any, NamedTuple
 
+import mpmath
 from scipy.optimize import brentq
 from scipy.special import erfcx, log_ndtr
 
-SAFETY = 1e-9
 _SQRT2 = math.sqrt(2.0)
 _MU_MIN, _MU_MAX = 1e-8, 1e4
+_MARGIN = 1e-12  # of calibrated noise: room for what is composed or printed of it
+UP = 1 + 1e-15  # a product of it is above the true value after four roundings of doubles
+_BITS = 256
+_IV = mpmath.iv.__class__()  # a context of its own: its precision never changes
+_IV.prec = _BITS
+_WIDER = 1 + _IV.mpf([-1, 1]) / 2 ** (_BITS - 16)
+_ROOT = _IV.sqrt(2 * _IV.pi)
+_TAIL = 12  # from here on the tail encloses R(x), to a relative e^-72
+_CERTAIN = -9  # where a is below, 1 - delta < 2 (1 - Phi(9)) < 2^-54: the next double is 1
 
 
 class Calibration(NamedTuple):
@@ -64,8 +89,77 @@ def _check_mu(mu: float) -> float:
     return mu
 
 
+class _Curve:
+    """delta(epsilon) of a mu-GDP mechanism at one point, enclosed; see the proof above.
+
+    Attributes:
+        delta: encloses it.
+        by_epsilon, by_mu: enclose its derivatives.
+    """
+
+    def __init__(self, mu: float, epsilon: float) -> None:
+        centre, half = Fraction(epsilon) / Fraction(mu), Fraction(mu) / 2
+        a, b = centre - half, centre + half
+        self.certain = a < _CERTAIN
+        if self.certain:
+            return
+        self.by_mu = _density(_interval(a))
+        tail = _mills(b)
+        self.by_epsilon = -self.by_mu * tail
+        self.delta = self.by_mu * (_mills(a) - tail)
+
+    @property
+    def upper(self) -> float:
+        """A double that is at least delta, and at most 1."""
+        value = 1.0 if self.certain else float(self.delta.mid)
+        while value < 1 and not self.delta.b <= value:
+            value = math.nextafter(value, math.inf)
+        return min(1.0, value)
+
+    def meets(self, delta: float) -> bool:
+        """Whether delta(epsilon) <= ``delta``, for certain."""
+        return not self.certain and bool(self.delta.b <= delta)
+
+
+def _interval(x: Fraction) -> Any:
+    low = math.floor(x * 2**_BITS)
+    return _IV.mpf([low, low + 1]) / 2**_BITS
+
+
+def _density(x: Any) -> Any:
+    """phi of an interval, enclosed."""
+    return _IV.exp(-x * x / 2) * _WIDER / _ROOT
+
+
+def _mills(x: Fraction) -> Any:
+    """R(x), enclosed."""
+    inside = _interval(x)
+    if x < _TAIL:
+        low = math.floor(x * 2**_BITS)
+        ends = [_series(low, up=False), _series(low + 1, up=True)]
+        return 1 / (2 * _density(inside)) - _IV.mpf(ends) / 2**_BITS
+    term, total, square, n = 1 / inside, _IV.mpf(0), inside * inside, 1
+    while n < _TAIL**2 and abs(term).b > 2.0**-_BITS:
+        total, term, n = total + term, -term * n / square, n + 2
+    return total + term * _IV.mpf([0, 1])
+
+
+def _series(x: int, *, up: bool) -> int:
+    """At most, or at least, S(x); both in units of 2^-_BITS."""
+    if x < 0:
+        return -_series(-x, up=not up)
+    sign = -1 if up else 1  # sign * (sign * v // w) is v / w, rounded down or up
+    square = sign * (sign * x * x >> _BITS)
+    term, total, n = x, x, 1
+    while n << _BITS < 2 * square or term > 1:
+        n += 2
+        term = sign * (sign * term * square // (n << _BITS))
+        total += term
+    return total + term if up else total
+
+
 def _log_delta(mu: float, epsilon: float) -> float:
-    """log delta(epsilon) of a mu-GDP mechanism.
+    """log delta(epsilon) of a mu-GDP mechanism, to about eight digits: a first guess.
 
     With t = eps/mu both normal tails share the factor exp(-(t - mu/2)^2 / 2), since
     e^eps * exp(-(t + mu/2)^2 / 2) = exp(-(t - mu/2)^2 / 2). What is left is a difference of two
@@ -90,12 +184,38 @@ def _log_delta(mu: float, epsilon: float) -> float:
     return first + math.log1p(-math.exp(min(second - first, -1e-300)))
 
 
+def _solved(
+    guess: float, at: Callable[[float], _Curve], slope: str, delta: float, low: float, high: float
+) -> float:
+    """Where delta(...) is ``delta``, between ``low`` and ``high``: Newton's steps from a guess."""
+    x, rising = guess, slope == "by_mu"
+    for _ in range(100):
+        curve = at(x)
+        if curve.meets(delta) == rising:
+            low = max(low, x)
+        else:
+            high = min(high, x)
+        step = math.inf
+        if not curve.certain:
+            step = float(((delta - curve.delta) / getattr(curve, slope)).mid)
+        after = x + step
+        if not low <= after <= high:
+            after = (low + high) / 2
+        if abs(after - x) <= 1e-9 * x:
+            return after
+        x = after
+    return x
+
+
 def delta(*, mu: float, epsilon: float) -> float:
-    """The least delta for which a mu-GDP mechanism is (epsilon, delta)-DP (Balle, Wang 2018)."""
+    """The least delta for which a mu-GDP mechanism is (epsilon, delta)-DP (Balle, Wang 2018).
+
+    Rounded up, by a relative 1e-9 at most.
+    """
     mu, epsilon = _check_mu(mu), float(epsilon)
-    if not 0.0 <= epsilon < 1e4:
-        raise ValueError(f"epsilon={epsilon!r}: expected a number in [0, 10000).")
-    return min(1.0, math.exp(_log_delta(mu, epsilon)) * (1 + SAFETY))
+    if not 0.0 <= epsilon < 1e8:
+        raise ValueError(f"epsilon={epsilon!r}: expected a number in [0, 1e8).")
+    return _Curve(mu, epsilon).upper
 
 
 def epsilon(*, mu: float, delta: float) -> float:
@@ -106,15 +226,25 @@ def epsilon(*, mu: float, delta: float) -> float:
         delta: in [1e-300, 1).
 
     Returns:
-        epsilon >= 0, rounded up by a relative 1e-9.
+        epsilon >= 0, rounded up by a relative 1e-9 at most.
     """
     mu, delta = _check_mu(mu), _check_delta(delta)
-    target = math.log(delta)
-    if _log_delta(mu, 0.0) <= target:
+    if _Curve(mu, 0.0).meets(delta):
         return 0.0
+    target = math.log(delta)
     high = mu * mu / 2 + mu * math.sqrt(2 * -target) + mu  # Chernoff bound of the normal tail
-    root = brentq(lambda e: _log_delta(mu, e) - target, 0.0, high, xtol=1e-15, rtol=1e-14)
-    return float(root) * (1 + SAFETY)
+    guess = 0.0
+    if _log_delta(mu, 0.0) > target:
+        guess = brentq(lambda e: _log_delta(mu, e) - target, 0.0, high, xtol=1e-15, rtol=1e-14)
+    root = _solved(float(guess), lambda e: _Curve(mu, e), "by_epsilon", delta, 0.0, high)
+    return _moved(root, 4e-15, lambda e: _Curve(mu, e).meets(delta))
+
+
+def _moved(root: float, by: float, meets: Callable[[float], bool]) -> float:
+    """``root``, moved by a relative ``by`` or, where that does not meet the target, by more."""
+    while not meets(root * (1 + by)):
+        by *= 2
+    return root * (1 + by)
 
 
 def calibrate(*, epsilon: float, delta: float) -> Calibration:
@@ -126,7 +256,8 @@ def calibrate(*, epsilon: float, delta: float) -> Calibration:
 
     Returns:
         ``Calibration(sd_over_sensitivity, mu)``: add N(0, (sd_over_sensitivity * Delta)^2) to every
-        coordinate. Rounded to the safe side by a relative 1e-9.
+        coordinate. mu is rounded down, by a relative 1e-9 at most, and sd_over_sensitivity is
+        above 1 / mu by more than the rounding of that product.
 
     Raises:
         ValueError: epsilon or delta out of range, or no sensible noise level meets them.
@@ -147,14 +278,18 @@ def calibrate(*, epsilon: float, delta: float) -> Calibration:
             f"epsilon={epsilon!r}, delta={delta!r}: no noise level with mu in "
             f"[{_MU_MIN:g}, {_MU_MAX:g}] meets them; choose less extreme values."
         )
-    mu = math.exp(brentq(excess, low, high, xtol=1e-14, rtol=1e-14))
-    sd = (1 / mu) * (1 + SAFETY)
-    return Calibration(sd_over_sensitivity=sd, mu=1 / sd)
+    guess = math.exp(brentq(excess, low, high, xtol=1e-14, rtol=1e-14))
+    root = _solved(guess, lambda mu: _Curve(mu, epsilon), "by_mu", delta, 0.0, 2 * _MU_MAX)
+    mu = _moved(root, -_MARGIN, lambda mu: _Curve(mu, epsilon).meets(delta))
+    return Calibration(sd_over_sensitivity=UP / mu, mu=mu)
 
 
 def compose(mus: Iterable[float]) -> float:
-    """mu of several Gaussian releases of the same data: the root of the sum of squares."""
+    """mu of several Gaussian releases of the same data: the root of the sum of squares.
+
+    Rounded up: `math.hypot` is off by less than one unit in the last place.
+    """
     values = [_check_mu(mu) for mu in mus]
     if not values:
         raise ValueError("mus=[]: expected the mu of at least one release.")
-    return math.sqrt(math.fsum(mu * mu for mu in values)) * (1 + 1e-15)
+    return math.hypot(*values) * UP

@@ -26,6 +26,7 @@ MODULES = {
         "dpmmd.privacy.sums",
     ),
     "its files: releases, partial sums, the ledger": (
+        "dpmmd.privacy.checks",
         "dpmmd.privacy.ledger",
         "dpmmd.privacy.partial",
         "dpmmd.privacy.release_file",

@@ -1,4 +1,4 @@
-"""The ledger: every release of a data set is written down, and all of them together are bounded.
+"""The ledger: every release of a population is written down, and all of them together are bounded.
 
 One file, one JSON object a line. The first line says that it is a ledger; a ``spend`` is written
 before the release reads an image, and a ``released`` line with the hash of the released array
@@ -8,6 +8,19 @@ whole, or all of it forged anew. `Ledger.entry_of` misses a release whose line w
 
 But for the hash of the released array, no line depends on a pixel or on the number of images. There
 is no time of day either: the time between two lines would tell how many images were read.
+
+Populations. A ledger is one population: all its entries compose, whatever source they were made
+from and however that was spelt. `Entry.identity` tells the data holder which source it was; nothing
+is computed from it. The data holder may declare part of the data disjoint from the rest, by name: a
+release for ``population="ward 3"`` composes with those for that name, and with those for which none
+was named, as nothing was declared of these; one for which none is named composes with all. Names
+are compared without regard to case, spaces and punctuation, and the declaration stands in the line.
+
+Proof. Let E_p be the entries that count for population p: those of p, and those of none. If what
+was declared is true, a unit has data in one population p at most, so two data sets that differ in
+this unit give the same data to every release that is not in E_p, which tells nothing of the unit.
+The total of E_p therefore holds for every unit of p, and the total of all entries for every unit. A
+name left out, or spelt in two ways where it is the same word, only makes totals larger.
 
 Composition. Releases that are mu_i-GDP with respect to one adjacency are together mu-GDP with
 mu^2 = sum mu_i^2 (Dong, Roth, Su 2022, Cor. 3.3), also where each mu_i is chosen after seeing the
@@ -45,16 +58,21 @@ import hashlib
 import json
 import math
 import os
+import re
 import tempfile
+import unicodedata
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from dpmmd.privacy import accounting
+from dpmmd.privacy.printed import LONGEST, down, plain, up
 from dpmmd.privacy.release_file import PrivacyError
 from dpmmd.privacy.sensitivity import ADJACENCIES, check_adjacency
 
@@ -101,10 +119,11 @@ class _Spend(_Line):
     source: str
     private: bool
     mu: float = Field(gt=0)
-    epsilon: float = Field(gt=0)
+    epsilon: float = Field(gt=0, allow_inf_nan=False)
     delta: float = Field(gt=0, lt=1)
     adjacency: Literal["replace-one", "zero-out", "add-remove"]
     unit: str
+    population: str | None = None
 
 
 class _Released(_Line):
@@ -121,8 +140,9 @@ class Entry:
     """One release in a ledger.
 
     Attributes:
-        identity: of the data set, `dpmmd.data.ImageSource.identity`.
+        identity: of the source, `dpmmd.data.ImageSource.identity`; information only.
         source: its name.
+        population: what the data holder declared disjoint from all else under this name, or None.
         private: False for test noise, which promises nothing: ``mu`` is then infinite.
         mu, epsilon, delta, adjacency, unit: the guarantee, as in the release.
         version: of dpmmd.
@@ -133,6 +153,7 @@ class Entry:
 
     identity: str
     source: str
+    population: str | None
     private: bool
     mu: float
     epsilon: float
@@ -146,13 +167,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Total:
-    """All releases of one data set together.
+    """All releases of one population together.
 
     Attributes:
         releases: how many, with those that did not complete.
         incomplete: how many of them did not complete.
         private: False where one was made with test noise: every ``mu`` is then infinite.
         unit: what it is stated for: one image, or a group.
+        units: what the releases were made for.
         mu: by the adjacency that it is stated under; infinite where nothing is guaranteed.
     """
 
@@ -160,6 +182,7 @@ class Total:
     incomplete: int
     private: bool
     unit: str
+    units: tuple[str, ...]
     mu: dict[str, float]
 
     def epsilon(self, *, adjacency: str, delta: float) -> float:
@@ -172,17 +195,19 @@ class Ledger:
 
     Args:
         path: the file (mode 0600). There is no default: keep it where it is backed up.
-        budget: (epsilon, delta) that all releases of one data set together must keep to, stated
+        budget: (epsilon, delta) that all releases of one population together must keep to, stated
             under the adjacency of the release that is asked for. None: record only.
 
     Raises:
         ValueError, TypeError: ``budget`` is not two numbers in their ranges.
+        OSError: this system cannot lock files.
     """
 
     def __init__(
         self, path: str | os.PathLike[str], *, budget: Sequence[float] | None = None
     ) -> None:
         self.path = Path(path).expanduser()
+        _locks(self.path)
         self.budget: tuple[float, float] | None = None
         if budget is not None:
             if not isinstance(budget, tuple | list) or len(budget) != 2:
@@ -208,9 +233,24 @@ class Ledger:
         with self._locked(write=False) as file:
             return self._read(file)[0]
 
-    def total(self, identity: str, *, unit: str = "image") -> Total:
-        """All releases of the data set ``identity`` together; raises as `entries`."""
-        return _total([e for e in self.entries() if e.identity == identity], unit)
+    def total(self, population: str | None = None, *, unit: str = "image") -> Total:
+        """All releases of a population together; of None, everything in the ledger.
+
+        Raises:
+            ValueError: no release was made for ``population``.
+            FileNotFoundError, PrivacyError: as `entries`.
+        """
+        entries = self.entries()
+        if population is not None and check_population(population) not in {
+            _key(e.population) for e in entries
+        }:
+            known = sorted({repr(e.population) for e in entries if e.population is not None})
+            raise ValueError(
+                f"population={population!r}: ledger {self.path} has no release for it, only for "
+                f"{', '.join(known) or 'none that was named'}. Leave it out for the total of "
+                "everything in the ledger."
+            )
+        return _total(_of_population(entries, population), unit)
 
     def entry_of(self, release: Release) -> Entry:
         """The entry of a release, found by the hash of its array.
@@ -229,10 +269,11 @@ class Ledger:
                 "any total of this ledger."
             )
         for name in ("private", "epsilon", "delta", "adjacency", "unit", *(["mu"] * m.private)):
-            if getattr(entry, name) != getattr(m, name):
+            recorded, told = getattr(entry, name), getattr(m, name)
+            if recorded != told:
                 raise PrivacyError(
                     f"ledger {self.path}: recorded this release with {name} = "
-                    f"{getattr(entry, name)!r}, its file says {getattr(m, name)!r}. The file was "
+                    f"{plain(repr(recorded))}, its file says {plain(repr(told))}. The file was "
                     "edited; restore it from a copy."
                 )
         return entry
@@ -248,6 +289,7 @@ class Ledger:
         adjacency: str,
         unit: str,
         private: bool,
+        population: str | None = None,
     ) -> str:
         """Records a release that is about to read images; on disk when this returns.
 
@@ -258,8 +300,15 @@ class Ledger:
             The hash of the line, for `confirm`.
 
         Raises:
+            ValueError: ``population`` is not a name.
             PrivacyError: the budget does not allow it, or the chain is broken; nothing was written.
+
+        Warns:
+            UserWarning: a population that is new to a ledger with other releases in it: what this
+                declares.
         """
+        if population is not None:
+            check_population(population)
         record = {
             "kind": "spend",
             "identity": identity,
@@ -270,6 +319,7 @@ class Ledger:
             "delta": float(delta),
             "adjacency": check_adjacency(adjacency),
             "unit": unit,
+            **({} if population is None else {"population": population}),
         }
         new = _entry(_Spend.model_validate({**record, "version": "", "previous": "", "hash": ""}))
         if not self.path.exists():
@@ -277,7 +327,8 @@ class Ledger:
             self._create()
         with self._locked() as file:
             entries, last = self._read(file)
-            self._refuse_over_budget([e for e in entries if e.identity == identity], new)
+            self._refuse_over_budget(_of_population(entries, population), new)
+            _warn_new(self.path, entries, population)
             return _append(file, record, last)
 
     def is_open(self, spend: str) -> bool:
@@ -298,17 +349,14 @@ class Ledger:
             _append(file, {"kind": "released", "spend": spend, "array_sha256": array_sha256}, last)
 
     def _refuse_over_budget(self, earlier: Sequence[Entry], new: Entry) -> None:
-        if self.budget is None:
+        if self.budget is None or _within(self.budget, earlier, new):
             return
         epsilon, delta = self.budget
-        # Rounded down by 1e-9 from the largest mu that is (epsilon, delta)-DP: the tolerance below,
-        # for rounding in the sum of squares, stays on the safe side.
         limit = accounting.calibrate(epsilon=epsilon, delta=delta).mu
         spent = _composed(earlier, new.adjacency, new.unit)
         after = _composed([*earlier, new], new.adjacency, new.unit)
-        if after <= limit * (1 + 1e-12):
-            return
-        start = f"ledger {self.path}: budget=({epsilon:g}, {delta:g}) of {new.source!r}: "
+        whose = "" if new.population is None else f" for population {new.population!r}"
+        start = f"ledger {self.path}: budget=({down(epsilon)}, {down(delta)}){whose}: "
         if not new.private:
             raise PrivacyError(
                 f"{start}test noise promises nothing, so no budget allows it. Leave out the budget "
@@ -316,14 +364,15 @@ class Ledger:
             )
         if not all(e.private for e in earlier):
             raise PrivacyError(
-                f"{start}a release with test noise was made of it, so that nothing is left to "
-                "promise. Use other data, or leave out the budget."
+                f"{start}the ledger has a release with test noise, so that nothing is left to "
+                "promise. Leave out the budget, or keep a ledger of its own for other people's "
+                "data."
             )
-        if math.isinf(spent) and any(e.unit != new.unit for e in earlier):
+        if math.isinf(spent) and (others := [e.unit for e in earlier if e.unit != new.unit]):
             raise PrivacyError(
-                f"{start}earlier releases have another unit ({earlier[0].unit}), so that no total "
-                f"can be stated for this one ({new.unit}). Use the same unit, or leave out the "
-                "budget."
+                f"{start}earlier releases have another unit ({plain(others[0])}), so that no total "
+                f"can be stated for this one ({plain(new.unit)}). Use the same unit, or leave out "
+                "the budget."
             )
         if math.isinf(spent):
             raise PrivacyError(
@@ -331,16 +380,16 @@ class Ledger:
                 "number of images, so that no total can be stated under add-remove. Use "
                 "adjacency='replace-one' or 'zero-out', or leave out the budget."
             )
-        room = math.sqrt(max(0.0, limit**2 - spent**2))
-        fits = math.floor(_epsilon(room, new.delta) * 1e4) / 1e4
-        advice = f"at most epsilon = {fits:g} fits" if fits else "nothing of it is left"
+        fits = _fitting(self.budget, earlier, new, math.sqrt(max(0.0, limit**2 - spent**2)))
+        advice = "nothing of it is left" if fits is None else f"at most epsilon = {fits} fits"
         count = f"{len(earlier)} earlier release{'' if len(earlier) == 1 else 's'}"
         raise PrivacyError(
-            f"{start}{count} spent mu = {spent:.4g} of {limit:.4g} under {new.adjacency} "
-            f"adjacency and this one takes {new.mu:.4g}, together epsilon = "
-            f"{_epsilon(after, delta):.4g} at delta = {delta:g}. For a release at delta = "
-            f"{new.delta:g} {advice}: lower epsilon, raise the budget, or use other data. No image "
-            "was read."
+            f"{start}{count} spent mu = {up(spent, 4)} of {down(limit, 4)} under {new.adjacency} "
+            f"adjacency and this one takes {up(new.mu, 4)}, together epsilon = "
+            f"{up(_epsilon(after, delta), 4)} at delta = {up(delta)}. All releases in a ledger "
+            f"count together, of whatever source. For a release at delta = {up(new.delta)} "
+            f"{advice}: lower epsilon, raise the budget, or keep a ledger of its own for other "
+            "people's data (or name the population, if they stand in this one). No image was read."
         )
 
     def _create(self) -> None:
@@ -367,13 +416,14 @@ class Ledger:
     @contextlib.contextmanager
     def _locked(self, *, write: bool = True) -> Iterator[FileIO]:
         """The file, whose lines nobody else changes until the block ends."""
-        import fcntl  # not on every platform that imports this package
-
+        locks = _locks(self.path)
         if not self.path.is_file():
-            raise PrivacyError(f"ledger {self.path}: not a file. {_RESTORE}")
+            raise PrivacyError(
+                f"ledger {self.path}: not a file (or a link to one that is gone). {_RESTORE}"
+            )
         flags = os.O_RDWR | os.O_APPEND if write else os.O_RDONLY
         with FileIO(os.open(self.path, flags), "r+b" if write else "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX if write else fcntl.LOCK_SH)
+            locks.flock(file, locks.LOCK_EX if write else locks.LOCK_SH)
             yield file
 
     def _read(self, file: FileIO) -> tuple[list[Entry], str]:
@@ -393,7 +443,8 @@ class Ledger:
             if line.previous != previous:
                 before = f"line {number - 1}" if number > 1 else "a first line"
                 raise PrivacyError(
-                    f"{where}: follows hash {line.previous}, expected {previous} of {before}; a "
+                    f"{where}: follows hash {plain(line.previous)}, expected {previous} of "
+                    f"{before}; a "
                     f"line before it was changed, removed or moved. {_RESTORE}"
                 )
             if isinstance(line, _Header) != (number == 1):
@@ -404,12 +455,97 @@ class Ledger:
                 spent = entries.get(line.spend)
                 if spent is None or spent.array_sha256 is not None:
                     raise PrivacyError(
-                        f"{where}: releases {line.spend}, expected a spend before it that was not "
-                        f"released yet. {_RESTORE}"
+                        f"{where}: releases {plain(line.spend)}, expected a spend before it that "
+                        f"was not released yet. {_RESTORE}"
                     )
                 entries[line.spend] = _entry(spent, line.array_sha256)
             previous = line.hash
         return list(entries.values()), previous
+
+
+def check_population(name: str) -> str:
+    """What names of a population are compared by: letters and digits, without regard to case.
+
+    Raises:
+        ValueError, TypeError: it is not a name.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"population={name!r}: expected a name, e.g. 'ward 3', or None.")
+    if re.fullmatch("[0-9a-f]{64}", name):
+        raise ValueError(
+            f"population={name!r}: that is the identity of a source, which no longer counts: all "
+            "releases in a ledger compose. Leave it out, or name what was declared disjoint from "
+            "the rest, e.g. 'ward 3'."
+        )
+    key = _key(name)
+    if not key or len(name) > LONGEST or not name.isprintable():
+        raise ValueError(
+            f"population={plain(repr(name))}: expected a name with a letter or digit in it, of at "
+            f"most {LONGEST} printable characters, e.g. 'ward 3'."
+        )
+    return key
+
+
+def _key(name: str | None) -> str:
+    folded = unicodedata.normalize("NFKC", name or "").casefold()
+    return "".join(c for c in unicodedata.normalize("NFKC", folded) if c.isalnum())
+
+
+def _of_population(entries: Iterable[Entry], population: str | None) -> list[Entry]:
+    """What composes with a release for a population: its entries, and those of none."""
+    if population is None:
+        return list(entries)
+    keys = (_key(population), _key(None))
+    return [e for e in entries if _key(e.population) in keys]
+
+
+def _warn_new(path: Path, entries: Sequence[Entry], population: str | None) -> None:
+    if population is None:
+        return
+    known = {_key(e.population): repr(e.population) for e in entries if e.population is not None}
+    if known and _key(population) not in known:
+        warnings.warn(
+            f"population={population!r} is new to ledger {path}, which has "
+            f"{plain(', '.join(sorted(known.values())))}: you declare that nobody has data in two "
+            "of them. Where that is not so, what was spent is more than their totals say.",
+            stacklevel=3,
+        )
+
+
+def _within(budget: tuple[float, float], earlier: Sequence[Entry], new: Entry) -> bool:
+    """Whether all together are (epsilon, delta)-DP, for certain."""
+    epsilon, delta = budget
+    mu = max(_composed([*earlier, new], new.adjacency, new.unit), 1e-8)
+    return mu <= 1e4 and accounting.delta(mu=mu, epsilon=epsilon) <= delta
+
+
+def _fitting(
+    budget: tuple[float, float], earlier: Sequence[Entry], new: Entry, room: float
+) -> str | None:
+    """The largest epsilon, to six digits, of a release like ``new`` that the budget allows."""
+    epsilon = _epsilon(room, new.delta)
+    for _ in range(10):
+        shown = down(epsilon)
+        if not 1e-6 <= float(shown) < 1e4:
+            return None
+        mu = accounting.calibrate(epsilon=float(shown), delta=new.delta).mu
+        if _within(budget, earlier, replace(new, mu=mu)):
+            return shown
+        epsilon = float(shown) * (1 - 1e-5)
+    return None
+
+
+def _locks(path: Path) -> ModuleType:
+    """The system's file locks; without them two releases at once could both fit a budget."""
+    try:
+        import fcntl
+    except ImportError:
+        raise OSError(
+            f"ledger {path}: this system has no file locks (fcntl), so that two releases at once "
+            "could pass a budget together. Release on Linux or macOS, or without a ledger and keep "
+            "count yourself (dpmmd.privacy.compose)."
+        ) from None
+    return fcntl
 
 
 def _parsed(text: bytes, where: str) -> _Header | _Spend | _Released:
@@ -424,8 +560,8 @@ def _parsed(text: bytes, where: str) -> _Header | _Spend | _Released:
         ) from None
     if found != expected or text != whole:
         raise PrivacyError(
-            f"{where}: has hash {found}, expected {expected} of its content; it was edited or "
-            f"damaged. {_RESTORE}"
+            f"{where}: has hash {plain(found)}, expected {expected} of its content; it was edited "
+            f"or damaged. {_RESTORE}"
         )
     try:
         return _LINES.validate_python({**data, "hash": found})
@@ -465,8 +601,8 @@ def _hash(data: dict[str, Any]) -> str:
 
 
 def _entry(line: _Spend | Entry, array_sha256: str | None = None) -> Entry:
-    names = ("identity", "source", "private", "mu", "epsilon", "delta", "adjacency", "unit")
-    fields = {name: getattr(line, name) for name in (*names, "version", "hash")}
+    names = ("identity", "source", "population", "private", "mu", "epsilon", "delta", "adjacency")
+    fields = {name: getattr(line, name) for name in (*names, "unit", "version", "hash")}
     return Entry(**fields, array_sha256=array_sha256)
 
 
@@ -476,14 +612,15 @@ def _total(entries: Sequence[Entry], unit: str) -> Total:
         incomplete=sum(e.array_sha256 is None for e in entries),
         private=all(e.private for e in entries),
         unit=unit,
+        units=tuple(e.unit for e in entries),
         mu={adjacency: _composed(entries, adjacency, unit) for adjacency in ADJACENCIES},
     )
 
 
 def _composed(entries: Iterable[Entry], adjacency: str, unit: str) -> float:
     """mu of all together, stated under ``adjacency``; rounded up like `accounting.compose`."""
-    mus = (_factor(adjacency, unit, e) * e.mu for e in entries)
-    return math.hypot(*mus) * (1 + 1e-15)
+    mus = (_factor(adjacency, unit, e) * e.mu for e in entries)  # the factors are powers of two
+    return math.hypot(*mus) * accounting.UP
 
 
 def _factor(adjacency: str, unit: str, entry: Entry) -> float:
@@ -494,6 +631,6 @@ def _factor(adjacency: str, unit: str, entry: Entry) -> float:
 
 def _epsilon(mu: float, delta: float) -> float:
     """`accounting.epsilon`, also for no release at all and for more than any noise can hide."""
-    if mu < 1e-8:
+    if mu == 0:
         return 0.0
-    return accounting.epsilon(mu=mu, delta=delta) if mu <= 1e4 else math.inf
+    return accounting.epsilon(mu=max(mu, 1e-8), delta=delta) if mu <= 1e4 else math.inf

@@ -33,7 +33,7 @@ from dpmmd.bounds import check_bound
 from dpmmd.encoders.pixels import pixel_moments as pixels_of
 from dpmmd.files import refuse_unwritable
 from dpmmd.privacy.accounting import calibrate
-from dpmmd.privacy.ledger import Ledger
+from dpmmd.privacy.ledger import Ledger, check_population
 from dpmmd.privacy.noise import rounded_gaussian
 from dpmmd.privacy.partial import PartialSums
 from dpmmd.privacy.ranks import Ranks, in_all
@@ -136,6 +136,7 @@ def release(
     out: str | os.PathLike[str] | None = None,
     ledger: str | os.PathLike[str] | None = None,
     budget: tuple[float, float] | None = None,
+    population: str | None = None,
     partial_sums: str | os.PathLike[str] | None = None,
     progress: bool = True,
     process_group: ProcessGroup | None = None,
@@ -181,9 +182,12 @@ def release(
         batch_size: images a step; no effect on the result beyond the encoder's rounding. None: as
             many as fit into `BATCH_MEMORY` (on a GPU: an eighth of its memory), at most 256.
         out: also save the release there; an existing file is refused before any image is read.
-        ledger: file that remembers what was spent of this data set (`dpmmd.privacy.Ledger`). The
-            spend is recorded before any image is read; what fails later stays counted.
-        budget: (epsilon, delta) that all releases of this data set in ``ledger`` must keep to.
+        ledger: file that remembers what was spent of these people's data, from whatever source
+            (`dpmmd.privacy.Ledger`). The spend is recorded before any image is read; what fails
+            later stays counted.
+        budget: (epsilon, delta) that all releases in ``ledger`` together must keep to.
+        population: a name under which you declare that nobody in this source has data in another
+            population of ``ledger``: those then do not count for this one. None: all of it counts.
         partial_sums: a folder for raw sums, so that an interrupted release goes on where it was
             when called again with the same arguments. The folder is made (mode 0700), warned
             about, and deleted when the release is done. None: nothing raw is ever written.
@@ -225,13 +229,17 @@ def release(
         raise TypeError(f"encoder={encoder!r}: expected dpmmd.encoders.load({encoder!r}).")
     ranks = Ranks(process_group)
     if out is not None and ranks.rank == 0:
-        refuse_unwritable(Path(out))
+        refuse_unwritable(Path(out), others=(ledger, partial_sums))
     check_adjacency(adjacency)
     moments = (moments,) if isinstance(moments, int) else tuple(moments)
     check_bound(moments, bound, clip, joint_weight)
     _check(num_classes, batch_size, shared_taps, len(encoder.taps))
     if budget is not None and ledger is None:
         raise ValueError(f"budget={budget!r}: needs ledger=FILE, which remembers what was spent.")
+    if population is not None:
+        check_population(population)
+        if ledger is None:
+            raise ValueError(f"population={population!r}: needs ledger=FILE, which remembers it.")
     noise_level = calibrate(epsilon=epsilon, delta=delta)
     book = None if ledger is None or ranks.rank else Ledger(ledger, budget=budget)
     private = insecure_test_noise is None
@@ -343,6 +351,7 @@ def release(
             adjacency=adjacency,
             unit=metadata.unit,
             private=private,
+            population=population,
         )
     spend = ranks.gather(spend)[0]  # nobody reads an image before it is written down
     steps = max(ranks.gather(len(numbers)))

@@ -62,6 +62,11 @@ class PartialSums:
         self.path = self.folder / (FILE if world == 1 else f"{FILE}-{rank}-of-{world}")
         text = json.dumps(release, sort_keys=True, default=str)
         self._release = hashlib.sha256(text.encode()).hexdigest()
+        if not hasattr(os, "geteuid"):
+            raise PrivacyError(
+                f"partial_sums={str(folder)!r}: this system cannot say that only you can enter a "
+                "folder; leave it out, so that nothing raw is written."
+            )
         with contextlib.suppress(FileExistsError):
             self.folder.mkdir(mode=0o700, parents=True)
         found = os.lstat(self.folder)
@@ -84,6 +89,15 @@ class PartialSums:
                 )
             if name.startswith(f".{self.path.name}."):  # of a write that was cut off
                 (self.folder / name).unlink()
+        try:  # what cannot be stored must be known before anything is spent
+            descriptor, temporary = tempfile.mkstemp(dir=self.folder, prefix=f".{self.path.name}.")
+        except OSError as error:
+            raise PrivacyError(
+                f"partial_sums={str(folder)!r}: cannot write there ({error.strerror or error}); "
+                "choose another folder."
+            ) from None
+        os.close(descriptor)
+        os.unlink(temporary)
         warnings.warn(
             f"partial_sums={str(folder)!r}: raw private statistics are kept there until the "
             "release is done. Do not copy or back up this folder.",

@@ -8,26 +8,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as encode
 from torch import Tensor
 
 from dpmmd.files import write_atomically
-from dpmmd.privacy.accounting import delta as delta_of
+from dpmmd.privacy.printed import plain, up
 from dpmmd.privacy.sensitivity import Block, sensitivity
 
-FORMAT = 2
+FORMATS = (2, 3)  # that are read; what was added to 3 has the values of before in a file of 2
 # Arrays that a release may have, in the order of its fields.
 FURTHER = ("selection", "shared", "pixels", "products", "class_products")
+_UNREADABLE = (SafetensorError, ValueError, TypeError, LookupError, RuntimeError, AttributeError)
+_STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class PrivacyError(ValueError):
@@ -37,7 +38,7 @@ class PrivacyError(ValueError):
 class BlockRecord(BaseModel):
     """One block of the noised vector: its bound relative to the first block's, and its size."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = _STRICT
     name: str
     kind: Literal["sums", "counts"]
     bound: float
@@ -55,8 +56,8 @@ class Metadata(BaseModel):
     block of another bound (its weight) has ``noise_sd / bound``.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    format: Literal[2] = 2
+    model_config = _STRICT
+    format: Literal[2, 3] = 3
     version: str
     private: bool  # False: test noise, the whole file is stamped NOT PRIVATE
     adjacency: str
@@ -152,9 +153,9 @@ class Release:
         m = self.metadata
         stamp = "" if m.private else "NOT PRIVATE, "
         return (
-            f"Release({stamp}epsilon={m.epsilon:g}, delta={m.delta:g}, {m.adjacency}, "
-            f"moments={m.moments}, classes={m.num_classes}, encoder={m.encoder.get('name')!r}, "
-            f"D={self.sums.shape[2]})"
+            f"Release({stamp}epsilon={up(m.epsilon)}, delta={up(m.delta)}, {m.adjacency}, "
+            f"moments={m.moments}, classes={m.num_classes}, "
+            f"encoder={plain(repr(m.encoder.get('name')))}, D={self.sums.shape[2]})"
         )
 
     def report(self) -> str:
@@ -181,12 +182,17 @@ class Release:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Release:
-        """Reads a release and verifies its shapes and the hash of its arrays.
+        """Reads a release and verifies that it contradicts itself nowhere (`dpmmd.privacy.checks`).
+
+        The arrays are copies: what happens to the file afterwards does not change them.
 
         Raises:
             FileNotFoundError: there is no such file.
-            PrivacyError: it is not a release, is truncated, or does not match its hash.
+            PrivacyError: it is not a release, is truncated, does not match its hashes, or one of
+                its fields does not follow from the others; the message names the field.
         """
+        from dpmmd.privacy.checks import Checks
+
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(
@@ -195,26 +201,18 @@ class Release:
         try:
             with safe_open(str(path), framework="pt") as file:
                 kept = file.metadata() or {}
-                text = kept.get("dpmmd")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if text is None or set(tensors) - set(FURTHER) != {"sums", "counts"}:
-                raise PrivacyError(f"{path}: a safetensors file, but not a dpmmd release.")
-            if json.loads(text).get("format") != FORMAT:
-                raise PrivacyError(
-                    f"{path}: format {json.loads(text).get('format')!r}, this version of dpmmd "
-                    f"reads {FORMAT}; use the version that wrote it."
-                )
-            if kept.get("sha256") != _text_hash(text):
-                raise PrivacyError(
-                    f"{path}: the metadata do not match their hash; the file was altered or "
-                    "damaged. Restore it from a copy."
-                )
-            metadata = Metadata.model_validate_json(text)
-        except (SafetensorError, ValidationError, json.JSONDecodeError, AttributeError) as error:
-            reason = str(error).splitlines()[0]
+                names = set(file.keys())
+                if "dpmmd" not in kept or names - set(FURTHER) != {"sums", "counts"}:
+                    raise PrivacyError(f"{path}: a safetensors file, but not a dpmmd release.")
+                tensors = {name: file.get_tensor(name).clone() for name in names}
+            metadata = _metadata(kept, str(path))
+        except PrivacyError:
+            raise
+        except _UNREADABLE as error:
             raise PrivacyError(
-                f"{path}: not a readable release ({reason}). The file is truncated, corrupt or of "
-                "another kind; restore it from a copy. Releasing the data again costs privacy."
+                f"{path}: not a readable release ({_reason(error)}). The file is truncated, "
+                "corrupt or of another kind; restore it from a copy. Releasing the data again "
+                "costs privacy."
             ) from None
         release = cls(
             tensors["sums"],
@@ -222,60 +220,32 @@ class Release:
             metadata,
             *(tensors.get(further) for further in FURTHER),
         )
-        release._verify(str(path))
+        Checks(release, str(path)).run()
         return release
 
-    def _shape(self, name: str) -> tuple[int, ...] | None:
-        tensor = getattr(self, name)
-        return None if tensor is None else tuple(tensor.shape)
 
-    def _verify(self, name: str) -> None:
-        m = self.metadata
-        expected = (len(m.moments), m.num_classes)
-        d = 0 if self.pixels is None else self.pixels.shape[-1]
-        shapes = {"products": (d, d), "class_products": (m.num_classes, d, d)}
-        products = {b.name: shapes[b.name] for b in m.blocks if b.name in shapes}
-        if (
-            self.sums.ndim != 3
-            or tuple(self.sums.shape[:2]) != expected
-            or self.counts.shape != (m.num_classes,)
-            or self.sums.dtype != torch.float32
-            or self.counts.dtype != torch.float64
-            or (self.selection is None) != (m.selection_encoder is None)
-            or (self.shared is None) != (m.shared_taps == 0)
-            or (self.pixels is None) != (m.pixel_encoder is None)
-            or (self._shape("products"), self._shape("class_products"))
-            != (products.get("products"), products.get("class_products"))
-            or (self.shared is not None and tuple(self.shared.shape[:2]) != (len(m.moments), 1))
-        ):
-            raise PrivacyError(
-                f"{name}: arrays {tuple(self.sums.shape)} and {tuple(self.counts.shape)} do not "
-                f"match its metadata (moments, classes) = {expected}."
-            )
-        if m.class_names is not None and (
-            not m.labelled or not len(set(m.class_names)) == len(m.class_names) == m.num_classes
-        ):
-            raise PrivacyError(
-                f"{name}: class_names has {len(m.class_names)} names ({len(set(m.class_names))} "
-                f"different ones), expected one for each of the num_classes = {m.num_classes} "
-                "classes of a labelled release; the file was altered. Restore it from a copy."
-            )
-        if (
-            not math.isclose(m.sensitivity_under(m.adjacency), m.sensitivity, rel_tol=1e-9)
-            or not math.isclose(m.mu * m.sd, m.sensitivity, rel_tol=1e-9)
-            or delta_of(mu=m.mu, epsilon=m.epsilon) > m.delta * (1 + 1e-6)
-        ):
-            raise PrivacyError(
-                f"{name}: the claim (epsilon = {m.epsilon:g}, delta = {m.delta:g}, {m.adjacency}) "
-                "does not follow from the noise and the blocks recorded beside it; the file was "
-                "altered. Restore it from a copy."
-            )
-        found = array_hash(self.sums, self.counts, *(getattr(self, further) for further in FURTHER))
-        if found != m.array_sha256:
-            raise PrivacyError(
-                f"{name}: the arrays do not match the hash in the metadata; the file was altered "
-                "or damaged. Restore it from a copy."
-            )
+def _metadata(kept: Mapping[str, str], where: str) -> Metadata:
+    text = kept["dpmmd"]
+    if (found := json.loads(text).get("format")) not in FORMATS:
+        raise PrivacyError(
+            f"{where}: format {plain(repr(found))}, this version of dpmmd reads "
+            f"{' and '.join(map(str, FORMATS))}; use the version that wrote it."
+        )
+    if kept.get("sha256") != _text_hash(text):
+        raise PrivacyError(
+            f"{where}: the metadata do not match their hash; the file was altered or damaged. "
+            "Restore it from a copy."
+        )
+    return Metadata.model_validate_json(text, strict=True)
+
+
+def _reason(error: Exception) -> str:
+    """One line; of metadata the first field that is wrong."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        return plain(f"{field}: {first['msg'].lower()}")
+    return plain((str(error).splitlines() or [type(error).__name__])[0])
 
 
 def unit_of(group_by: str | None) -> str:

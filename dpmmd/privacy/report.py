@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
 from scipy.special import ndtr, ndtri
@@ -10,6 +11,8 @@ from scipy.special import ndtr, ndtri
 from dpmmd.data.classes import listed
 from dpmmd.privacy import accounting, evidence
 from dpmmd.privacy.ledger import Ledger
+from dpmmd.privacy.printed import at_least, down, percent, plain, up
+from dpmmd.privacy.printed import markdown as escaped
 from dpmmd.privacy.release_file import Metadata, Release
 from dpmmd.privacy.sensitivity import ADJACENCIES
 
@@ -42,8 +45,9 @@ def meaning(adjacency: str, unit: str) -> str:
 def facts(release: Release, ledger: Ledger | None = None) -> dict[str, Any]:
     """The report as a JSON-able dictionary; every number follows from ``mu`` and the metadata.
 
-    With a ledger it also has the total over all releases of the same data set, and raises
-    PrivacyError if this release is not in it.
+    With a ledger it also has the total over all releases of the same population, and raises
+    PrivacyError if this release is not in it. Texts are as they were recorded, for JSON; `rows`
+    makes them harmless.
     """
     m = release.metadata
     blocks = []
@@ -75,12 +79,12 @@ def facts(release: Release, ledger: Ledger | None = None) -> dict[str, Any]:
         "epsilon": m.epsilon,
         "delta": m.delta,
         "epsilon_at": {
-            f"{d:g}": accounting.epsilon(mu=m.mu, delta=d) for d in (m.delta, 1e-5, 1e-6)
+            repr(d): accounting.epsilon(mu=m.mu, delta=d) for d in (m.delta, 1e-5, 1e-6)
         },
-        "zcdp_rho": m.mu**2 / 2,
-        "attacker_advantage": float(2 * ndtr(m.mu / 2) - 1),
+        "zcdp_rho": at_least(Fraction(m.mu) ** 2 / 2),
+        "attacker_advantage": accounting.delta(mu=m.mu, epsilon=0.0),
         "attacker_true_positive_rate_at": {
-            f"{fpr:g}": float(ndtr(m.mu + ndtri(fpr))) for fpr in (0.01, 0.001)
+            repr(fpr): true_positives(m.mu, fpr) for fpr in (0.01, 0.001)
         },
         "adjacency": m.adjacency,
         "unit": m.unit,
@@ -91,8 +95,8 @@ def facts(release: Release, ledger: Ledger | None = None) -> dict[str, Any]:
         "released_counts": [round(n, 1) for n in release.counts.tolist()],
         "labels": "private" if m.labelled else "not read",
         "assumed_public": _public(release),
-        "sensitivity": m.sensitivity / 2**m.grid_bits * m.clip,
-        "sd_over_sensitivity": m.sd / m.sensitivity,
+        "sensitivity": at_least(Fraction(m.sensitivity) / 2**m.grid_bits * Fraction(m.clip)),
+        "sd_over_sensitivity": -at_least(-Fraction(m.sd) / Fraction(m.sensitivity)),
         "blocks": blocks,
         "not_covered": [*NOT_COVERED, _ONE_IMAGE if m.unit == "image" else _OTHER_GROUPS],
         **evidence.facts(m.version),  # "tested" and "evidence"
@@ -105,6 +109,15 @@ def facts(release: Release, ledger: Ledger | None = None) -> dict[str, Any]:
     if ledger is not None:
         result["ledger"] = _ledger_facts(release, ledger)
     return result
+
+
+def true_positives(mu: float, false_positives: float) -> float:
+    """At most how often an attacker is right who names so many others by mistake, rounded up.
+
+    Phi(mu + Phi^-1(rate)) (Dong, Roth, Su 2022): scipy's functions are off by a relative 1e-13 at
+    most, so this is above the truth.
+    """
+    return min(1.0, float(ndtr(mu + ndtri(false_positives))) * (1 + 1e-10))
 
 
 def _by_adjacency(m: Metadata) -> dict[str, dict[str, float] | None]:
@@ -120,14 +133,15 @@ def _by_adjacency(m: Metadata) -> dict[str, dict[str, float] | None]:
         elif adjacency == m.adjacency:
             result[adjacency] = {"mu": m.mu, "epsilon": m.epsilon}
         else:
-            mu = m.sensitivity_under(adjacency) / m.sd * (1 + accounting.SAFETY)
-            result[adjacency] = {"mu": mu, "epsilon": accounting.epsilon(mu=mu, delta=m.delta)}
+            mu = at_least(Fraction(m.sensitivity_under(adjacency)) / Fraction(m.sd))
+            epsilon = accounting.epsilon(mu=max(mu, 1e-8), delta=m.delta)
+            result[adjacency] = {"mu": mu, "epsilon": epsilon}
     return result
 
 
 def _ledger_facts(release: Release, ledger: Ledger) -> dict[str, Any]:
     entry = ledger.entry_of(release)
-    total = ledger.total(entry.identity, unit=entry.unit)
+    total = ledger.total(entry.population, unit=entry.unit)
     delta = release.metadata.delta
 
     def finite(value: float) -> float | None:
@@ -137,9 +151,11 @@ def _ledger_facts(release: Release, ledger: Ledger) -> dict[str, Any]:
         "file": str(ledger.path),
         "entry": entry.hash,
         "source_identity": entry.identity,
+        "population": entry.population,
         "releases": total.releases,
         "incomplete": total.incomplete,
         "private": total.private,
+        "other_units": total.unit != "image" and any(u != total.unit for u in total.units),
         "delta": delta,
         # by the adjacency that the total is stated under; None: no guarantee
         "mu": {adjacency: finite(mu) for adjacency, mu in total.mu.items()},
@@ -153,10 +169,10 @@ def promise(release: Release) -> str:
     if not m.private:
         return "NOT PRIVATE: made with test noise. It promises nothing; do not publish it."
     return (
-        f"This release, and everything computed from it, is ({m.epsilon:g}, {m.delta:g})-"
+        f"This release, and everything computed from it, is ({up(m.epsilon)}, {up(m.delta)})-"
         f"differentially private with respect to {m.adjacency} adjacency: two data sets that differ"
         f" in {meaning(m.adjacency, m.unit)}, cannot be told apart better than by "
-        f"{m.mu:.4g}-GDP."
+        f"{up(m.mu, 4)}-GDP."
     )
 
 
@@ -165,7 +181,7 @@ def markdown(release: Release, ledger: Ledger | None = None) -> str:
     f = facts(release, ledger)
     lines = ["# Privacy report", "", f["promise"], ""]
     lines += ["| what | value |", "| --- | --- |"]
-    lines += [f"| {name} | {value} |" for name, value in rows(f)]
+    lines += [f"| {escaped(name)} | {escaped(value)} |" for name, value in rows(f)]
     lines += ["", "Noise against signal:", ""]
     lines += [f"- {line}" for line in utility(f)]
     lines += ["", "Not covered:", ""]
@@ -176,45 +192,49 @@ def markdown(release: Release, ledger: Ledger | None = None) -> str:
 
 
 def rows(f: dict[str, Any]) -> list[tuple[str, str]]:
-    """The table of the report, from `facts`."""
+    """The table of the report, from `facts`: bounds rounded outward, names made harmless."""
     result = [
-        ("mu (Gaussian DP)", f"{f['mu']:.6g}"),
-        ("(epsilon, delta)", f"({f['epsilon']:g}, {f['delta']:g})"),
+        ("mu (Gaussian DP)", up(f["mu"])),
+        ("(epsilon, delta)", f"({up(f['epsilon'])}, {up(f['delta'])})"),
     ]
     result += [
-        (f"epsilon at delta = {d}", f"{e:.4g}")
+        (f"epsilon at delta = {up(float(d))}", up(e, 4))
         for d, e in f["epsilon_at"].items()
         if float(d) != f["delta"]
     ]
     rates = f["attacker_true_positive_rate_at"]
     result += [
-        ("zCDP rho", f"{f['zcdp_rho']:.4g}"),
-        ("attacker's advantage", f"at most {f['attacker_advantage']:.1%} over guessing"),
+        ("zCDP rho", up(f["zcdp_rho"], 4)),
+        ("attacker's advantage", f"at most {percent(f['attacker_advantage'], 1)} over guessing"),
         (
             "attacker's true-positive rate",
             ", ".join(
-                f"at most {r:.2%} at {float(p):.1%} false positives" for p, r in rates.items()
+                f"at most {percent(r, 2)} at {float(p):.1%} false positives"
+                for p, r in rates.items()
             ),
         ),
         ("adjacency", f"{f['adjacency']} ({meaning(f['adjacency'], f['unit'])})"),
         *(_adjacency_row(f, name) for name in f["by_adjacency"] if name != f["adjacency"]),
-        ("unit", "one image" if f["unit"] == "image" else f"one {f['unit']}, all its images"),
+        (
+            "unit",
+            "one image" if f["unit"] == "image" else f"one {plain(f['unit'])}, all its images",
+        ),
         ("labels", f["labels"]),
-        ("assumed public", "; ".join(f["assumed_public"])),
-        ("L2 sensitivity", f"{f['sensitivity']:.6g}"),
-        ("noise sd / sensitivity", f"{f['sd_over_sensitivity']:.6g}"),
-        ("source", f["source"]),
-        ("encoder", f"{f['encoder']} (weights {f['encoder_weights_sha256'][:12]})"),
+        ("assumed public", "; ".join(plain(fact, 1000) for fact in f["assumed_public"])),
+        ("L2 sensitivity", up(f["sensitivity"])),
+        ("noise sd / sensitivity", down(f["sd_over_sensitivity"])),
+        ("source", plain(f["source"])),
+        ("encoder", f"{plain(f['encoder'])} (weights {plain(f['encoder_weights_sha256'][:12])})"),
         ("released array", f"sha256 {f['array_sha256']}"),
-        ("dpmmd", f["version"]),
+        ("dpmmd", plain(f["version"])),
     ]
     for block in f["blocks"]:
         sign = ", non-negative" if block["nonnegative"] else ""
         result.append(
             (
                 f"block {block['name']}",
-                f"{block['size']} numbers, one unit's norm at most {block['bound']:g}, weight "
-                f"{block['weight']:g}{sign}",
+                f"{block['size']} numbers, one unit's norm at most {up(block['bound'])}, weight "
+                f"{up(block['weight'])}{sign}",
             )
         )
     if "ledger" in f:
@@ -228,23 +248,34 @@ def _adjacency_row(f: dict[str, Any], adjacency: str) -> tuple[str, str]:
         units = "images" if f["unit"] == "image" else "groups"
         value = "no guarantee" + (f": it states the number of {units}" * f["private"])
     else:
-        value = f"epsilon = {at['epsilon']:.4g} at delta = {f['delta']:g}, mu = {at['mu']:.4g}"
+        value = (
+            f"epsilon = {up(at['epsilon'], 4)} at delta = {up(f['delta'])}, mu = {up(at['mu'], 4)}"
+        )
     return f"the same release under {adjacency}", value
 
 
 def _ledger_rows(f: dict[str, Any]) -> list[tuple[str, str]]:
     unfinished = f", {f['incomplete']} of them not completed but spent" if f["incomplete"] else ""
+    population = "none was named: everything in the ledger counts"
+    if f["population"] is not None:
+        population = (
+            f"{plain(repr(f['population']))}, which was declared disjoint from the others: its "
+            "releases count, and those for which none was named"
+        )
     result = [
-        ("ledger", f"{f['file']} has this release (entry {f['entry'][:12]})"),
-        ("releases of this data set", f"{f['releases']}{unfinished}"),
+        ("ledger", f"{plain(f['file'])} has this release (entry {f['entry'][:12]})"),
+        ("population", population),
+        ("releases together", f"{f['releases']}{unfinished}"),
     ]
     for adjacency, mu in f["mu"].items():
         if mu is not None:
             epsilon = f["epsilon"][adjacency]
-            at = "no usable epsilon" if epsilon is None else f"epsilon = {epsilon:.4g}"
-            value = f"mu = {mu:.6g}, {at} at delta = {f['delta']:g}"
+            at = "no usable epsilon" if epsilon is None else f"epsilon = {up(epsilon, 4)}"
+            value = f"mu = {up(mu)}, {at} at delta = {up(f['delta'])}"
         elif not f["private"]:
             value = "NO GUARANTEE: one of the releases was made with test noise"
+        elif f["other_units"]:
+            value = "no guarantee: one of the releases protects another unit"
         else:
             value = "no guarantee: one of the releases states the number of images"
         result.append((f"all of them, {adjacency}", value))
@@ -270,7 +301,7 @@ def utility(f: dict[str, Any]) -> list[str]:
         lines.append(
             f"{block['name']}: expected norm of the noise on a class mean "
             f"{_range(norms)}{shared}, against means of norm at most "
-            f"{block['bound']:g}; the squared MMD to the noised target exceeds "
+            f"{up(block['bound'])}; the squared MMD to the noised target exceeds "
             f"that to the true one by {squares:.3g} in expectation, whatever "
             "the generator"
         )

@@ -52,6 +52,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 ADJACENCIES = ("replace-one", "zero-out", "add-remove")
 
@@ -103,7 +104,7 @@ def sensitivity(adjacency: str, blocks: Sequence[Block]) -> float:
         blocks: the blocks of one release; at most one of kind ``"counts"``.
 
     Returns:
-        Delta, the proof is in this module's docstring; rounded up by a relative 1e-15.
+        Delta, the proof is in this module's docstring: the least double that is not below it.
 
     Raises:
         ValueError: unknown adjacency, no block, or two blocks of counts.
@@ -118,17 +119,23 @@ def sensitivity(adjacency: str, blocks: Sequence[Block]) -> float:
     if adjacency in ("add-remove", "zero-out"):
         square = _sum_of_squares(b.bound for b in blocks)
     else:
-        same_label = math.fsum((2.0 if b.nonnegative else 4.0) * b.bound**2 for b in sums)
-        new_label = 2.0 * _sum_of_squares(b.bound for b in blocks)
+        same_label = sum(
+            ((2 if b.nonnegative else 4) * Fraction(b.bound) ** 2 for b in sums), Fraction(0)
+        )
+        new_label = 2 * _sum_of_squares(b.bound for b in blocks)
         if any(b.spread for b in blocks):
-            square = same_label + 2.0 * _sum_of_squares(b.bound for b in counts)
+            square = same_label + 2 * _sum_of_squares(b.bound for b in counts)
         else:
             square = max(same_label, new_label)
-    return math.sqrt(square) * (1 + 1e-15)
+    root = math.sqrt(square) * (1 - 1e-15)
+    while Fraction(root) ** 2 < square:
+        root = math.nextafter(root, math.inf)
+    return root
 
 
-def _sum_of_squares(values: Iterable[float]) -> float:
-    return math.fsum(v * v for v in values)
+def _sum_of_squares(values: Iterable[float]) -> Fraction:
+    """Exactly: a double is a fraction."""
+    return sum((Fraction(v) ** 2 for v in values), Fraction(0))
 
 
 def optimal_weights(

@@ -1,0 +1,313 @@
+"""What the parts of a release file must be, given each other.
+
+The hashes in a file find damage. They do not bind whoever edits a file and computes them again; so
+everything that follows from something else in the file is computed again here and compared. What
+does not follow from anything (the name of the source, say) is not signed and may be forged.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from dpmmd.bounds import check_bound
+from dpmmd.encoders.base import PRECISIONS, SIGNS
+from dpmmd.encoders.pixels import LARGEST
+from dpmmd.privacy.accounting import calibrate
+from dpmmd.privacy.accounting import delta as delta_of
+from dpmmd.privacy.printed import plain, up
+from dpmmd.privacy.release_file import (
+    FURTHER,
+    BlockRecord,
+    PrivacyError,
+    Release,
+    array_hash,
+    unit_of,
+)
+from dpmmd.privacy.sensitivity import ADJACENCIES
+from dpmmd.privacy.sums import GRID_BITS
+
+_GRID = 1 << GRID_BITS
+_CLOSE = 1e-12  # relative: numbers that were computed from each other in doubles
+_GUESS = 1e-6  # mu of another version of the accounting, of which this one is tight
+_EARLIER = 2e-8  # delta of files of format 2, whose mu was rounded less carefully
+_RECORDED = {  # what every encoder says of itself, and has no choice in
+    "layout": ("NHWC-per-tap",),
+    "resize": ("bilinear",),
+    "pixel_range": ("[0,1] RGB",),
+    "precision": tuple(PRECISIONS),
+}
+
+
+class Checks:
+    """The checks of one release.
+
+    Args:
+        release: with arrays of its own, which nobody changes while they are checked.
+        where: the file, for messages.
+    """
+
+    def __init__(self, release: Release, where: str) -> None:
+        self.release, self.m, self.where = release, release.metadata, plain(where, None)
+
+    def run(self) -> None:
+        """Raises a PrivacyError that names the first field which contradicts the others."""
+        m = self.m
+        self._settings()
+        self._units()
+        self._encoder("encoder", m.encoder)
+        if m.selection_encoder is not None:
+            self._encoder("selection_encoder", m.selection_encoder)
+        if m.pixel_encoder is not None:
+            self._pixel_encoder(m.pixel_encoder)
+        if not 0 <= m.shared_taps < len(m.encoder["taps"]) or (m.shared_taps and not m.labelled):
+            self.refuse("shared_taps", m.shared_taps, "fewer than the encoder has, 0 if unlabelled")
+        self._blocks()
+        self._claim()
+        self._arrays()
+
+    def refuse(self, field: str, value: object, expected: str) -> NoReturn:
+        raise PrivacyError(
+            f"{self.where}: {field} = {plain(repr(value))}, expected {expected}. The file was "
+            "altered or damaged: restore it from a copy. (Releasing the data again costs privacy.)"
+        )
+
+    def _settings(self) -> None:
+        m = self.m
+        if m.adjacency not in ADJACENCIES:
+            self.refuse("adjacency", m.adjacency, f"one of {', '.join(ADJACENCIES)}")
+        if m.grid_bits != GRID_BITS:
+            self.refuse("grid_bits", m.grid_bits, f"{GRID_BITS}, the only one there is")
+        try:
+            check_bound(m.moments, m.bound, m.clip, m.joint_weight)
+        except ValueError as error:
+            field = str(error).split("=")[0]
+            self.refuse(field, getattr(m, field), "what `dpmmd.release` takes")
+        for field, low, high in (
+            ("epsilon", 5e-324, 1e4),
+            ("delta", 1e-300, 1 - 2.0**-53),
+            ("mu", 5e-324, 1e4),
+            ("sd", 2.0**-20, 2.0**60),
+        ):
+            if not low <= getattr(m, field) <= high:
+                self.refuse(field, getattr(m, field), f"a number from {low:g} to {high:g}")
+        if m.image_shape[0] not in (1, 3) or min(m.image_shape) < 1:
+            self.refuse("image_shape", m.image_shape, "1 or 3 channels, a height and a width")
+
+    def _units(self) -> None:
+        m = self.m
+        start = unit_of("")
+        if m.unit != unit_of(None) and not (m.unit.startswith(start) and m.unit != start):
+            self.refuse("unit", m.unit, f"{unit_of(None)!r} or {unit_of('...')!r}")
+        if m.num_classes < 1 or (m.num_classes > 1 and not m.labelled):
+            self.refuse("num_classes", m.num_classes, "at least 1, and 1 if labelled is false")
+        if (names := m.class_names) is not None and (
+            not m.labelled or not len(set(names)) == len(names) == m.num_classes
+        ):
+            raise PrivacyError(
+                f"{self.where}: class_names has {len(names)} names ({len(set(names))} different "
+                f"ones), expected one for each of the num_classes = {m.num_classes} classes of a "
+                "labelled release; the file was altered. Restore it from a copy."
+            )
+        private = m.adjacency == "add-remove"
+        if private and m.num_units is not None:
+            self.refuse("num_units", m.num_units, "null: it is private under add-remove adjacency")
+        if not private and (m.num_units is None or m.num_units < 1):
+            self.refuse("num_units", m.num_units, f"at least 1: it is public under {m.adjacency}")
+
+    def _encoder(self, field: str, spec: Mapping[str, Any]) -> None:
+        for key in ("name", "weights_sha256"):
+            if not isinstance(spec.get(key), str):
+                self.refuse(f"{field}.{key}", spec.get(key), "text")
+        for key, known in _RECORDED.items():
+            if spec.get(key) not in known:
+                self.refuse(f"{field}.{key}", spec.get(key), f"one of {', '.join(known)}")
+        if not _sizes(spec.get("image_size"), 2):
+            self.refuse(f"{field}.image_size", spec.get("image_size"), "[height, width]")
+        if (pool := spec.get("pool")) is not None and not _sizes([pool], 1):
+            self.refuse(f"{field}.pool", pool, "null or a whole number, at least 1")
+        taps = spec.get("taps")
+        if not isinstance(taps, list) or not taps:
+            self.refuse(f"{field}.taps", taps, "a list of taps")
+        for number, tap in enumerate(taps):
+            where = f"{field}.taps[{number}]"
+            if not isinstance(tap, dict) or not isinstance(tap.get("name"), str):
+                self.refuse(where, tap, "a name, a shape and a sign")
+            if tap.get("sign") not in SIGNS:
+                self.refuse(f"{where}.sign", tap.get("sign"), f"one of {', '.join(SIGNS)}")
+            shape = tap.get("shape")
+            if not _sizes(shape, 3) or (pool is not None and max(tap["shape"][1:]) > pool):
+                self.refuse(f"{where}.shape", shape, f"[C, H, W], pooled to {pool}")
+        if len({tap["name"] for tap in taps}) < len(taps):
+            self.refuse(f"{field}.taps", [tap["name"] for tap in taps], "every name once")
+
+    def _pixel_encoder(self, spec: Mapping[str, Any]) -> None:
+        """As `dpmmd.encoders.pixels.pixel_moments` makes it, of some side."""
+        self._encoder("pixel_encoder", spec)
+        channels, side = self.m.image_shape[0], spec["image_size"][0]
+        values = channels * side * side
+        tap = {"name": "pixels", "shape": [values + 1, 1, 1], "sign": "signed"}
+        expected = {
+            "name": f"pixels of {channels} channels",
+            "weights_sha256": "",
+            "image_size": [side, side],
+            "taps": [tap],
+            "pool": None,
+        }
+        for key, value in expected.items():
+            if spec.get(key) != value:
+                self.refuse(f"pixel_encoder.{key}", spec.get(key), repr(value))
+        if values > LARGEST:
+            self.refuse("pixel_encoder.image_size", spec["image_size"], f"at most {LARGEST} values")
+
+    def _blocks(self) -> None:
+        """Names, kinds, signs and sizes follow from the encoders; a weight is on the grid."""
+        m = self.m
+        names = [block.name for block in m.blocks]
+        expected = self._expected()
+        if names != [block.name for block in expected]:
+            self.refuse("blocks", names, ", ".join(block.name for block in expected))
+        for block, other in zip(m.blocks, expected, strict=True):
+            for key in ("kind", "nonnegative", "spread", "size", "shared"):
+                if (value := getattr(block, key)) != getattr(other, key):
+                    self.refuse(
+                        f"blocks.{block.name}.{key}",
+                        value,
+                        f"{getattr(other, key)!r}, which follows from encoder, classes and unit",
+                    )
+            if not 2.0**-20 <= block.bound <= 1 or block.bound * _GRID % 1:
+                self.refuse(
+                    f"blocks.{block.name}.bound", block.bound, f"a multiple of 2^-{GRID_BITS} to 1"
+                )
+
+    def _expected(self) -> list[BlockRecord]:
+        """The blocks that `dpmmd.release` would have made, of any weights."""
+        m, classes, grouped = self.m, self.m.num_classes, self.m.unit != "image"
+        found = {block.name for block in m.blocks}
+
+        def block(name: str, by_class: int, shared: int, sign: bool, spread: bool) -> BlockRecord:
+            return BlockRecord(
+                name=name,
+                kind="counts" if name == "counts" else "sums",
+                bound=1.0,
+                nonnegative=sign,
+                spread=grouped or spread,
+                size=classes * by_class + shared,
+                shared=shared,
+            )
+
+        of_taps = [math.prod(tap["shape"]) for tap in m.encoder["taps"]]
+        alike, own = sum(of_taps[: m.shared_taps]), sum(of_taps[m.shared_taps :])
+        groups = [m.moments] if m.joint_weight is not None else [(moment,) for moment in m.moments]
+        result = []
+        for group in groups:
+            name, sign = (
+                "+".join(f"phi{n}" for n in group),
+                group == (2,) or _nonnegative(m.encoder),
+            )
+            n = len(group)
+            result.append(block(name, n * own, n * alike, sign, m.shared_taps > 0))
+        if m.pixel_encoder is not None:
+            d = m.pixel_encoder["taps"][0]["shape"][0]
+            pairs = d * (d + 1) // 2
+            result.append(block("pixels", d, 0, _nonnegative(m.pixel_encoder), False))
+            if "products" in found:
+                result.append(block("products", 0, pairs, True, True))
+            if "class_products" in found:
+                result.append(block("class_products", pairs, 0, True, False))
+        if m.selection_encoder is not None:
+            size = sum(math.prod(tap["shape"]) for tap in m.selection_encoder["taps"])
+            result.append(block("selection", size, 0, _nonnegative(m.selection_encoder), False))
+        if m.labelled or m.adjacency == "add-remove":
+            result.append(block("counts", 1, 0, False, False))
+        return result
+
+    def _claim(self) -> None:
+        """(epsilon, delta) follow from mu, mu from sd and sensitivity, that from the blocks."""
+        m = self.m
+        allowed = m.delta * (1 + (_EARLIER if m.format == 2 else 0))
+        for field, expected, tolerance in (
+            ("sensitivity", m.sensitivity_under(m.adjacency), _CLOSE),
+            ("mu", calibrate(epsilon=m.epsilon, delta=m.delta).mu, _GUESS),
+            ("sd", m.sensitivity / m.mu, _CLOSE),
+            ("noise_sd", m.sd / _GRID * m.clip, _CLOSE),
+        ):
+            if not math.isclose(getattr(m, field), expected, rel_tol=tolerance):
+                self._refuse_claim(f"{field} = {getattr(m, field)!r}, expected {expected!r}")
+        if (least := delta_of(mu=m.mu, epsilon=m.epsilon)) > allowed:
+            self._refuse_claim(f"delta = {m.delta!r}, expected at least {least!r}")
+
+    def _refuse_claim(self, what: str) -> NoReturn:
+        m = self.m
+        raise PrivacyError(
+            f"{self.where}: {what}: the claim (epsilon = {up(m.epsilon)}, delta = {up(m.delta)}, "
+            f"{m.adjacency}) does not follow from the noise and the blocks recorded beside it; the "
+            "file was altered. Restore it from a copy."
+        )
+
+    def _arrays(self) -> None:
+        release, m = self.release, self.m
+        classes, moments = m.num_classes, len(m.moments)
+        blocks = {block.name: block for block in m.blocks}
+        phi = m.blocks[0]
+        shared = phi.shared if m.joint_weight is None else phi.shared // 2
+        columns = (phi.size - phi.shared) // (classes if m.joint_weight is None else 2 * classes)
+        d = blocks["pixels"].size // classes if "pixels" in blocks else 0
+        shapes: dict[str, tuple[int, ...]] = {
+            "sums": (moments, classes, columns),
+            "counts": (classes,),
+            "shared": (moments, 1, shared),
+            "pixels": (classes, d),
+            "products": (d, d),
+            "class_products": (classes, d, d),
+        }
+        if "selection" in blocks:
+            shapes["selection"] = (classes, blocks["selection"].size // classes)
+        for name in ("sums", "counts", *FURTHER):
+            there = name in ("sums", "counts", "shared") or name in blocks
+            there = there and (name != "shared" or m.shared_taps > 0)
+            self._array(name, getattr(release, name), shapes[name] if there else None)
+        if "counts" in blocks and float(release.counts.min()) < 1:
+            self.refuse("counts", float(release.counts.min()), "at least 1")
+        if "counts" not in blocks and release.counts.tolist() != [m.num_units]:
+            self.refuse("counts", release.counts.tolist(), f"[num_units] = [{m.num_units}]")
+        found = array_hash(*(getattr(release, name) for name in ("sums", "counts", *FURTHER)))
+        if found != m.array_sha256:
+            raise PrivacyError(
+                f"{self.where}: the arrays do not match the hash in the metadata, array_sha256; "
+                "the file was altered or damaged. Restore it from a copy."
+            )
+
+    def _array(self, name: str, values: Tensor | None, shape: tuple[int, ...] | None) -> None:
+        dtype = torch.float64 if name == "counts" else torch.float32
+        found = None if values is None else (tuple(values.shape), values.dtype)
+        if found != (None if shape is None else (shape, dtype)):
+            there = "missing" if found is None else f"{found[1]} {list(found[0])}"
+            expected = "none" if shape is None else f"{dtype} {list(shape)}"
+            raise PrivacyError(
+                f"{self.where}: its arrays do not match its metadata: {name} is {there}, expected "
+                f"{expected}. The file was altered or damaged: restore it from a copy."
+            )
+        if values is None:
+            return
+        if not bool(values.isfinite().all()):
+            self.refuse(name, "not finite", "finite numbers")
+        if name.endswith("products") and not torch.equal(values, values.mT):
+            self.refuse(name, "not symmetric", "a symmetric matrix of products")
+
+
+def _nonnegative(spec: Mapping[str, Any]) -> bool:
+    return all(tap["sign"] == "nonnegative" for tap in spec["taps"])
+
+
+def _sizes(value: object, length: int) -> bool:
+    """Whether it is a list of so many whole numbers, each at least 1."""
+    return (
+        isinstance(value, list)
+        and len(value) == length
+        and all(type(size) is int and size >= 1 for size in value)
+    )

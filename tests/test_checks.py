@@ -1,0 +1,342 @@
+"""A release file whose parts contradict each other is refused, by the name of the field.
+
+Every edit is made by somebody who computes the hashes again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import dpmmd
+from dpmmd.privacy import PrivacyError, Release, accounting
+from dpmmd.privacy.release_file import FURTHER, array_hash
+from tests.conftest import images, nonnegative_encoder, small_encoder
+
+Tensors = dict[str, Tensor]
+Edit = Callable[[dict[str, Any], Tensors], None]
+
+
+@cache
+def made(kind: str) -> Release:
+    options: dict[str, Any] = {
+        "plain": {},
+        "unlabelled": {"num_classes": None},
+        "add-remove": {"adjacency": "add-remove"},
+        "zero-out": {"adjacency": "zero-out"},
+        "grouped": {},
+        "pixels": {"pixel_moments": 3, "weights": {"class_products": 0.5}},
+        "selection": {"selection": nonnegative_encoder()},
+        "shared": {"shared_taps": 1, "moments": (1, 2), "joint_weight": 2.0},
+        "pooled": {},
+    }[kind]
+    source: Any = images(40)
+    if kind == "grouped":
+        x, y = source
+        source = torch.utils.data.TensorDataset(torch.tensor(x), torch.tensor(y))
+        source.patients = [i // 2 for i in range(40)]
+        options |= {"group_by": "patients"}
+    encoder = small_encoder(pool=2) if kind == "pooled" else small_encoder()
+    given = {"epsilon": 2.0, "delta": 1e-3, "adjacency": "replace-one", "num_classes": 3}
+    return dpmmd.release(source, encoder, **{**given, **options}, progress=False)
+
+
+def forged(path: Path, kind: str, edit: Edit, *, rehash: bool = True) -> Path:
+    """A file that says of itself what `edit` made of it, with hashes that are right."""
+    release = made(kind)
+    fields = json.loads(release.metadata.model_dump_json())
+    tensors = {
+        name: tensor.clone()
+        for name in ("sums", "counts", *FURTHER)
+        if (tensor := getattr(release, name)) is not None
+    }
+    edit(fields, tensors)
+    if rehash:
+        arrays = [tensors.get(name) for name in ("sums", "counts", *FURTHER)]
+        fields["array_sha256"] = array_hash(*arrays)  # type: ignore[arg-type]
+    text = json.dumps(fields)
+    sha256 = hashlib.sha256(text.encode()).hexdigest()
+    save_file(tensors, path, {"dpmmd": text, "sha256": sha256})
+    return path
+
+
+def put(*path: str | int, value: Any, array: bool = False) -> Edit:
+    """Sets one field, or one number of an array."""
+
+    def edit(fields: dict[str, Any], tensors: Tensors) -> None:
+        where: Any = tensors if array else fields
+        for key in path[:-1]:
+            where = where[key]
+        where[path[-1]] = value
+
+    return edit
+
+
+def block(kind: str, name: str) -> int:
+    return [b.name for b in made(kind).metadata.blocks].index(name)
+
+
+def halved(fields: dict[str, Any], tensors: Tensors) -> None:
+    """Signed taps that are said to be non-negative: sqrt(2) less noise is claimed to do."""
+    fields["blocks"][0]["nonnegative"] = True
+    fields["sensitivity"] = fields["sensitivity"] / 2**0.5
+    fields["sd"] = fields["sensitivity"] / fields["mu"]
+    fields["noise_sd"] = fields["sd"] / 2**30
+
+
+def smaller_epsilon(fields: dict[str, Any], tensors: Tensors) -> None:
+    """All numbers of a claim that the noise does not keep, but the blocks."""
+    level = accounting.calibrate(epsilon=1.0, delta=1e-3)
+    fields |= {"epsilon": 1.0, "mu": level.mu}
+
+
+def dropped(*names: str) -> Edit:
+    def edit(fields: dict[str, Any], tensors: Tensors) -> None:
+        for name in names:
+            del tensors[name]
+
+    return edit
+
+
+def scaled(fields: dict[str, Any], tensors: Tensors) -> None:
+    fields["grid_bits"] = 300_000_000
+
+
+def twice(fields: dict[str, Any], tensors: Tensors) -> None:
+    fields["encoder"]["taps"][1]["name"] = fields["encoder"]["taps"][0]["name"]
+
+
+def unlabelled(fields: dict[str, Any], tensors: Tensors) -> None:
+    fields["labelled"] = False
+
+
+def doubled(fields: dict[str, Any], tensors: Tensors) -> None:
+    fields["blocks"].append(fields["blocks"][0])
+
+
+def reversed_blocks(fields: dict[str, Any], tensors: Tensors) -> None:
+    fields["blocks"].reverse()
+
+
+def asymmetric(name: str) -> Edit:
+    def edit(fields: dict[str, Any], tensors: Tensors) -> None:
+        tensors[name][..., 0, 1] += 1
+
+    return edit
+
+
+NAN, INF = float("nan"), float("inf")
+EDITS: list[tuple[str, str, Edit, str]] = [
+    # what is claimed
+    ("plain", "signs", halved, r"blocks\.phi1\.nonnegative = True, expected False"),
+    ("selection", "signs", put("blocks", 1, "nonnegative", value=False), "selection.nonnegative"),
+    ("pixels", "signs", put("blocks", 1, "nonnegative", value=True), r"blocks\.pixels\.nonneg"),
+    ("plain", "a sign", put("encoder", "taps", 0, "sign", value="positive"), r"taps\[0\]\.sign"),
+    ("plain", "taps' signs", put("encoder", "taps", 0, "sign", value="nonnegative"), "phi1.nonneg"),
+    ("plain", "claim", smaller_epsilon, "sd = .*the claim .* does not follow"),
+    ("plain", "epsilon", put("epsilon", value=-1.0), "epsilon = -1.0"),
+    ("plain", "epsilon", put("epsilon", value=0.0), "epsilon = 0.0"),
+    ("plain", "epsilon", put("epsilon", value=1.9999), "mu = .*does not follow"),
+    ("plain", "epsilon", put("epsilon", value=NAN), "epsilon: .*finite"),
+    ("plain", "epsilon", put("epsilon", value=INF), "epsilon: .*finite"),
+    ("plain", "epsilon", put("epsilon", value="2.0"), "epsilon: .*number"),
+    ("plain", "epsilon", put("epsilon", value=None), "epsilon: .*number"),
+    ("plain", "delta", put("delta", value=-1e-3), "delta = -0.001"),
+    ("plain", "delta", put("delta", value=1.0), "delta = 1.0"),
+    ("plain", "delta", put("delta", value=1e-4), "mu = .*does not follow"),
+    ("plain", "mu", put("mu", value=-0.5), "mu = -0.5"),
+    ("plain", "mu", put("mu", value=0.5), "mu = 0.5"),
+    ("plain", "sd", put("sd", value=0.0), "sd = 0.0"),
+    ("plain", "sd", put("sd", value=-1.0), "sd = -1.0"),
+    ("plain", "sd", put("sd", value=1e9), r"sd = 1000000000\.0, expected"),
+    ("plain", "noise_sd", put("noise_sd", value=0.1), "noise_sd = 0.1"),
+    ("plain", "noise_sd", put("noise_sd", value=NAN), "noise_sd: .*finite"),
+    ("plain", "sensitivity", put("sensitivity", value=1.0), "sensitivity = 1.0"),
+    ("plain", "adjacency", put("adjacency", value="zero-out"), "sensitivity = .*zero-out"),
+    ("plain", "adjacency", put("adjacency", value="x"), "adjacency = 'x'"),
+    ("plain", "private", put("private", value=1), "private: .*boolean"),
+    # units
+    ("add-remove", "N", put("num_units", value=40), "num_units = 40, expected null"),
+    ("plain", "N", put("num_units", value=None), "num_units = None, expected at least 1"),
+    ("zero-out", "N", put("num_units", value=None), "num_units = None, expected at least 1"),
+    ("plain", "N", put("num_units", value=-1), "num_units = -1"),
+    ("unlabelled", "N", put("num_units", value=41), r"counts = \[40\.0\], expected \[num_units\]"),
+    ("plain", "unit", put("unit", value="pixel"), "unit = 'pixel'"),
+    ("plain", "unit", put("unit", value="group by "), "unit = 'group by '"),
+    ("plain", "unit", put("unit", value="group by x"), r"blocks\.phi1\.spread = False"),
+    ("grouped", "unit", put("unit", value="image"), r"blocks\.phi1\.spread = True"),
+    # the layout
+    ("plain", "grid", scaled, "grid_bits = 300000000, expected 30"),
+    ("plain", "bound", put("bound", value="box"), "bound = 'box'"),
+    ("plain", "moments", put("moments", value=[3]), r"moments = \(3,\)"),
+    ("plain", "moments", put("moments", value=[1, 2]), r"blocks = \['phi1', 'counts'\]"),
+    ("plain", "clip", put("clip", value=-1.0), r"clip = -1\.0"),
+    ("plain", "clip", put("clip", value=2.0), "noise_sd = "),
+    ("plain", "joint", put("joint_weight", value=1.0), r"joint_weight = 1\.0"),
+    ("plain", "shared", put("shared_taps", value=1), r"blocks\.phi1\.spread"),
+    ("plain", "shared", put("shared_taps", value=-1), "shared_taps = -1"),
+    ("shared", "shared", put("shared_taps", value=2), "shared_taps = 2"),
+    ("shared", "shared", put("shared_taps", value=0), r"blocks\.phi1\+phi2\.spread"),
+    ("plain", "classes", put("num_classes", value=0), "num_classes = 0"),
+    ("plain", "classes", put("num_classes", value=4), r"blocks\.phi1\.size = 264, expected 352"),
+    ("plain", "classes", unlabelled, "num_classes = 3, expected .* labelled is false"),
+    ("plain", "shape", put("image_shape", value=[2, 8, 8]), r"image_shape = \(2, 8, 8\)"),
+    ("plain", "shape", put("image_shape", value=[1, 8, 0]), r"image_shape = \(1, 8, 0\)"),
+    ("pixels", "shape", put("image_shape", value=[3, 8, 8]), r"pixel_encoder\.name"),
+    ("plain", "name", put("blocks", 0, "name", value="phi9"), r"blocks = \['phi9'"),
+    ("plain", "kind", put("blocks", 0, "kind", value="counts"), r"blocks\.phi1\.kind"),
+    ("plain", "size", put("blocks", 0, "size", value=7), r"blocks\.phi1\.size = 7"),
+    ("plain", "shared", put("blocks", 0, "shared", value=7), r"blocks\.phi1\.shared = 7"),
+    ("plain", "weight", put("blocks", 0, "bound", value=0.0), r"blocks\.phi1\.bound = 0\.0"),
+    ("plain", "weight", put("blocks", 0, "bound", value=1.5), r"blocks\.phi1\.bound = 1\.5"),
+    ("plain", "weight", put("blocks", 0, "bound", value=0.3), r"blocks\.phi1\.bound = 0\.3"),
+    ("plain", "weight", put("blocks", 0, "bound", value=0.5), "sensitivity = "),
+    ("plain", "blocks", put("blocks", value=[]), r"blocks = \[\]"),
+    ("plain", "blocks", doubled, "blocks = "),
+    ("plain", "blocks", reversed_blocks, "blocks = "),
+    ("plain", "key", put("blocks", 0, "more", value=1), "blocks.0.more: extra"),
+    ("plain", "key", put("more", value=1), "more: extra"),
+    # encoders
+    ("plain", "encoder", put("encoder", value={}), r"encoder\.name = None"),
+    ("plain", "taps", put("encoder", "taps", value=[]), r"encoder\.taps = \[\]"),
+    ("plain", "taps", put("encoder", "taps", value=[1]), r"encoder\.taps\[0\] = 1"),
+    ("plain", "taps", twice, r"encoder\.taps = \['a', 'a'\]"),
+    ("plain", "taps", put("encoder", "taps", 0, "shape", value=[4, 4]), r"taps\[0\]\.shape"),
+    ("plain", "taps", put("encoder", "taps", 0, "shape", value=[4, True, 4]), r"taps\[0\]\.shape"),
+    ("plain", "taps", put("encoder", "taps", 0, "shape", value=[5, 4, 4]), r"phi1\.size"),
+    ("pooled", "taps", put("encoder", "pool", value=1), r"encoder\.taps\[0\]\.shape"),
+    ("plain", "pool", put("encoder", "pool", value=0), r"encoder\.pool = 0"),
+    ("plain", "size", put("encoder", "image_size", value=[8]), r"encoder\.image_size = \[8\]"),
+    ("plain", "layout", put("encoder", "layout", value="NCHW"), r"encoder\.layout = 'NCHW'"),
+    ("plain", "precision", put("encoder", "precision", value="int8"), r"encoder\.precision"),
+    ("plain", "sha", put("encoder", "weights_sha256", value=3), r"weights_sha256 = 3"),
+    ("selection", "none", put("selection_encoder", value=None), "blocks = .*expected phi1, counts"),
+    ("selection", "taps", put("selection_encoder", "taps", value=0), r"encoder\.taps = 0"),
+    ("pixels", "side", put("pixel_encoder", "image_size", value=[3, 4]), r"pixel_encoder\.image_s"),
+    ("pixels", "none", put("pixel_encoder", value=None), "blocks = "),
+    # arrays
+    *(
+        (kind, name, put(name, ..., value=value, array=True), f"{name} = 'not finite'")
+        for kind, name in (
+            ("plain", "sums"), ("plain", "counts"), ("shared", "shared"),
+            ("pixels", "pixels"), ("pixels", "products"), ("pixels", "class_products"),
+            ("selection", "selection"),
+        )
+        for value in (NAN, INF)
+    ),
+    ("plain", "counts", put("counts", 0, value=0.5, array=True), r"counts = 0\.5, expected at le"),
+    ("plain", "counts", put("counts", 0, value=-3.0, array=True), r"counts = -3\.0"),
+    ("plain", "counts", put("counts", value=torch.ones(3), array=True), "counts is torch.float32"),
+    ("unlabelled", "counts", put("counts", 0, value=9.0, array=True), r"counts = \[9\.0\]"),
+    ("pixels", "products", asymmetric("products"), "products = 'not symmetric'"),
+    ("pixels", "products", asymmetric("class_products"), "class_products = 'not symmetric'"),
+    ("pixels", "products", dropped("products"), "products is missing"),
+    ("pixels", "pixels", dropped("pixels", "products", "class_products"), "pixels is missing"),
+    ("selection", "selection", dropped("selection"), "selection is missing"),
+    ("shared", "shared", dropped("shared"), "shared is missing"),
+    ("plain", "more", put("shared", value=torch.ones(1, 1, 1), array=True), "shared is .*none"),
+    ("plain", "sums", put("sums", value=torch.ones(1, 3, 9), array=True), r"\[1, 3, 9\], expected"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "edit", "message"),
+    EDITS,
+    ids=[f"{i}-{e[0]}-{e[1]}" for i, e in enumerate(EDITS)],
+)
+def test_a_contradiction_is_refused_by_its_field(
+    tmp_path: Path, kind: str, name: str, edit: Edit, message: str
+) -> None:
+    path = forged(tmp_path / "r.safetensors", kind, edit)
+    with pytest.raises(PrivacyError, match=message):
+        Release.load(path)
+
+
+KINDS = (
+    "plain", "unlabelled", "add-remove", "zero-out", "grouped", "pixels", "selection", "shared",
+    "pooled",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_released_contradicts_nothing(tmp_path: Path, kind: str) -> None:
+    release = made(kind)
+    again = Release.load(release.save(tmp_path / "r.safetensors"))
+    assert again.metadata == release.metadata
+    assert again.metadata.format == 3
+    forged(tmp_path / "same.safetensors", kind, lambda *_: None)
+    Release.load(tmp_path / "same.safetensors")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_of_format_2_are_read(tmp_path: Path, kind: str) -> None:
+    """What was added since then has the value of before; mu was rounded less carefully."""
+
+    def earlier(fields: dict[str, Any], tensors: Tensors) -> None:
+        for key in set(fields) - BEFORE:
+            del fields[key]
+        fields["format"] = 2
+        fields["mu"] *= 1 + 1e-9
+        fields["sd"] /= 1 + 1e-9
+        fields["noise_sd"] /= 1 + 1e-9
+
+    path = forged(tmp_path / "r.safetensors", kind, earlier)
+    again = Release.load(path)
+    assert again.metadata.format == 2
+    assert torch.equal(again.sums, made(kind).sums)
+    assert "(2, 0.001)" in again.report()
+
+    def later(fields: dict[str, Any], tensors: Tensors) -> None:
+        earlier(fields, tensors)
+        fields["format"] = 3
+
+    with pytest.raises(PrivacyError, match=r"delta = 0\.001, expected at least 0\.00100000"):
+        Release.load(forged(path, kind, later))
+
+
+BEFORE = {
+    "format", "version", "private", "adjacency", "unit", "epsilon", "delta", "mu", "sd",
+    "sensitivity", "noise_sd", "grid_bits", "moments", "bound", "clip", "joint_weight",
+    "blocks", "num_classes", "labelled", "num_units", "image_shape", "source",
+    "encoder", "pixel_encoder", "selection_encoder", "shared_taps", "array_sha256",
+}  # fmt: skip
+
+
+def test_arrays_do_not_change_with_the_file(tmp_path: Path) -> None:
+    path = made("pixels").save(tmp_path / "r.safetensors")
+    release = Release.load(path)
+    with open(path, "r+b") as file:
+        file.seek(-64, 2)
+        file.write(b"\xff" * 64)
+        size = file.tell()
+        file.seek(size // 2)
+        file.write(b"\xff" * (size - size // 2))
+    for name in ("sums", "counts", *FURTHER):
+        ours, theirs = getattr(release, name), getattr(made("pixels"), name)
+        assert (ours is None) == (theirs is None)
+        assert ours is None or torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "[]", "3", "null", '"x"', "{", "[" * 100_000, '{"format": [3]}', '{"format": 3}',
+        '{"format": NaN}', '{"format": ' + "9" * 5000 + "}", '{"format": 3, "epsilon": 1e999}',
+    ],
+    ids=lambda text: text[:20],
+)  # fmt: skip
+def test_metadata_that_are_none_are_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "r.safetensors"
+    kept = {"dpmmd": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    save_file({"sums": torch.ones(1), "counts": torch.ones(1)}, path, kept)
+    with pytest.raises(PrivacyError, match=r"not a readable release|dpmmd reads"):
+        Release.load(path)

@@ -83,10 +83,12 @@ class Source(ImageSource):
 
 
 def unreadable() -> Source:
-    def fail() -> None:
+    def fail(*_: object) -> None:
         raise AssertionError("an image was read")
 
-    return Source(fail)
+    source = Source(fail)
+    source.look = fail  # type: ignore[assignment, method-assign]
+    return source
 
 
 @pytest.fixture

@@ -90,6 +90,7 @@ _FOR_IMAGES = {  # likewise, for images, of releases for groups
     "add-remove": {"replace-one": math.inf, "zero-out": math.inf, "add-remove": 2.0},
 }
 _START = "0" * 64  # what the first line has in place of a previous hash
+_UNWRITTEN = {"version": "", "previous": "", "hash": ""}  # what is known once a line is written
 _INFINITY = "infinity"  # JSON has no number for it
 _RESTORE = (
     "Restore the ledger from a copy; do not start a new one, which would forget what was spent."
@@ -307,21 +308,19 @@ class Ledger:
             UserWarning: a population that is new to a ledger with other releases in it: what this
                 declares.
         """
-        if population is not None:
-            check_population(population)
-        record = {
-            "kind": "spend",
-            "identity": identity,
-            "source": source,
-            "private": private,
-            "mu": mu if private else _INFINITY,
-            "epsilon": float(epsilon),
-            "delta": float(delta),
-            "adjacency": check_adjacency(adjacency),
-            "unit": unit,
-            **({} if population is None else {"population": population}),
-        }
-        new = _entry(_Spend.model_validate({**record, "version": "", "previous": "", "hash": ""}))
+        record, new = _asked(
+            {
+                "identity": identity,
+                "source": source,
+                "private": private,
+                "mu": mu,
+                "epsilon": epsilon,
+                "delta": delta,
+                "adjacency": adjacency,
+                "unit": unit,
+                "population": population,
+            }
+        )
         if not self.path.exists():
             self._refuse_over_budget([], new)
             self._create()
@@ -330,6 +329,12 @@ class Ledger:
             self._refuse_over_budget(_of_population(entries, population), new)
             _warn_new(self.path, entries, population)
             return _append(file, record, last)
+
+    def check(self, **asked: Any) -> None:
+        """Raises what `spend` with these arguments would raise now; records nothing."""
+        _, new = _asked(asked)
+        entries = self.entries() if self.path.exists() else []
+        self._refuse_over_budget(_of_population(entries, new.population), new)
 
     def is_open(self, spend: str) -> bool:
         """Whether a line that was spent waits for its release, so that this may still complete."""
@@ -546,6 +551,19 @@ def _locks(path: Path) -> ModuleType:
             "count yourself (dpmmd.privacy.compose)."
         ) from None
     return fcntl
+
+
+def _asked(asked: dict[str, Any]) -> tuple[dict[str, Any], Entry]:
+    """The line of a spend, and what it will be read as."""
+    record = {"kind": "spend", **asked, "adjacency": check_adjacency(asked["adjacency"])}
+    record |= {key: float(asked[key]) for key in ("epsilon", "delta")}
+    if not asked["private"]:
+        record["mu"] = _INFINITY
+    if asked["population"] is None:
+        del record["population"]
+    else:
+        check_population(asked["population"])
+    return record, _entry(_Spend.model_validate({**record, **_UNWRITTEN}))
 
 
 def _parsed(text: bytes, where: str) -> _Header | _Spend | _Released:

@@ -340,19 +340,24 @@ def release(
             "releases; delete the folder to start from the first image."
         )
     spend = spends.pop() if spends else None
-    check_source(images, batch_size)  # the last that may speak of private records
+    asked: dict[str, Any] = {}
     if book is not None and not (spend and book.is_open(spend)):
-        spend = book.spend(
-            identity=images.identity,
-            source=images.name,
-            mu=noise_level.mu,
-            epsilon=epsilon,
-            delta=delta,
-            adjacency=adjacency,
-            unit=metadata.unit,
-            private=private,
-            population=population,
-        )
+        asked = {
+            "identity": images.identity,
+            "source": images.name,
+            "mu": noise_level.mu,
+            "epsilon": epsilon,
+            "delta": delta,
+            "adjacency": adjacency,
+            "unit": metadata.unit,
+            "private": private,
+            "population": population,
+        }
+        book.check(**asked)  # a release that is refused looks at no image
+    ranks.gather(None)
+    check_source(images, batch_size)  # the last that may speak of private records
+    if book is not None and asked:
+        spend = book.spend(**asked)
     spend = ranks.gather(spend)[0]  # nobody reads an image before it is written down
     steps = max(ranks.gather(len(numbers)))
     bar = tqdm(

@@ -284,7 +284,7 @@ def test_a_card_shows_names_as_they_are() -> None:
         release, name="s", format="npz", shape=(6, 1, 8, 8), step=1, temperature=1.0, seed=0
     )
     line = next(line for line in text.splitlines() if line.startswith("Classes: "))
-    assert line == r"Classes: 0 is \<b\>\|\*a\*; 1 is \`x\`\\n\# y; 2 is \[red\]."
+    assert line == r"Classes: 0 is &lt;b&gt;\|\*a\*; 1 is \`x\`\\n# y; 2 is \[red\]."
 
 
 # ----------------------------------------------------------------------------- which is which

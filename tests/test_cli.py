@@ -1002,7 +1002,7 @@ def test_a_run_whose_evaluation_would_be_refused_is_refused_before_privacy_is_sp
     fewer = text.replace("num_classes = 3", "num_classes = 2")
     (folder / "mine.toml").write_text(fewer)
     result = call("run", folder / "mine.toml", "--out", folder / "run")
-    refused(result, "num_classes=2", "3 classes (low, mid, top)")
+    refused(result, "num_classes=2", "low, mid, top", "num_classes=3")
     (folder / "mine.toml").write_text(text.replace("num_classes = 3", "num_classes = 1"))
     refused(call("run", folder / "mine.toml", "--out", folder / "run"), "every classifier is right")
     assert files(folder) == before

@@ -926,6 +926,7 @@ def _print_json(value: dict[str, Any]) -> None:
 
 def _print_report(f: dict[str, Any]) -> None:
     from dpmmd.privacy import report
+    from dpmmd.privacy.printed import plain
 
     console = _console()
     console.print(f["promise"], highlight=False)
@@ -939,7 +940,7 @@ def _print_report(f: dict[str, Any]) -> None:
     console.print("Not covered:")
     for line in f["not_covered"]:
         console.print(f"- {line}", highlight=False)
-    console.print(f"Tests: {f['tested']}", highlight=False, markup=False)
+    console.print(f"Tests: {plain(f['tested'], 1000)}", highlight=False)
     for evidence in f["evidence"]:
         console.print(f"- {evidence['what']} ({evidence['test']})", highlight=False)
     if f["evidence"]:

@@ -80,7 +80,8 @@ LOG_EPSILON, LOG_DELTA = st.floats(-7, 3.9999), st.floats(-300, -1e-4)
 @given(LOG_EPSILON, LOG_DELTA | st.floats(-12, -1e-4), st.floats(-8, 4))
 def test_rounding_is_directed(log_epsilon: float, log_delta: float, log_mu: float) -> None:
     epsilon, delta, mu = 10.0**log_epsilon, 10.0**log_delta, 10.0**log_mu
-    check_calibration(epsilon, delta)
+    if exact_delta(1.001e-8, epsilon) < delta:  # else no mu in the range is small enough
+        check_calibration(epsilon, delta)
     check_epsilon(mu, delta)
     check_delta(mu, epsilon)
 

@@ -41,9 +41,8 @@ def test_a_printed_bound_is_on_its_side(value: float, digits: int) -> None:
 
 @given(value=st.floats(0, 1), places=st.integers(0, 6))
 def test_a_printed_share_is_at_least_the_share(value: float, places: int) -> None:
-    with mpmath.workdps(50):
-        shown = mpmath.mpf(printed.percent(value, places)[:-1])
-        assert 0 <= shown - 100 * mpmath.mpf(repr(value)) <= mpmath.mpf(10) ** -places
+    shown = Fraction(printed.percent(value, places)[:-1])
+    assert 0 <= shown - 100 * Fraction(repr(value)) < Fraction(1, 10**places)
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,7 @@ def markdown(release: Release, ledger: Ledger | None = None) -> str:
     lines += [f"- {line}" for line in utility(f)]
     lines += ["", "Not covered:", ""]
     lines += [f"- {line}" for line in f["not_covered"]]
-    lines += ["", f"Tests: {f['tested']}", ""]
+    lines += ["", f"Tests: {escaped(plain(f['tested'], 1000))}", ""]
     lines += [f"- {e['what']} (`{e['test']}`)" for e in f["evidence"]]
     return "\n".join(lines).rstrip("\n") + "\n"
 

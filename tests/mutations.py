@@ -36,6 +36,9 @@ LEDGER = "dpmmd/privacy/ledger.py"
 CHECKS = "dpmmd/privacy/checks.py"
 ENCODER = "dpmmd/encoders/base.py"
 ITEMS = "dpmmd/data/items.py"
+DATASET = "dpmmd/data/dataset.py"
+DRAWS = "dpmmd/data/draws.py"
+PIXELS = "dpmmd/data/pixels.py"
 TRAIN = "dpmmd/train.py"
 PARTIAL = "dpmmd/privacy/partial.py"
 _RANKS = "tests/test_ranks.py"
@@ -1459,6 +1462,107 @@ MUTATIONS = (
         "images in 0..255 or -1..1 pass for images in 0..1: real and generated ones need not match",
         (Edit(ENCODER, "elif not bool(inside):", "elif False:"),),
         ("tests/test_encoders.py::test_refuses_bad_images",),
+    ),
+    # ------------------------------------------------------------------------- one record, once
+    Mutation(
+        "one-stream-for-all-records",
+        "random augmentation reads one stream: one record less re-draws all later ones",
+        (Edit(DATASET, "            draws.rekey(index)\n", ""),),
+        (
+            "tests/test_draws.py::test_one_record_less_leaves_the_others_as_they_were",
+            "tests/test_draws.py::test_one_record_exchanged_moves_the_sums_by_its_own_share",
+        ),
+    ),
+    Mutation(
+        "one-key-for-all-readings",
+        "every reading of a data set draws the same, by a key that anybody can read",
+        (Edit(DRAWS, "os.urandom(32) if key is None else key", "bytes(32)"),),
+        (
+            "tests/test_draws.py::test_every_reading_has_keys_of_its_own",
+            "tests/test_draws.py::test_keys_differ_by_record_stream_and_source",
+        ),
+    ),
+    Mutation(
+        "own-generators-not-keyed",
+        "a generator that the data set keeps runs on from record to record",
+        (Edit(DRAWS, "self._own = _generators(dataset)", "self._own = []"),),
+        ("tests/test_draws.py::test_one_record_less_leaves_the_others_as_they_were",),
+    ),
+    Mutation(
+        "dependent-items-not-refused",
+        "items that keep something between records are released",
+        (Edit(DATASET, "if not all(map(_same, first, second)):", "if False:"),),
+        ("tests/test_draws.py::test_items_that_depend_on_what_was_read_before_are_refused",),
+    ),
+    Mutation(
+        "batches-not-copied",
+        "a source that fills one array again is read ahead: some images count twice",
+        (
+            Edit(
+                "dpmmd/data/loader.py",
+                "yield Batch(batch.images.clone(), batch.labels.clone(), batch.valid.clone())",
+                "yield batch",
+            ),
+        ),
+        ("tests/test_draws.py::test_a_source_may_fill_one_array_again_and_again",),
+    ),
+    Mutation(
+        "padding-counted",
+        "rows after the last record count as further images",
+        (
+            Edit(
+                MECHANISM,
+                "    valid = valid & (torch.arange(batch_size, device=device) < records)\n",
+                "",
+            ),
+        ),
+        ("tests/test_draws.py::test_rows_after_the_last_record_are_not_counted",),
+    ),
+    Mutation(
+        "one-record-ends-the-release",
+        "an exception of a data set's item ends the release, where its neighbour completes",
+        (
+            Edit(
+                DATASET,
+                "except Exception as error:  # of any kind",
+                "except OSError as error:  # of any kind",
+            ),
+        ),
+        ("tests/test_data.py::test_no_exception_of_one_record_ends_the_reading[SystemError-0]",),
+    ),
+    Mutation(
+        "nothing-usable-is-released",
+        "a data set of which nothing is usable is spent for",
+        (Edit("dpmmd/data/look.py", "    if not found.usable:\n", "    if False:\n"),),
+        (
+            "tests/test_look.py::test_a_normalised_data_set_is_refused",
+            "tests/test_look.py::test_files_that_only_stand_for_images_are_refused",
+        ),
+    ),
+    Mutation(
+        "pixels-not-bounded",
+        "a file of a few kilobytes asks for gigabytes",
+        (Edit(PIXELS, "if image.size[0] * image.size[1] > MAX_PIXELS:", "if False:"),),
+        ("tests/test_data.py::test_an_image_of_too_many_pixels_is_not_decoded",),
+    ),
+    Mutation(
+        "any-file-is-opened",
+        "a FIFO among the images hangs the release",
+        (Edit(PIXELS, "if not stat.S_ISREG(os.fstat(descriptor).st_mode):", "if False:"),),
+        ("tests/test_pixels.py::test_what_is_no_regular_file_is_not_waited_for",),
+    ),
+    Mutation(
+        "a-file-counts-by-its-name",
+        "a second name of a file is a second record",
+        (
+            Edit(
+                "dpmmd/data/once.py",
+                "    if status.st_ino:\n        return status.st_dev, status.st_ino\n",
+                "",
+            ),
+            Edit("dpmmd/data/once.py", "return os.path.realpath(path)", "return os.fspath(path)"),
+        ),
+        ("tests/test_containers.py::test_a_second_name_of_a_file_counts_once",),
     ),
 )
 

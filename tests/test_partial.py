@@ -344,3 +344,12 @@ def test_no_image_is_released_as_one_is_under_add_remove(
 def test_no_image_is_refused_where_n_is_public() -> None:
     with pytest.raises(ValueError, match="holds no images"):
         release(images(0), None)
+
+
+def test_it_does_not_go_on_for_another_population(tmp_path: Path) -> None:
+    folder, book = tmp_path / "sums", tmp_path / "ledger"
+    with pytest.raises(KeyboardInterrupt):
+        release(Stops(2), folder, ledger=book, population="ward 3", insecure_test_noise=None)
+    for other in (None, "ward 4"):
+        with pytest.raises(PrivacyError, match="partial sums of another release"):
+            release(Stops(None), folder, ledger=book, population=other, insecure_test_noise=None)

@@ -893,3 +893,14 @@ def test_the_reported_noise_norm_is_what_happens(encoder: dpmmd.encoders.Encoder
     expected = np.array(facts(noisy)["blocks"][0]["expected_noise_norm_per_class"])
     noise = (noisy.sums - clean.sums)[0].norm(dim=1).numpy() / noisy.counts.numpy()
     np.testing.assert_allclose(noise, expected, rtol=0.35)
+
+
+@pytest.mark.parametrize("clip", [1e300, 1e-300])
+def test_a_clip_that_float32_does_not_hold_is_refused_before_the_spend(
+    clip: float, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="clip=.*float32"):
+        dpmmd.release(
+            images(8), small_encoder(), **ARGUMENTS, clip=clip, ledger=tmp_path / "ledger"
+        )
+    assert not (tmp_path / "ledger").exists()

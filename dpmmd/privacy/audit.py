@@ -218,7 +218,8 @@ def audit(
     free = lower_bound_by_thresholds(scores[coins], scores[~coins], thresholds, alpha) / copies
     mu = max(means, free)
     return Audit(
-        epsilon_lower=accounting.epsilon(mu=mu, delta=delta) if mu >= 1e-8 else 0.0,
+        # A lower bound, while `accounting.epsilon` rounds up.
+        epsilon_lower=accounting.epsilon(mu=mu, delta=delta) * (1 - 1e-8) if mu >= 1e-8 else 0.0,
         epsilon_claimed=float(epsilon),
         delta=float(delta),
         mu_lower=mu,

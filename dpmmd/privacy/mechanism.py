@@ -233,7 +233,7 @@ def release(
     check_adjacency(adjacency)
     moments = (moments,) if isinstance(moments, int) else tuple(moments)
     check_bound(moments, bound, clip, joint_weight)
-    _check(num_classes, batch_size, shared_taps, len(encoder.taps))
+    _check(num_classes, batch_size, shared_taps, len(encoder.taps), clip)
     if budget is not None and ledger is None:
         raise ValueError(f"budget={budget!r}: needs ledger=FILE, which remembers what was spent.")
     if population is not None:
@@ -321,6 +321,7 @@ def release(
         **metadata.model_dump(),
         "batch_size": batch_size,
         "images": images.num_images,
+        "population": population,
     }
     if partial_sums is not None:
         store = PartialSums(partial_sums, settings, ranks.rank, ranks.world)
@@ -474,7 +475,9 @@ def _batch_size(
     return max(1, min(256, memory // (4 * numbers)))
 
 
-def _check(num_classes: int | None, batch_size: int | None, shared_taps: int, taps: int) -> None:
+def _check(
+    num_classes: int | None, batch_size: int | None, shared_taps: int, taps: int, clip: float
+) -> None:
     if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 1):
         raise ValueError(f"num_classes={num_classes!r}: expected None or an int >= 1.")
     if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
@@ -484,6 +487,8 @@ def _check(num_classes: int | None, batch_size: int | None, shared_taps: int, ta
             f"shared_taps={shared_taps!r}: expected how many of the encoder's first taps all "
             f"classes share, 0 to {taps - 1} of {taps}."
         )
+    if not 2.0**-60 <= clip <= 2.0**60:
+        raise ValueError(f"clip={clip!r}: expected a norm that float32 sums hold, 2^-60 to 2^60.")
     if shared_taps and num_classes is None:
         raise ValueError(f"shared_taps={shared_taps}: needs num_classes, classes that share them.")
 

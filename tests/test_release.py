@@ -899,7 +899,7 @@ def test_the_reported_noise_norm_is_what_happens(encoder: dpmmd.encoders.Encoder
 def test_a_clip_that_float32_does_not_hold_is_refused_before_the_spend(
     clip: float, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match="clip=.*float32"):
+    with pytest.raises(ValueError, match=r"clip=.*float32"):
         dpmmd.release(
             images(8), small_encoder(), **ARGUMENTS, clip=clip, ledger=tmp_path / "ledger"
         )

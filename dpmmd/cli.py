@@ -8,7 +8,7 @@ import sys
 import warnings
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,6 +17,9 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from dpmmd._memory import keep_freed_memory
+
+if TYPE_CHECKING:
+    from dpmmd.privacy import SourceAudit
 
 
 class _Group(TyperGroup):
@@ -831,6 +834,7 @@ def privacy(
 
 @app.command()
 def audit(
+    context: typer.Context,
     canaries: Annotated[int, typer.Option(help="Made-up images, one secret coin each.")] = 10_000,
     epsilon: Annotated[float, typer.Option(help="The claim.")] = 1.0,
     delta: Annotated[float, typer.Option(help="The claim's failure probability.")] = 1e-5,
@@ -845,6 +849,41 @@ def audit(
     confidence: Annotated[
         float, typer.Option(help="Probability that a true claim is found consistent.")
     ] = 1 - 1e-6,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            help="Check a pipeline of your own instead: private images as for `release`. Reads "
+            "them; what is printed is for your eyes alone."
+        ),
+    ] = None,
+    encoder: Annotated[
+        str, typer.Option(help="With --source, as all below, and as for `release`: the encoder.")
+    ] = "squeezenet1.1",
+    encoder_size: Annotated[int, typer.Option(help="Side of the images the encoder sees.")] = 32,
+    weights: Annotated[str | None, typer.Option(help="The encoder's weight file.")] = None,
+    records: Annotated[
+        int | None,
+        typer.Option(
+            help="How many records are read, the first ones. Default: 256, or a quarter more than "
+            "a batch."
+        ),
+    ] = None,
+    num_classes: Annotated[int | None, typer.Option(help="Classes; none: unlabelled.")] = None,
+    bound: Annotated[str, typer.Option(help="sphere, ball, sphere-per-tap, ball-per-tap.")] = (
+        "sphere"
+    ),
+    group_by: Annotated[
+        str | None, typer.Option(help="What says which images belong together.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of a named data set.")] = "train",
+    image_size: Annotated[int | None, typer.Option(help="Side to bring images to.")] = None,
+    channels: Annotated[int | None, typer.Option(help="1 (grey) or 3 (RGB).")] = None,
+    crop: Annotated[str | None, typer.Option(help="'center': crop instead of stretch.")] = None,
+    background: Background = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images a step. Default: that of the release.")
+    ] = None,
+    device: Device = "auto",
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -853,10 +892,48 @@ def audit(
     Sends made-up images through the real release and tells, by secret coins, how well they can be
     found in it. Reads no private data. An audit can refute a claim, never prove it. Exit code 2 if
     the claim is refuted.
+
+    With --source it checks your own data set and encoder instead: it exchanges and leaves out
+    records, and refutes the claim if what another record contributes moves. It reads private
+    records, draws no noise and spends nothing; what it prints is for your eyes alone.
+
+    Example: `dpmmd audit --source scans/ --encoder squeezenet1.1 --encoder-size 64 --num-classes 2
+    --image-size 64`
     """
     from dpmmd import privacy
     from dpmmd.privacy.printed import down, up
 
+    given = {
+        name
+        for name in context.params
+        if (how := context.get_parameter_source(name)) is not None and how.name == "COMMANDLINE"
+    }
+    if source is not None:
+        _refuse(given & {"canaries", "epsilon", "delta", "copies", "sign", "confidence"}, "without")
+        _audit_source(
+            source,
+            encoder,
+            encoder_size,
+            weights,
+            device,
+            quiet=quiet,
+            as_json=as_json,
+            adjacency=adjacency.value,
+            num_classes=num_classes,
+            records=records,
+            moments=_moments(moments),
+            bound=bound,
+            batch_size=batch_size,
+            group_by=group_by,
+            split=split,
+            image_size=image_size,
+            channels=channels,
+            crop=crop,
+            background=background,
+        )
+        return
+    canary = {"canaries", "epsilon", "delta", "adjacency", "copies", "sign", "moments"}
+    _refuse(given - canary - {"confidence", "quiet", "as_json"}, "with")
     result = privacy.audit(
         epsilon=epsilon,
         delta=delta,
@@ -889,6 +966,72 @@ def audit(
         raise typer.Exit(2)
     if not quiet:
         _say("consistent with the claim: these canaries did not refute it, which does not prove it")
+
+
+def _refuse(names: set[str], how: str) -> None:
+    """Refuses options of the other kind of audit, by name."""
+    if names:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names))
+        raise ValueError(
+            f"{options}: makes sense {how} --source only. `dpmmd audit` attacks the release with "
+            "made-up images; with --source it checks a data set and an encoder, and draws no noise."
+        )
+
+
+def _audit_source(
+    source: str,
+    encoder: str,
+    encoder_size: int,
+    weights: str | None,
+    device: str,
+    *,
+    quiet: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    import dpmmd
+    from dpmmd.privacy.pipeline import NOTICE
+    from dpmmd.run import choose_device
+
+    where = choose_device(device)
+    loaded = dpmmd.encoders.load(encoder, image_size=encoder_size, weights=weights).to(where)
+    _say(NOTICE)
+    result = dpmmd.privacy.audit_source(source, loaded, progress=not quiet, **options)
+    if as_json:
+        _print_json(result.facts())
+    else:
+        _print_checks(result)
+    if result.verdict == "VIOLATED":
+        _say(
+            "error: VIOLATED: what a record contributes does not depend on that record alone, so "
+            "that no epsilon holds. Do not release with this source and encoder."
+        )
+        raise typer.Exit(2)
+    if not quiet:
+        _say(
+            f"consistent with the claim: no other record moved in these checks of {result.records} "
+            "records, which does not prove that none ever does"
+        )
+
+
+def _print_checks(result: SourceAudit) -> None:
+    console = _console()
+    table = Table("check", "outcome", "x Delta", "at most", "others that moved", "of")
+    causes: dict[str, list[str]] = {}
+    for check in result.checks:
+        moved = check.rows_moved if check.moved is None else check.moved
+        numbers = (check.distance, check.limit)
+        table.add_row(
+            Text(check.name),
+            check.outcome,
+            *("" if number is None else f"{number:.4g}" for number in numbers),
+            *("" if count is None else str(count) for count in (moved, check.compared)),
+        )
+        if check.why:
+            causes.setdefault(check.why, []).append(check.name)
+    console.print(table)
+    for why, names in causes.items():
+        console.print(Text(f"- {', '.join(names)}: {why}"))
 
 
 def _moments(text: str) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ from dpmmd.privacy.accounting import Calibration, calibrate, compose, delta, eps
 from dpmmd.privacy.audit import Audit, audit
 from dpmmd.privacy.ledger import Ledger
 from dpmmd.privacy.mechanism import release
+from dpmmd.privacy.pipeline import SourceAudit, SourceCheck, audit_source
 from dpmmd.privacy.release_file import PrivacyError, Release
 from dpmmd.privacy.sensitivity import ADJACENCIES, Block, optimal_weights, sensitivity
 
@@ -15,7 +16,10 @@ __all__ = [
     "Ledger",
     "PrivacyError",
     "Release",
+    "SourceAudit",
+    "SourceCheck",
     "audit",
+    "audit_source",
     "calibrate",
     "compose",
     "delta",

@@ -380,31 +380,9 @@ def release(
                     batch, batch_size, classes, labelled, device, records
                 )
                 share = _shares(sizes, start, batch_size, device)
-                features = {
-                    key: [f.permute(0, 2, 3, 1).flatten(1) for f in used(pixels)]
-                    for key, used in encoders.items()
-                }
+                features = _features(encoders, pixels)
                 whole = False
-                for part, sums in zip(parts, raw, strict=True):
-                    limits = int(part.block.bound) // share
-                    if part.products:
-                        rows = torch.zeros_like(labels) if part.pooled else labels
-                        sums.add_products(features[id(part.encoder)][0], rows, valid, limits)
-                        continue
-                    sums.add(
-                        features[id(part.encoder)],
-                        labels,
-                        valid,
-                        limits,
-                        moments=part.moments,
-                        joint_weight=part.joint_weight,
-                        bound=part.bound,
-                        clip=part.clip,
-                        nonnegative=part.block.nonnegative,
-                        shared_taps=part.shared_taps,
-                    )
-                if raw_counts is not None and counts_block is not None:
-                    raw_counts.add_counts(labels, valid, int(counts_block.bound) // share)
+                _add(parts, raw, counts_block, raw_counts, features, labels, valid, share)
                 done, whole = done + 1, True
                 del batch, pixels, labels, valid, features
                 bar.update()
@@ -462,6 +440,47 @@ def _done(result: Release, store: PartialSums | None) -> Release:
     if store is not None:
         store.delete()
     return result
+
+
+def _features(encoders: Mapping[int, Encoder], pixels: Tensor) -> dict[int, list[Tensor]]:
+    """Of each encoder, one [n, d_l] per tap."""
+    return {
+        key: [f.permute(0, 2, 3, 1).flatten(1) for f in used(pixels)]
+        for key, used in encoders.items()
+    }
+
+
+def _add(
+    parts: Sequence[_Part],
+    raw: Sequence[PrivateSums],
+    counts_block: Block | None,
+    raw_counts: PrivateSums | None,
+    features: Mapping[int, Sequence[Tensor]],
+    labels: Tensor,
+    valid: Tensor,
+    share: Tensor,
+) -> None:
+    """Adds what a batch contributes to the sums of every block."""
+    for part, sums in zip(parts, raw, strict=True):
+        limits = int(part.block.bound) // share
+        if part.products:
+            rows = torch.zeros_like(labels) if part.pooled else labels
+            sums.add_products(features[id(part.encoder)][0], rows, valid, limits)
+            continue
+        sums.add(
+            features[id(part.encoder)],
+            labels,
+            valid,
+            limits,
+            moments=part.moments,
+            joint_weight=part.joint_weight,
+            bound=part.bound,
+            clip=part.clip,
+            nonnegative=part.block.nonnegative,
+            shared_taps=part.shared_taps,
+        )
+    if raw_counts is not None and counts_block is not None:
+        raw_counts.add_counts(labels, valid, int(counts_block.bound) // share)
 
 
 def _batch_size(

@@ -173,8 +173,9 @@ class PrivateSums:
     """Exact int64 class sums of one block: write-only until noise is added.
 
     Has no representation, cannot be pickled, copied, compared, iterated or converted. Its content
-    leaves through `take`, which `mechanism.release` calls once to add the noise in place, and
-    through `write`, into the folder for partial sums that the data holder named.
+    leaves through `take`, which `mechanism.release` calls once to add the noise in place (and
+    `pipeline`, which the data holder runs, to compare two data sets), and through `write`, into the
+    folder for partial sums that the data holder named.
 
     Args:
         num_classes: K rows.

@@ -253,7 +253,7 @@ def audit_source(
     check_adjacency(adjacency)
     moments = (moments,) if isinstance(moments, int) else tuple(moments)
     check_bound(moments, bound, clip, joint_weight)
-    mechanism._check(num_classes, batch_size, shared_taps, len(encoder.taps))
+    mechanism._check(num_classes, batch_size, shared_taps, len(encoder.taps), clip)
     if records is not None and (type(records) is not int or records < 2):
         raise ValueError(f"records={records!r}: expected None or an int >= 2, e.g. {RECORDS}.")
     if (neighbour is None) != (position is None):

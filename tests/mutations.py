@@ -1391,8 +1391,8 @@ MUTATIONS = (
         (
             Edit(
                 ITEMS,
-                "except Exception as error:\n                pixels",
-                "except ImportError as error:\n                pixels",
+                "except BaseException as error:\n                if",
+                "except ImportError as error:\n                if",
             ),
         ),
         (f"{_UNDECODABLE}[True-noise-folder]",),
@@ -1403,9 +1403,9 @@ MUTATIONS = (
         (
             Edit(
                 ITEMS,
-                "except Exception as error:\n                pixels",
-                'except Exception as error:\n                print("image", index)\n'
-                "                pixels",
+                "except BaseException as error:\n                if",
+                'except BaseException as error:\n                print("image", index)\n'
+                "                if",
             ),
         ),
         (f"{_UNDECODABLE}[True-noise-folder]",),
@@ -1467,7 +1467,17 @@ MUTATIONS = (
     Mutation(
         "one-stream-for-all-records",
         "random augmentation reads one stream: one record less re-draws all later ones",
-        (Edit(DATASET, "            draws.rekey(index)\n", ""),),
+        (
+            Edit(
+                DATASET,
+                "            draws.rekey(index)\n            record",
+                "            record",
+            ),
+        ),
+            Edit(
+                DATASET, "            draws.rekey(index)\n            record", "            record"
+            ),
+        ),
         (
             "tests/test_draws.py::test_one_record_less_leaves_the_others_as_they_were",
             "tests/test_draws.py::test_one_record_exchanged_moves_the_sums_by_its_own_share",
@@ -1485,7 +1495,7 @@ MUTATIONS = (
     Mutation(
         "own-generators-not-keyed",
         "a generator that the data set keeps runs on from record to record",
-        (Edit(DRAWS, "self._own = _generators(dataset)", "self._own = []"),),
+        (Edit(DRAWS, "found.append(value)", "pass"),),
         ("tests/test_draws.py::test_one_record_less_leaves_the_others_as_they_were",),
     ),
     Mutation(
@@ -1524,7 +1534,7 @@ MUTATIONS = (
         (
             Edit(
                 DATASET,
-                "except Exception as error:  # of any kind",
+                "except BaseException as error:  # of any kind",
                 "except OSError as error:  # of any kind",
             ),
         ),

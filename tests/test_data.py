@@ -1,5 +1,6 @@
 """Private image sources: shapes, order, silence about what cannot be decoded, and refusals."""
 
+import asyncio
 import gzip
 import importlib.util
 import io
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, TensorDataset
 
 from dpmmd._torchvision import import_torchvision
 from dpmmd.data import ArraySource, Batch, ImageSource, open_source, pixels, write_npz
@@ -439,19 +440,27 @@ class Broken(Items):
         return undefined_name  # noqa: F821
 
 
+class Panic(BaseException):
+    """What code of another language raises, where it gives up."""
+
+
 class Raises:
     """An item that raises when it is asked for; workers can be sent it."""
 
     def __init__(self, error):
         self.error = error
 
-    def __call__(self):
+    def __call__(self, *arguments):
         raise self.error("of one record")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize(
-    "error", [NameError, ImportError, NotImplementedError, MemoryError, RecursionError, SystemError]
+    "error",
+    [
+        *(NameError, ImportError, NotImplementedError, MemoryError, RecursionError, SystemError),
+        *(SystemExit, GeneratorExit, asyncio.CancelledError, Panic),
+    ],
 )
 def test_no_exception_of_one_record_ends_the_reading(error, workers):
     """Pillow raises exceptions of types that the data set's own mistakes have too."""
@@ -465,6 +474,17 @@ def test_no_exception_of_one_record_ends_the_reading(error, workers):
     assert collect(source, 3)[0].valid.tolist() == [True, False, True]
     reasons = [outcome and outcome.reason for outcome in source.look(range(3))]
     assert reasons == [None, f"the data set or Pillow raised {error.__name__}", None]
+
+
+@pytest.mark.parametrize("error", [SystemExit, Panic, StopIteration, KeyboardInterrupt])
+def test_no_exception_of_a_decoder_ends_the_reading(error, tmp_path, monkeypatch):
+    source = open_source(make("folder", tmp_path), image_size=8, channels=3)
+    monkeypatch.setattr("dpmmd.data.items.decode", Raises(error))
+    if error is KeyboardInterrupt:  # somebody's Ctrl-C, in the main thread
+        with pytest.raises(KeyboardInterrupt):
+            collect(source)
+    else:
+        assert not joined(collect(source))[2].any()
 
 
 def test_a_fault_of_the_data_sets_code_is_refused_at_the_first_look():
@@ -612,6 +632,93 @@ def test_pil_modes():
         shown(Image.fromarray(deep)), torch.from_numpy(deep.astype(np.float32))[None] / 65535
     )
     assert shown(rgb.convert("CMYK"), "JPEG").shape == (3, 5, 6)
+
+
+@pytest.mark.parametrize(
+    "shared",
+    [
+        np.broadcast_to(IMAGES[0], (5, SIDE, SIDE, 3)),
+        torch.from_numpy(IMAGES[0]).expand(5, SIDE, SIDE, 3),
+        np.lib.stride_tricks.sliding_window_view(IMAGES[0, :, :, 0], (4, 4))
+        .reshape(-1, 4, 4)[:1]
+        .repeat(1, 0),
+        np.lib.stride_tricks.sliding_window_view(IMAGES[:, :, 0, 0].ravel(), 16)[:, :, None],
+    ],
+    ids=["broadcast", "expanded", "a copy", "windows"],
+)
+def test_images_that_share_memory_are_refused(shared):
+    if len(shared) == 1:
+        open_source((shared, None))
+        return
+    with pytest.raises(ValueError, match="share memory"):
+        open_source((shared, None))
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        IMAGES[::2], IMAGES[::-1], IMAGES[:, ::2, ::2], np.asfortranarray(IMAGES),
+        IMAGES.transpose(0, 3, 1, 2), torch.from_numpy(IMAGES[..., :1]).expand(-1, -1, -1, 3),
+        np.moveaxis(np.ascontiguousarray(np.moveaxis(IMAGES, 0, -1)), -1, 0),
+    ],
+    ids=["steps", "reversed", "cut", "fortran", "channels", "expanded grey", "last axis"],
+)  # fmt: skip
+def test_views_whose_images_are_apart_are_taken(images):
+    assert open_source((images, None)).num_images == len(images)
+
+
+def test_a_tensor_data_set_of_ones_own_is_read_by_its_items():
+    class Inverted(TensorDataset):
+        def __getitem__(self, index):
+            image, label = super().__getitem__(index)
+            return 255 - image, label
+
+    tensors = torch.from_numpy(IMAGES), torch.from_numpy(LABELS)
+    read = joined(collect(open_source(Inverted(*tensors), image_size=SIDE, channels=3)))[0][:N]
+    plain = joined(collect(open_source(TensorDataset(*tensors))))[0][:N]
+    assert torch.allclose(read, 1 - plain)
+
+
+class Held(Dataset):
+    def __init__(self, images, labels):
+        self.pictures, self.labels = images, labels
+
+    def __len__(self):
+        return len(self.pictures)
+
+    def __getitem__(self, index):
+        return self.pictures[index], self.labels[index]
+
+
+@pytest.mark.parametrize("kind", [TensorDataset, Held])
+def test_two_data_sets_over_the_same_images_are_refused(kind):
+    images, labels = torch.from_numpy(IMAGES), torch.from_numpy(LABELS)
+    twice = ConcatDataset([kind(images, labels), kind(images, labels)])
+    with pytest.raises(ValueError, match="one record several times"):
+        open_source(twice, image_size=8, channels=3)
+    halves = ConcatDataset([kind(images[:4], labels[:4]), kind(images[4:], labels[4:])])
+    open_source(halves, image_size=8, channels=3)
+
+
+def test_two_lists_over_the_same_files_are_refused(tmp_path):
+    folder = make("folder", tmp_path)
+
+    class Listed(Dataset):
+        def __init__(self):
+            self.samples = [(str(path), 0) for path in sorted(folder.rglob("*.png"))]
+
+        def __len__(self):
+            return len(self.samples)
+
+        def __getitem__(self, index):
+            return Image.open(self.samples[index][0]), 0
+
+    open_source(Listed(), image_size=8, channels=3)
+    with pytest.raises(ValueError, match="one record several times"):
+        open_source(ConcatDataset([Listed(), Listed()]), image_size=8, channels=3)
+    with pytest.raises(ValueError, match="one record several times"):
+        open_source(Subset(ConcatDataset([Listed(), Listed()]), [0, N]), image_size=8, channels=3)
+    open_source(Subset(ConcatDataset([Listed(), Listed()]), [0, N + 1]), image_size=8, channels=3)
 
 
 def test_very_long_images_cannot_exhaust_memory():

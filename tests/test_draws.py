@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -183,6 +184,39 @@ def test_keys_differ_by_record_stream_and_source() -> None:
     }
     assert len(seeds) == 2 * 9 * 4
     assert len(first.key) == 32
+
+
+class PerProcess(Augmented):
+    """Makes a generator in each process that reads it: the advice of many guides."""
+
+    def __init__(self, replace: bool = False) -> None:
+        super().__init__(self.roll)
+        self.process, self.replace = -1, replace
+
+    def roll(self, image: Tensor) -> Tensor:
+        if self.process != os.getpid():
+            self.process, self.generator = os.getpid(), np.random.default_rng(0)
+        return image.roll(int(self.generator.integers(8)), 2)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if self.replace and index == 9:
+            self.generator, self.process = np.random.default_rng(7), os.getpid()
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("replace", [False, True])
+def test_generators_that_items_make_get_keys_too(workers: int, replace: bool) -> None:
+    def read(order: list[int]) -> Tensor:
+        source = open_source(PerProcess(replace), image_size=8, channels=1, workers=workers)
+        assert isinstance(source, DatasetSource)
+        source._key = bytes(32)
+        return pixels(source.rearranged(order), 12)
+
+    whole = read(list(range(N)))
+    for gone in (0, 4, 9):
+        kept = [i for i in range(N) if i != gone]
+        assert torch.equal(read(kept), whole[kept])
 
 
 _count = itertools.count()

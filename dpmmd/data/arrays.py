@@ -64,6 +64,7 @@ class ArraySource(ImageSource):
         self.class_names = class_names
         self._source = images if isinstance(images, StreamedRows) else None
         held = images if self._source is None else self._source[:0]
+        _refuse_shared_rows(held, name)
         self._images = _channels_first(held, name)  # [N, C, h, w], a view where possible
         self.num_images = len(images) if self._source is not None else self._images.shape[0]
         self._labels = None if labels is None else as_labels(labels, self.num_images, name)
@@ -136,6 +137,31 @@ class ArraySource(ImageSource):
                 labels = torch.zeros(self.num_images, dtype=torch.int64)
             return self._images.clone(memory_format=torch.contiguous_format), labels.clone()
         return super().arrays(batch_size)
+
+
+def _refuse_shared_rows(images: Any, name: str) -> None:
+    """Raise ValueError where two images of an array lie in the same memory.
+
+    One image would be several records, as in ``np.broadcast_to(image, (50, ...))``.
+    """
+    if not isinstance(images, Tensor | np.ndarray) or images.ndim < 2 or len(images) < 2:
+        return
+    if isinstance(images, Tensor):
+        strides, size = list(images.stride()), 1
+    else:
+        strides, size = [abs(stride) for stride in images.strides], images.dtype.itemsize
+    # Within an image numbers may share memory, as a grey one's that is expanded to three channels.
+    axes = [(strides[0], len(images))]
+    axes += [(s, n) for s, n in zip(strides[1:], images.shape[1:], strict=True) if n > 1 and s]
+    reach = size
+    for stride, length in sorted(axes):
+        if stride < reach:
+            raise ValueError(
+                f"images of source {name!r} share memory, so that one image is several records; "
+                "expected each image once. If they are images of their own, give a copy: "
+                "np.ascontiguousarray(images) or images.contiguous()."
+            )
+        reach += stride * (length - 1)
 
 
 def _channels_first(images: Any, name: str) -> Tensor:

@@ -18,7 +18,7 @@ from dpmmd.data.draws import Draws, callers_streams
 from dpmmd.data.items import ItemSource, Refused
 from dpmmd.data.labels import as_labels, check_label_range, groups_at, one_label
 from dpmmd.data.once import refuse_repeated_items
-from dpmmd.data.pixels import Geometry, Unusable, from_item, quiet
+from dpmmd.data.pixels import Geometry, Unusable, from_item, is_interrupt, quiet
 from dpmmd.data.source import ImageSource, source_identity
 
 # torchvision data sets that hold everything in .data: class name -> (source name, labels).
@@ -64,7 +64,7 @@ def open_dataset(
             groups=groups,
             group_by=group_by,
         )
-    if isinstance(dataset, TensorDataset) and len(dataset.tensors) in (1, 2):
+    if type(dataset) is TensorDataset and len(dataset.tensors) in (1, 2):  # not its subclasses
         return ArraySource(
             *dataset.tensors,
             name=name,
@@ -154,6 +154,8 @@ class DatasetSource(ItemSource):
         with quiet(), callers_streams():
             if self._draws is None:
                 self._draws = Draws(self._dataset, self._key)
+            else:
+                self._draws.search()
             yield
 
     def check_isolated(self, positions: Sequence[int]) -> None:
@@ -196,7 +198,11 @@ class DatasetSource(ItemSource):
         draws = self._begun()
         for index in indices:
             draws.rekey(index)
-            yield self._record(index)
+            record = self._record(index)
+            if draws.found_others():
+                draws.rekey(index)
+                record = self._record(index)
+            yield record
 
     def _record(self, index: int) -> tuple[Tensor | Unusable, int]:
         try:
@@ -206,7 +212,9 @@ class DatasetSource(ItemSource):
             return refused, 0
         except Unusable as unusable:
             return Unusable(unusable.reason), 0
-        except Exception as error:  # of any kind: a record may make any code raise anything
+        except BaseException as error:  # of any kind: a record may make any code raise anything
+            if is_interrupt(error):
+                raise
             return Unusable(f"the data set or Pillow raised {type(error).__name__}"), 0
 
     def _split(self, item: Any) -> tuple[Any, Any]:

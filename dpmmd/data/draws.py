@@ -23,9 +23,14 @@ So the mean over w keeps the inequality (joint convexity), for every eps at once
 whole trade-off curve: mu stays what it is. (This takes the keyed hash for a random function, as the
 noise takes ChaCha20 for one.)
 
+Generators that items make as they are read (one for each process, say) change an attribute of the
+data set. They are found after the record that made them, and that record is read again, with keys
+for them too.
+
 What cannot be given a key: a generator that is neither global nor reachable from the data set's
-attributes, a counter, a queue, entropy that an item takes from the system by itself. `isolated`
-reads some records twice, in two orders, with the same keys, and finds these.
+attributes, a counter, a queue, entropy that an item takes from the system by itself.
+`DatasetSource.check_isolated` reads some records twice, in two orders, with the same keys, and
+finds these, if the records that it reads show them; `dpmmd audit --source` reads more.
 """
 
 from __future__ import annotations
@@ -45,6 +50,7 @@ import numpy as np
 import torch
 
 _WALKED = 20_000  # objects that are looked at for generators
+_WATCHED = 32  # objects whose attributes are compared before each record
 _KEPT_BY = {
     types.FunctionType: ("__closure__", "__defaults__", "__kwdefaults__"),
     types.CellType: ("cell_contents",),
@@ -64,7 +70,26 @@ class Draws:
 
     def __init__(self, dataset: Any, key: bytes | None = None) -> None:
         self.key = os.urandom(32) if key is None else key
-        self._own = _generators(dataset)
+        self._dataset = dataset
+        self._seen: list[int] = []
+        self.search()
+
+    def search(self) -> None:
+        """Looks for generators, which items may make, or replace, as they are read."""
+        self._own, holders = _generators(self._dataset)
+        self._holders = holders[:_WATCHED]
+        self._seen = self._held()
+
+    def _held(self) -> list[int]:
+        return [id(value) for holder in self._holders for value in holder.values()]
+
+    def found_others(self) -> bool:
+        """Whether an item has made or replaced a generator: it is then to be read again."""
+        if self._held() == self._seen:
+            return False
+        before = self._own
+        self.search()
+        return [id(generator) for generator in before] != [id(each) for each in self._own]
 
     def rekey(self, record: int) -> None:
         """Gives all streams the keys of one record."""
@@ -122,10 +147,14 @@ def _seed(generator: Any, seed: int) -> None:
         generator.bit_generator.state = type(generator.bit_generator)(seed).state
 
 
-def _generators(root: Any) -> list[Any]:
-    """Every generator that hangs on an object's attributes, its containers and theirs."""
+def _generators(root: Any) -> tuple[list[Any], list[dict[str, Any]]]:
+    """Every generator that hangs on an object's attributes, its containers and theirs.
+
+    And the attributes of the objects on the way, the nearest first.
+    """
     kinds = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator)
     found: list[Any] = []
+    holders: list[dict[str, Any]] = []
     seen: set[int] = set()
     waiting = deque([root])
     while waiting and len(seen) < _WALKED:
@@ -136,13 +165,15 @@ def _generators(root: Any) -> list[Any]:
         if isinstance(value, kinds):
             found.append(value)
             continue
+        if isinstance(attributes := getattr(value, "__dict__", None), dict):
+            holders.append(attributes)
         if isinstance(value, dict):
             waiting.extend(value.values())
         elif isinstance(value, list | tuple | set | frozenset | deque):
             # A list of a million paths is not searched to its end.
             waiting.extend(v for v, _ in zip(value, range(1000), strict=False))
         waiting.extend(_inside(value))
-    return found
+    return found, holders
 
 
 def _inside(value: Any) -> list[Any]:

@@ -21,6 +21,7 @@ from dpmmd.data.pixels import (
     common_shape,
     decode,
     header_shape,
+    is_interrupt,
     quiet,
     reason_of,
 )
@@ -283,7 +284,9 @@ class EncodedSource(ItemSource):
             pixels: Tensor | Unusable
             try:
                 pixels = decode(encoded, self._geometry)
-            except Exception as error:
+            except BaseException as error:
+                if is_interrupt(error):
+                    raise
                 pixels = Unusable(reason_of(error))
             yield pixels, label
 

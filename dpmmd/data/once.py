@@ -18,6 +18,7 @@ records.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from collections import Counter
@@ -26,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import ConcatDataset, Subset
+import torch
+from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 from dpmmd.data.leftovers import leftover, other_extension
 from dpmmd.data.remote import AnyPath, RemotePath
@@ -77,22 +79,18 @@ def refuse_second_names(paths: Sequence[str], name: str) -> None:
 def refuse_repeated_items(dataset: Any, name: str) -> None:
     """Raise ValueError where a data set has one record several times, as far as it shows.
 
-    Seen are repeated indices of a `Subset`, one data set twice in a `ConcatDataset`, and files with
-    several names in a data set of torchvision that lists its files in ``samples``.
+    Seen are repeated indices of a `Subset`; one data set twice in a `ConcatDataset`, or two data
+    sets over one array; and one file under several names in lists of files (``samples``, as
+    torchvision's ImageFolder has), also of different parts.
     """
-    composed = isinstance(dataset, Subset | ConcatDataset)
-    keys = _items(dataset, np.arange(len(dataset))) if composed else np.zeros((0, 2))
+    keys = _items(dataset, np.arange(len(dataset)))
     if len(np.unique(keys, axis=0)) < len(keys):
         raise ValueError(
-            f"source {name!r} has one record several times (indices that repeat in a Subset, or "
-            "one data set twice in a ConcatDataset); expected each record once, as an image that "
-            "counts twice has twice the privacy loss that is stated."
+            f"source {name!r} has one record several times (indices that repeat in a Subset, data "
+            "sets over the same images or files in a ConcatDataset, several names of one file); "
+            "expected each record once, as an image that counts twice has twice the privacy loss "
+            "that is stated."
         )
-    while isinstance(dataset, Subset):
-        dataset = dataset.dataset
-    samples = getattr(dataset, "samples", None)
-    if type(dataset).__module__.startswith("torchvision.") and isinstance(samples, list):
-        refuse_second_names([path for path, _ in samples], name)
 
 
 def _items(dataset: Any, positions: np.ndarray) -> np.ndarray:
@@ -109,8 +107,34 @@ def _items(dataset: Any, positions: np.ndarray) -> np.ndarray:
             here = parts == part
             found[here] = _items(dataset.datasets[part], positions[here] - starts[part])
         return found
-    whole = np.full(len(positions), id(dataset), np.int64)
-    return np.stack([whole, positions % max(1, len(dataset))], axis=1)
+    positions = positions % max(1, len(dataset))
+    samples = getattr(dataset, "samples", None)
+    if isinstance(samples, list) and len(samples) == len(dataset):
+        return np.array([_file_of(dataset, samples[i], i) for i in positions], np.int64)
+    whole = np.full(len(positions), _images_of(dataset), np.int64)
+    return np.stack([whole, positions], axis=1) if len(positions) else np.zeros((0, 2), np.int64)
+
+
+def _file_of(dataset: Any, sample: Any, index: int) -> tuple[int, int]:
+    """The file that a sample (path, label) names, or the sample itself."""
+    path = sample[0] if isinstance(sample, tuple) and sample else None
+    if isinstance(path, str | os.PathLike):
+        with contextlib.suppress(OSError, ValueError):
+            status = os.stat(path)
+            if status.st_ino:
+                return status.st_dev % 2**62, status.st_ino % 2**63
+    return -_images_of(dataset) - 1, index  # below zero, as no device is
+
+
+def _images_of(dataset: Any) -> int:
+    """Where the images of a data set lie in memory, if it shows them; else the data set itself."""
+    held = dataset.tensors if isinstance(dataset, TensorDataset) else vars(dataset).values()
+    for value in held if hasattr(dataset, "__dict__") else ():
+        if isinstance(value, torch.Tensor | np.ndarray) and value.ndim >= 3:
+            if len(value) != len(dataset) or not value.nbytes:
+                continue
+            return value.data_ptr() if isinstance(value, torch.Tensor) else value.ctypes.data
+    return id(dataset)
 
 
 def shards_in(folder: AnyPath, suffix: str) -> tuple[list[AnyPath], dict[str, int]]:

@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageColor, UnidentifiedImageError
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 # Formats of raster images that Pillow decodes by code that reports errors as exceptions (libtiff's
 # messages are sent away), as far as this installation has them. EPS would start Ghostscript, and
@@ -239,6 +240,16 @@ class Unusable(ValueError):
         return Unusable, (self.reason,)
 
 
+def is_interrupt(error: BaseException) -> bool:
+    """Whether an exception is somebody's Ctrl-C, which reaches the main thread alone.
+
+    Any other exception of a record, SystemExit and those of other languages' panics too, is the
+    record's own. (A worker process is told of a Ctrl-C by its parent.)
+    """
+    mine = threading.current_thread() is threading.main_thread() and get_worker_info() is None
+    return isinstance(error, KeyboardInterrupt) and mine
+
+
 def reason_of(error: BaseException) -> str:
     """Why a record that raised this is not usable."""
     if isinstance(error, Unusable):
@@ -410,7 +421,9 @@ def header_shape(
         with open_image(encoded) as image:
             width, height = oriented_size(image)
             return (_channels(image, geometry or Geometry()), height, width)
-    except Exception as error:
+    except BaseException as error:
+        if is_interrupt(error):
+            raise
         return Unusable(reason_of(error))
 
 

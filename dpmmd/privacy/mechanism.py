@@ -151,7 +151,8 @@ def release(
 
     Args:
         source: private images: a torch Dataset of (image, label), a path (.npz with x and y, an
-            image folder, parquet), the name of a data set, or a `dpmmd.data.ImageSource`.
+            image folder, parquet), the name of a data set, or a `dpmmd.data.ImageSource`. Code of
+            your own that makes images can tie records together: try `dpmmd.privacy.audit_source`.
         encoder: the frozen public encoder, from `dpmmd.encoders.load`.
         epsilon: > 0.
         delta: in (0, 1), below 1 / N to mean anything.

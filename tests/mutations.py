@@ -1474,10 +1474,6 @@ MUTATIONS = (
                 "            record",
             ),
         ),
-            Edit(
-                DATASET, "            draws.rekey(index)\n            record", "            record"
-            ),
-        ),
         (
             "tests/test_draws.py::test_one_record_less_leaves_the_others_as_they_were",
             "tests/test_draws.py::test_one_record_exchanged_moves_the_sums_by_its_own_share",

@@ -18,8 +18,10 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+import dpmmd
 from dpmmd.data import open_source, pixels
 from dpmmd.data.pixels import Geometry, Unusable, decode, header_shape, quiet
+from tests.conftest import small_encoder
 
 RNG = np.random.default_rng(0)
 COLOUR = RNG.integers(0, 256, (10, 14, 3), dtype=np.uint8)
@@ -113,6 +115,13 @@ def test_a_release_says_how_files_became_pixels(tmp_path: Path) -> None:
     source = open_source(tmp_path, image_size=8, channels=3, background="black")
     assert source.decoding == {"orientation": "EXIF", "background": "#000000"}
     assert open_source((COLOUR[None], None)).decoding is None
+    released = dpmmd.release(
+        source, small_encoder(), epsilon=1.0, delta=1e-6, adjacency="replace-one", progress=False,
+        out=tmp_path / "r.safetensors",
+    )  # fmt: skip
+    assert released.metadata.decoding == source.decoding
+    assert "orientation by EXIF, transparent images on #000000" in released.report()
+    assert dpmmd.Release.load(tmp_path / "r.safetensors").metadata == released.metadata
 
 
 FORMS = [

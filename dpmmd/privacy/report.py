@@ -101,6 +101,7 @@ def facts(release: Release, ledger: Ledger | None = None) -> dict[str, Any]:
         "not_covered": [*NOT_COVERED, _ONE_IMAGE if m.unit == "image" else _OTHER_GROUPS],
         **evidence.facts(m.version),  # "tested" and "evidence"
         "source": m.source,
+        "decoding": m.decoding,
         "encoder": m.encoder["name"],
         "encoder_weights_sha256": m.encoder["weights_sha256"],
         "version": m.version,
@@ -224,6 +225,7 @@ def rows(f: dict[str, Any]) -> list[tuple[str, str]]:
         ("L2 sensitivity", up(f["sensitivity"])),
         ("noise sd / sensitivity", down(f["sd_over_sensitivity"])),
         ("source", plain(f["source"])),
+        *([("files to pixels", _decoding(f["decoding"]))] if f["decoding"] else []),
         ("encoder", f"{plain(f['encoder'])} (weights {plain(f['encoder_weights_sha256'][:12])})"),
         ("released array", f"sha256 {f['array_sha256']}"),
         ("dpmmd", plain(f["version"])),
@@ -316,6 +318,13 @@ def _range(values: list[float]) -> str:
 def _classes(m: Metadata) -> str:
     named = "" if m.class_names is None else f" and their names ({listed(m.class_names)})"
     return f"the {m.num_classes} classes{named}"
+
+
+def _decoding(decoding: dict[str, str]) -> str:
+    return plain(
+        f"orientation by {decoding.get('orientation')}, transparent images on "
+        f"{decoding.get('background')}"
+    )
 
 
 def _public(release: Release) -> list[str]:

@@ -18,11 +18,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import Subset, TensorDataset
+from torch.utils.data import Dataset, Subset, TensorDataset
 
 import dpmmd
 from dpmmd.data import open_source
-from dpmmd.data.labels import as_groups
+from dpmmd.data.labels import as_groups, as_labels, one_label
+from dpmmd.data.look import first_look
 from tests.conftest import images, no_noise, small_encoder
 
 pa = pytest.importorskip("pyarrow")
@@ -59,13 +60,19 @@ ONE: dict[str, list[Any]] = {
     "a tenth": [0.1, "0.1", "0.10", Decimal("0.1"), Decimal.from_float(0.1), Fraction(1, 10)],
     "beyond doubles": [2**53 + 1, str(2**53 + 1), Decimal(2**53 + 1), np.uint64(2**53 + 1)],
     "beyond int64": [2**70, str(2**70), f"0{2**70}", Decimal(2**70), f"{2**70}.0"],
-    "large exponents": ["1e999999", "10e999998", Decimal("1e999999")],
+    "digits beyond doubles": [10**400, "1" + "0" * 400, Decimal(10**400)],
     "a name": ["Anna", " anna", "ANNA\t\n", "an\u200bna", "Anna\0", b"Anna", "\ufeffAnna"],
-    "accents": ["é", "e\u0301", "É", "E\u0301", "é".encode()],
+    "accents": ["é", "e\u0301", "É", "E\u0301", "é".encode(), "e"],
+    "a dotted i": ["İ", "i", "I", "ı", "i\u0307"],
     "spaces": ["Anna Lee", "Anna  Lee", "Anna\u00a0Lee", " anna\tlee "],
     "sharp s": ["STRASSE", "straße"],
-    "dashes": ["P-1", "p–1", "P\u20111"],
-    "apostrophes": ["O'Brien", "o’brien"],
+    "dashes": ["P-1", "p–1", "P\u20111", "P\u22121", "P\u058a1", "P－1"],
+    "apostrophes": [
+        "O'Brien", "o’brien", "O`Brien", "O´Brien", "O′Brien", 'O"Brien', "O''Brien", "O“Brien",
+        "Oʼbrien", "O＇Brien", "'O'Brien'",
+    ],
+    "scripts' digits": ["p1", "p١", "p１", "p१", "p①", "p➀", "p¹", "'p1'"],
+    "an Arabic number": [3.5, "٣٫٥"],
     "no UTF-8": [b"caf\xe9", "caf\udce9"],
     "a UUID": [ID, str(ID), str(ID).upper(), ID.hex, ID.urn, f"{{{ID}}}", pa.scalar(str(ID))],
     "a UUID of digits": [uuid.UUID("12345678" * 4), "12345678" * 4, int("12345678" * 4)],
@@ -73,6 +80,7 @@ ONE: dict[str, list[Any]] = {
         DAY, datetime.datetime(2020, 1, 2), datetime.datetime(2020, 1, 2, 2, tzinfo=EAST),
         np.datetime64("2020-01-02"), np.datetime64("2020-01-02T00", "h"),
         np.datetime64("2020-01-02", "ns"), "2020-01-02", "2020-01-02T00:00:00.000Z",
+        "2020-1-2", "2020/01/02", "2020.01.02", "2020/1/2", "20200102", 20200102, "2020/1/2 00:00",
         "2020-01-01 23:00:00-01:00", pa.scalar(DAY), pa.scalar(DAY).cast(pa.timestamp("ns")),
     ],
     "an instant": [
@@ -113,6 +121,60 @@ def test_different_identifiers_are_different_groups(values: Any) -> None:
     assert len(set(groups(values))) == len(values)
 
 
+# Unicode's Default_Ignorable_Code_Point, one of each range and its ends, and blank letters.
+UNSEEN = (
+    "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b\u180e\u180f\u200b\u200f\u202a\u202e\u2060\u206f\u3164"
+    "\ufe00\ufe0f\ufeff\uffa0\ufff0\ufff8\U0001bca0\U0001d173\U000e0001\U000e0100\U000e0fff\u2800\U0001d159"
+)
+
+
+@pytest.mark.parametrize("unseen", UNSEEN, ids=ascii)
+def test_what_nobody_sees_makes_no_other_identifier(unseen: str) -> None:
+    assert groups(["p1", f"p1{unseen}", f"{unseen}P{unseen}1", f"p{unseen}\u06611"[:-1]]) == [0] * 4
+    for text in (unseen, unseen * 3, f" {unseen} "):
+        with pytest.raises(ValueError, match="have no group"):
+            groups(["p1", text])
+
+
+def test_a_day_that_there_is_not_is_compared_by_its_digits() -> None:
+    assert groups(["2020-13-45", "2020/13/45", 20201345, "2020-13-46"]) == [0, 0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        torch.tensor([0, 1]).to_sparse(),
+        torch.empty(2, device="meta"),
+    ],
+    ids=["sparse", "meta"],
+)
+def test_tensors_that_are_not_plain_are_refused(values: torch.Tensor) -> None:
+    with pytest.raises(TypeError, match=r"^group_by='patient': source 'scans' has groups in a "):
+        as_groups(values, 2, "patient", "scans")
+    one = torch.tensor([1]).to_sparse()
+    with pytest.raises(TypeError, match=r"^group_by='patient': source 'scans' has groups in a "):
+        as_groups([1, one], 2, "patient", "scans")
+    with pytest.raises(TypeError, match="labels of source 'scans' are of type a sparse tensor"):
+        as_labels(torch.tensor([0, 1]).to_sparse(), 2, "scans")
+
+
+@pytest.mark.parametrize("label", [2**63, 2**70, -(2**70)])
+def test_a_label_that_no_tensor_holds_is_out_of_range(label: int) -> None:
+    with pytest.raises(ValueError, match="source 'scans' has labels that are not class indices"):
+        one_label(label, "scans")
+
+    class Items(Dataset[Any]):
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, index: int) -> Any:
+            return images(1)[0][0], label * index
+
+    source = open_source(Items(), image_size=8, channels=1)
+    with pytest.raises(ValueError, match=r"source 'Items' has labels that are not class indices"):
+        first_look(source)
+
+
 MISSING: dict[str, Any] = {
     "None": None, "nan": math.nan, "np.nan": np.float32("nan"), "Decimal": Decimal("nan"),
     "signaling": Decimal("sNaN"), "NaT": np.datetime64("NaT"), "masked": np.ma.masked,
@@ -125,6 +187,13 @@ MISSING: dict[str, Any] = {
     "text nat": "NaT", "dash": "-", "dashes": "----------------------------", "em dash": "—",
     "question": "?", "SQL": "\\N", "unknown": "Unknown", "bytes nan": b"nan",
     "np.str_": np.str_("nan"), "text inf": "inf",
+    **{text: text for text in (
+        "(blank)", "(leer)", "#REF!", "#VALUE!", "#DIV/0!", "#NAME?", "#NUM!", "#NULL!", "#WERT!",
+        "#NV", "Err:502", "1e999", "-1e999", "1.5e400", "1e99999999999999999999", "unk",
+        "not known", "not_known", "not-recorded", "not recorded", "not available", "missing",
+        "tbd", "??", "--", ".", "[]", "{}", "no id", "n/k",
+    )},
+    "Decimal 1e999": Decimal("1e999"),
 }  # fmt: skip
 
 

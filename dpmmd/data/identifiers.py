@@ -9,11 +9,12 @@ are compared by a canonical form, `canonical`, and values that have the same one
   value; numbers with a fraction by the double that is nearest to them;
 - text that spells a number (``"1"``, ``" 01"``, ``"1.0"``, ``"1e0"``) as that number, and
   ``"true"`` and ``"false"`` as 1 and 0;
-- other text without white space at its ends, without invisible characters, with one space for
-  several, one kind of dash and apostrophe, in Unicode's form NFKC and regardless of case; bytes as
-  the UTF-8 text that they hold;
-- dates and times by their instant (one without a time zone is in UTC), also where they are ISO
-  text; UUIDs by their 32 digits.
+- other text without white space and quotes at its ends, without invisible characters, with one
+  space for several, one kind of dash and quote, the digits 0 to 9 for those of every script, in
+  Unicode's form NFKC, regardless of case and of accents; bytes as the UTF-8 text that they hold;
+- dates and times by their instant (one without a time zone is in UTC), also where they are text
+  with the year first; a day alone as the number YYYYMMDD, as many tables write it; UUIDs by their
+  32 digits.
 
 Where in doubt they are merged: one group too few gives the images of two people the weight of one
 person's, which costs utility. One group too many lets a person move the sums by more than the
@@ -44,23 +45,86 @@ _MISSING = frozenset(
     (
         *("", "nan", "nat", "na", "n/a", "n.a", "n a", "n/a n/a", "none", "null", "nil", "missing"),
         *("unknown", "undefined", "masked", "not available", "not applicable", "1.#qnan", "1.#ind"),
-        *("inf", "infinity"),
+        *("inf", "infinity", "void", "blank", "empty", "leer", "unk", "n/k", "n/d", "tbd", "tba"),
+        *("not known", "not recorded", "not specified", "not provided", "not given", "not set"),
+        *("not entered", "not found", "unspecified", "unrecorded", "unavailable", "no data"),
+        *("no value", "no id", "no name", "to be determined", "keine angabe", "unbekannt"),
     )
 )
+# What a table's program writes for a cell that it could not compute, in every language ("#REF!",
+# "#DIV/0!", "#NAME?", "Err:502").
+_NO_CELL = re.compile(r"#\S*[!?]|#nv|#getting_data|err:\d{3}")
 _AROUND = string.punctuation + " "
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?")
 _UUID = re.compile(
     r"(?:urn:uuid:)?\{?([0-9a-f]{8})-?([0-9a-f]{4})-?([0-9a-f]{4})-?([0-9a-f]{4})-?([0-9a-f]{12})\}?"
 )
 _TIME = re.compile(
-    r"(\d{4}-\d\d-\d\d)(?:[t ](\d\d)(?::?(\d\d)(?::?(\d\d)(?:[.,](\d+))?)?)?)?"
+    r"(\d{4})([-/.])(\d\d?)\2(\d\d?)(?:[t ](\d\d)(?::?(\d\d)(?::?(\d\d)(?:[.,](\d+))?)?)?)?"
     r" ?(z|utc|[+-]\d\d(?::?\d\d)?)?"
 )
 _WORDS = {"true": 1, "false": 0}
-_UNSEEN = ("Cc", "Cf")  # Unicode's categories of control and format characters
-_ALIKE = {0x2019: "'", 0x2018: "'", 0x02BC: "'", 0x2212: "-"} | dict.fromkeys(
-    range(0x2010, 0x2016), "-"
+# Unicode's Default_Ignorable_Code_Point, from DerivedCoreProperties.txt of Unicode 15.1: what a
+# program shows nothing for. Python's unicodedata does not have it. First and last of each range.
+_IGNORABLE = (
+    *((0x00AD, 0x00AD), (0x034F, 0x034F), (0x061C, 0x061C), (0x115F, 0x1160), (0x17B4, 0x17B5)),
+    *((0x180B, 0x180F), (0x200B, 0x200F), (0x202A, 0x202E), (0x2060, 0x206F), (0x3164, 0x3164)),
+    *((0xFE00, 0xFE0F), (0xFEFF, 0xFEFF), (0xFFA0, 0xFFA0), (0xFFF0, 0xFFF8), (0x1BCA0, 0x1BCA3)),
+    *((0x1D173, 0x1D17A), (0xE0000, 0xE0FFF)),
 )
+# Others whose picture is blank: the Braille pattern of no dots, Egyptian blanks, the Khitan filler,
+# the null notehead.
+_BLANK = ((0x2800, 0x2800), (0x13441, 0x13442), (0x16FE4, 0x16FE4), (0x1D159, 0x1D159))
+_UNSEEN = ("Cc", "Cf")  # Unicode's categories of control and format characters
+# The blocks of marks that combine with every letter: accents and the like.
+_MARKS = (
+    *((0x0300, 0x036F), (0x1AB0, 0x1AFF), (0x1DC0, 0x1DFF), (0x20D0, 0x20FF), (0xFE20, 0xFE2F)),
+)
+_QUOTES = frozenset(
+    "\"'`\u00a8\u00ab\u00b4\u00bb\u02b9\u02ba\u02bb\u02bc\u02bd\u02be\u02bf\u02c8\u02ca\u02cb\u02ee\u0374"
+    "\u0384\u055a\u05f3\u05f4\u07f4\u07f5\u1fbd\u1fbf\u1fef\u1ffd\u1ffe\u2018\u2019\u201a\u201b\u201c\u201d"
+    "\u201e\u201f\u2032\u2033\u2034\u2035\u2036\u2037\u2039\u203a\u2057\u275b\u275c\u275d\u275e\u301d"
+    "\u301e\u301f\ua78b\ua78c\uff02\uff07\uff40"
+)
+_DASHES = frozenset("\u02d7\u2043\u207b\u208b\u2212\u2796")  # beyond those of the category Pd
+_RUN = re.compile("''+")
+_ASCII = str.maketrans({'"': "'", "`": "'"})
+
+
+def _points(*tables: tuple[tuple[int, int], ...]) -> frozenset[int]:
+    return frozenset(
+        code for table in tables for first, last in table for code in range(first, last + 1)
+    )
+
+
+class _Alike(dict[int, str]):
+    """For `str.translate`: one character for all that look or mean the same, none for unseen."""
+
+    _unseen = _points(_IGNORABLE, _BLANK)
+
+    def __missing__(self, code: int) -> str:
+        self[code] = found = self._found(code)
+        return found
+
+    def _found(self, code: int) -> str:
+        character = chr(code)
+        category = unicodedata.category(character)
+        if character.isspace():
+            return " "
+        if code in self._unseen or category in _UNSEEN:
+            return ""
+        if character in _QUOTES:
+            return "'"
+        if character in _DASHES or category == "Pd":
+            return "-"
+        if code == 0x066B:  # the Arabic decimal separator
+            return "."
+        digit = unicodedata.digit(character, None)
+        return character if digit is None else str(digit)
+
+
+_ALIKE = _Alike()
+_UNMARKED: dict[int, str | None] = {**dict.fromkeys(_points(_MARKS)), 0x0131: "i"}  # dotless i
 _FIXED = (bytes, float, np.float64)  # types whose equal values are equal identifiers
 
 
@@ -90,7 +154,7 @@ def raw_values(values: Any) -> np.ndarray[Any, Any] | list[Any]:
     if isinstance(values, np.ndarray):
         return values
     if isinstance(values, Tensor):
-        tensor = values.detach().cpu()
+        tensor = _plain(values)
         if tensor.is_floating_point() and tensor.dtype not in _NUMPY_FLOATS:
             return list(tensor) if tensor.ndim == 1 else np.empty(tuple(tensor.shape))
         return tensor.resolve_conj().resolve_neg().numpy()
@@ -106,6 +170,24 @@ def raw_values(values: Any) -> np.ndarray[Any, Any] | list[Any]:
 
 
 _NUMPY_FLOATS = (torch.float16, torch.float32, torch.float64)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """A tensor that NumPy can read, on the CPU: not sparse, quantized, nested or without data."""
+    odd = {
+        "nested": tensor.is_nested,
+        "quantized": tensor.is_quantized,
+        "meta": tensor.is_meta,
+        "sparse": tensor.layout != torch.strided,
+    }
+    kind = next((kind for kind, found in odd.items() if found), None)
+    if kind is not None:
+        raise IdentifierError(
+            TypeError,
+            f"source {{source}} has groups in a {kind} tensor; expected a dense one, with the "
+            "group of each image.",
+        )
+    return tensor.detach().cpu()
 
 
 def _masked(values: Any) -> tuple[list[Any], list[bool]]:
@@ -212,7 +294,7 @@ def canonical(value: Any) -> Key:
     if isinstance(value, Decimal):
         if not value.is_finite():
             raise _missing()
-        return _decimal(value)
+        return _finite(_decimal(value))
     if isinstance(value, Fraction):
         return value.numerator if value.denominator == 1 else _nearest(value)
     if isinstance(value, uuid.UUID):
@@ -230,18 +312,33 @@ def canonical(value: Any) -> Key:
 
 
 def folded(text: str) -> str:
-    """Text without what its spelling may differ in: case, white space, forms of Unicode."""
-    if not text.isprintable():
-        kept = (c for c in text if c.isspace() or unicodedata.category(c) not in _UNSEEN)
-        text = "".join(kept)
-    if not text.isascii():
-        text = unicodedata.normalize("NFKC", text).casefold().translate(_ALIKE)
-        text = unicodedata.normalize("NFKC", text)
+    """Text without what its spelling may differ in: case, white space, forms of Unicode.
+
+    Letters with an accent and letters without one stay different.
+    """
+    if text.isascii() and text.isprintable():
+        text = text.translate(_ASCII) if '"' in text or "`" in text else text
+    else:  # acute accents before NFKC, which would make a space of one; others come from it
+        text = unicodedata.normalize("NFKC", text.translate(_ALIKE)).casefold()
+        text = unicodedata.normalize("NFKC", text.translate(_ALIKE))
+    if "'" in text:
+        text = _RUN.sub("'", text).strip("' ")
     return " ".join(text.lower().split())
 
 
+def unmarked(text: str) -> str:
+    """Folded text without accents, so that "İ" is "i" and "é" is "e"."""
+    if text.isascii():
+        return text
+    bare = unicodedata.normalize("NFKD", text).translate(_UNMARKED)
+    return " ".join(unicodedata.normalize("NFKC", bare).split())
+
+
 def spelled(text: str) -> Key:
-    """What folded text spells: a number, an instant, a UUID's digits; else the text itself."""
+    """What folded text spells: a number, an instant, a UUID's digits; else the text itself.
+
+    A number that is too large for anything but its exponent ("1e999") is infinite.
+    """
     if text in _WORDS:
         return _WORDS[text]
     if len(text) >= 32 and (found := _UUID.fullmatch(text)):
@@ -254,18 +351,28 @@ def spelled(text: str) -> Key:
             try:
                 return _decimal(Decimal(text))
             except InvalidOperation:  # an exponent that no number has
-                return text
+                return math.inf
         if found := _TIME.fullmatch(text):
             return _instant(found)
     return text
 
 
 def _identifier(text: str) -> Key:
-    text = folded(text)
+    text = unmarked(folded(text))
     bare = text.strip(_AROUND)
     if bare in _MISSING or text == "\\n" or not (text.isascii() or any(map(str.isalnum, text))):
         raise _missing()  # databases write \\N
-    return spelled(text)
+    if ("_" in bare or "-" in bare) and re.sub("[-_ ]+", " ", bare) in _MISSING:
+        raise _missing()
+    if text[0] in "#e" and _NO_CELL.fullmatch(text):
+        raise _missing()
+    return _finite(spelled(text))
+
+
+def _finite(key: Key) -> Key:
+    if isinstance(key, float) and math.isinf(key):
+        raise _missing()
+    return key
 
 
 def _held(value: Any) -> Any:
@@ -273,7 +380,7 @@ def _held(value: Any) -> Any:
     if np.ma.isMaskedArray(value) and np.ma.getmaskarray(value).any():
         return None
     if isinstance(value, Tensor) and value.numel() == 1:
-        tensor = value.detach().cpu().reshape(())
+        tensor = _plain(value).reshape(())
         if tensor.is_floating_point() and tensor.dtype not in _NUMPY_FLOATS:
             return _half(tensor)
         return tensor.numpy()[()]
@@ -313,7 +420,13 @@ def _float(value: float | np.floating[Any]) -> Key:
 
 
 def _decimal(value: Decimal) -> Key:
-    """A key that equals, and has the hash of, the int or float of the same value."""
+    """A key that equals, and has the hash of, the int or float of the same value.
+
+    One that is beyond floating point and has no digits down to its units is infinite: a program
+    has written so what overflowed.
+    """
+    if value.adjusted() > 308 and int(value.as_tuple().exponent) > 0:
+        return math.copysign(math.inf, value)
     return value if value == value.to_integral_value() else _nearest(value)
 
 
@@ -334,21 +447,27 @@ def _iso(value: Any) -> str:
     return str(value.isoformat())
 
 
-def _instant(found: re.Match[str]) -> str:
-    """ISO text of the same instant: a date alone at midnight, no more digits than needed."""
-    day, hour, minute, second, fraction, zone = found.groups()
+def _instant(found: re.Match[str]) -> Key:
+    """ISO text of the same instant, with no more digits than needed; YYYYMMDD for midnight.
+
+    A day alone need not be one that there is: then the digits are compared.
+    """
+    year, _, month, day, hour, minute, second, fraction, zone = found.groups()
+    date = f"{year}-{month:0>2}-{day:0>2}"
+    if hour is None and zone is None:
+        return int(date.replace("-", ""))
     try:
-        at = datetime.datetime.fromisoformat(f"{day}T{hour or '00'}:{minute or '00'}")
+        at = datetime.datetime.fromisoformat(f"{date}T{hour or '00'}:{minute or '00'}")
         at += datetime.timedelta(seconds=int(second or 0))
         if zone not in (None, "z", "utc"):
             digits = zone[1:].replace(":", "").ljust(4, "0")
             offset = datetime.timedelta(hours=int(digits[:2]), minutes=int(digits[2:]))
             at = at - offset if zone[0] == "+" else at + offset
-    except (ValueError, OverflowError):  # a day that there is not
+    except (ValueError, OverflowError):  # a time that there is not
         return found.string
     fraction = (fraction or "").rstrip("0")
     if not fraction and at.time() == datetime.time():
-        return at.date().isoformat()
+        return int(at.date().isoformat().replace("-", ""))
     return at.isoformat() + (f".{fraction}" if fraction else "")
 
 

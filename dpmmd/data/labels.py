@@ -25,6 +25,8 @@ def as_labels(labels: Any, num_images: int, name: str) -> Tensor:
             f"labels of source {name!r} have missing values (they are masked): expected an integer "
             "for every image; drop the unlabelled records or give them a class of their own."
         )
+    if isinstance(labels, Tensor) and labels.layout != torch.strided:
+        raise label_type_error(name, "a sparse tensor")
     array = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
@@ -84,14 +86,22 @@ def _named(group_by: str, name: str) -> Iterator[None]:
 
 
 def one_label(label: Any, name: str) -> int:
-    """One label of a data set's item as a Python int. Raises TypeError for a non-integer."""
+    """One label of a data set's item as a Python int.
+
+    Raises:
+        TypeError: it is no integer.
+        ValueError: no tensor of labels could hold it.
+    """
     if isinstance(label, Tensor) and label.numel() == 1 and not label.is_floating_point():
         label = label.item()
     elif isinstance(label, np.ndarray) and label.size == 1:
         label = label.reshape(())[()]
     if isinstance(label, bool | np.bool_) or not isinstance(label, int | np.integer):
         raise label_type_error(name, type(label).__name__)
-    return int(label)
+    value = int(label)
+    if not -(2**63) <= value < 2**63:  # no tensor could hold it
+        raise label_range_error(None, name)
+    return value
 
 
 def check_label_range(labels: Tensor, num_classes: int | None, name: str) -> None:

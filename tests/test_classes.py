@@ -15,7 +15,7 @@ from torch.utils.data import TensorDataset
 import dpmmd
 from dpmmd import export, train
 from dpmmd.data import ArraySource, open_source, write_npz
-from dpmmd.data.classes import are_numbers, correspondence, folder_names, listed
+from dpmmd.data.classes import are_numbers, check_class_names, correspondence, folder_names, listed
 from dpmmd.privacy import PrivacyError, Release, ledger
 from dpmmd.privacy.report import facts
 from tests.conftest import images, no_noise, small_encoder
@@ -124,6 +124,35 @@ def test_another_number_of_names_is_refused_before_anything_is_spent(tmp_path: P
         released(named(names=(1, 2, 3)), ledger=book)
     assert not book.exists()
     assert ledger  # the module is there: a spend would have made the file
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Cat", "cat"), ("01", "1"), ("1", "00001"), ("class 01", "class 1"),
+        ("caf\u00e9", "cafe\u0301"), ("\u00e9", "e\u0301"), ("cat ", "cat"),
+        ("cat\u3164", "cat"), ("a", " a"), ("0", "00"),
+    ],
+)  # fmt: skip
+def test_two_spellings_of_one_class_are_refused_with_both(one: str, other: str) -> None:
+    for names in ((one, "dog", other), ("dog", other, one)):
+        with pytest.raises(ValueError, match=r"source 'x' has the classes .* most likely one") as e:
+            check_class_names(names, 3, "x")
+        assert listed([one]) in str(e.value)
+        assert listed([other]) in str(e.value)
+
+
+def test_names_that_differ_in_more_are_those_of_two_classes() -> None:
+    for names in (("a", "A"), ("1.10", "1.1"), ("10", "1"), ("caf\u00e9", "cafe"), ("1.01", "1.1"),
+                  ("0", "1"), ("'", "-"), ("n01440764", "n01443537")):  # fmt: skip
+        check_class_names(names, 2, "x")
+
+
+def test_two_folders_of_one_class_are_refused_before_anything_is_spent(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "f", "01", "1", "2")
+    with pytest.raises(ValueError, match="has the classes 01 and 1, which differ only"):
+        released(folder, ledger=tmp_path / "ledger")
+    assert not (tmp_path / "ledger").exists()
 
 
 def test_names_of_an_npz_are_different_texts(tmp_path: Path) -> None:
@@ -248,7 +277,7 @@ def test_class_folders_are_in_order_and_names_come_back(
     export.write(tmp_path / "s", x, y, format="folder", classes=names)
     made = sorted(entry.name for entry in (tmp_path / "s").iterdir() if entry.is_dir())
     assert made == folders  # in order for who sorts them, as torchvision.datasets.ImageFolder
-    source = open_source(tmp_path / "s", num_classes=len(names))
+    source = open_source(tmp_path / "s")  # names that are much alike are refused for a release
     assert source.class_names == names
     again, labels = source.arrays()
     assert labels.tolist() == list(range(len(names)))

@@ -343,6 +343,30 @@ def test_many_identifiers_are_numbered_without_a_look_at_each(
     assert len(seen) == len(set(few))
 
 
+def test_ordinary_identifiers_have_the_form_that_all_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dpmmd.data import identifiers
+
+    texts = [
+        "P-1",
+        "p_01",
+        "a.1",
+        "a--1",
+        "A1",
+        "e1",
+        "nan1",
+        "inf-0",
+        "true1",
+        "t2020-01-02",
+        "Z9",
+    ]
+    texts += ["af" + "6f9619ff8b86d011b42d00c04fc96", "a" + "1" * 30]
+    found = [identifiers._identifier(text) for text in texts]
+    assert all(map(identifiers._ORDINARY.fullmatch, texts))
+    assert not any(map(identifiers._ORDINARY.fullmatch, ("a" + "1" * 31, "1a1", "a 1", "é1", "a١")))
+    monkeypatch.setattr(identifiers, "_ORDINARY", re.compile("(?!)"))
+    assert found == [identifiers._identifier(text) for text in texts]
+
+
 # ----------------------------------------------------------------------------- sources
 
 

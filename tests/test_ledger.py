@@ -368,7 +368,8 @@ def test_populations_that_are_declared_disjoint_do_not_compose(path: Path) -> No
     with pytest.warns(UserWarning, match=r"'ward 4' is new.*'ward 3': you declare that nobody"):
         spend(ledger, population="ward 4")
     mu = calibrate(epsilon=1.0, delta=1e-6).mu
-    for name in ("ward 3", "Ward-3", "WARD  3", "ward3", "\uff37ard \uff13"):  # one word
+    spellings = ("ward 3", "Ward-3", "WARD  3", "ward3", "\uff37ard \uff13", "w\u00e5rd 03")
+    for name in (*spellings, "ward\u3164\u0663"):  # one word
         assert ledger.total(name).mu["replace-one"] == pytest.approx(mu)
         with pytest.raises(PrivacyError, match=r"for population .*1 earlier release spent"):
             spend(ledger, population=name)
@@ -413,6 +414,8 @@ def test_a_ledger_of_before_is_read_and_all_of_it_composes(path: Path) -> None:
         (ONE, "is the identity of a source, which no longer counts"),
         ("", "expected a name"),
         (" - ", "expected a name"),
+        ("\u3164", "expected a name"),
+        ("\u115f\uffa0", "expected a name"),
         ("a\x1b[31m", r"population='a\\x1b\[31m': expected a name"),
         ("a" * 201, "at most 200"),
         (3, "population=3: expected a name"),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
-from dpmmd.data.identifiers import Key, folded, spelled
+from dpmmd.data.identifiers import Key, folded, spelled, without_zeros
 
 NAMES_FILE = "classes.json"
 """In a folder of class folders: ``{folder: class name}``, where a name makes no folder's name."""
@@ -33,6 +34,8 @@ def _visible(character: str) -> str:
 def check_class_names(names: Sequence[str] | None, num_classes: int | None, source: str) -> None:
     """Raises ValueError unless the names are those of `num_classes` different classes.
 
+    Names that differ only in how they are spelled are of one class. A single letter is itself what
+    the class is of (letters that are written by hand), so there "a" and "A" are two.
     Without names, or without a number of classes, there is nothing to compare.
     """
     if not names or num_classes is None:
@@ -55,6 +58,22 @@ def check_class_names(names: Sequence[str] | None, num_classes: int | None, sour
             f"source {source!r} has several classes of one name ({listed(twice)}); give each "
             "class a name of its own."
         )
+    first: dict[str, str] = {}
+    for name in names:
+        before = first.setdefault(_one_class(name), name)
+        if before is not name:
+            raise ValueError(
+                f"source {source!r} has the classes {listed([before])} and {listed([name])}, which "
+                "differ only in case, white space, zeros before a number or the form of Unicode: "
+                "most likely one class that was written twice. Give both one name, or names that "
+                "differ in more."
+            )
+
+
+def _one_class(name: str) -> str:
+    """What is the same of names that most likely mean one class."""
+    composed = unicodedata.normalize("NFC", name).strip()
+    return composed if len(composed) == 1 else without_zeros(folded(composed)) or composed
 
 
 def folder_names(path: Path, folders: Sequence[str]) -> tuple[str, ...]:

@@ -56,6 +56,10 @@ _MISSING = frozenset(
 _NO_CELL = re.compile(r"#\S*[!?]|#nv|#getting_data|err:\d{3}")
 _AROUND = string.punctuation + " "
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?")
+# Most identifiers: they spell nothing else, none of them is missing, and only case can differ. At
+# most 31 characters: a UUID has 32 digits.
+_ORDINARY = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,29}[0-9]")
+_JOINS = re.compile("[-_ ]+")
 _UUID = re.compile(
     r"(?:urn:uuid:)?\{?([0-9a-f]{8})-?([0-9a-f]{4})-?([0-9a-f]{4})-?([0-9a-f]{4})-?([0-9a-f]{12})\}?"
 )
@@ -88,6 +92,7 @@ _QUOTES = frozenset(
 )
 _DASHES = frozenset("\u02d7\u2043\u207b\u208b\u2212\u2796")  # beyond those of the category Pd
 _RUN = re.compile("''+")
+_ZEROS = re.compile(r"(?<![\d.,])0+(?=\d)")
 _ASCII = str.maketrans({'"': "'", "`": "'"})
 
 
@@ -334,6 +339,11 @@ def unmarked(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", bare).split())
 
 
+def without_zeros(text: str) -> str:
+    """Text without the zeros before its whole numbers: "ward 03" as "ward 3"."""
+    return _ZEROS.sub("", text)
+
+
 def spelled(text: str) -> Key:
     """What folded text spells: a number, an instant, a UUID's digits; else the text itself.
 
@@ -358,11 +368,13 @@ def spelled(text: str) -> Key:
 
 
 def _identifier(text: str) -> Key:
+    if _ORDINARY.fullmatch(text):
+        return text.lower()
     text = unmarked(folded(text))
     bare = text.strip(_AROUND)
     if bare in _MISSING or text == "\\n" or not (text.isascii() or any(map(str.isalnum, text))):
         raise _missing()  # databases write \\N
-    if ("_" in bare or "-" in bare) and re.sub("[-_ ]+", " ", bare) in _MISSING:
+    if ("_" in bare or "-" in bare) and _JOINS.sub(" ", bare) in _MISSING:
         raise _missing()
     if text[0] in "#e" and _NO_CELL.fullmatch(text):
         raise _missing()

@@ -14,7 +14,8 @@ from and however that was spelt. `Entry.identity` tells the data holder which so
 is computed from it. The data holder may declare part of the data disjoint from the rest, by name: a
 release for ``population="ward 3"`` composes with those for that name, and with those for which none
 was named, as nothing was declared of these; one for which none is named composes with all. Names
-are compared without regard to case, spaces and punctuation, and the declaration stands in the line.
+are compared without regard to case, accents, spaces, punctuation, invisible characters and zeros
+before a number, and the declaration stands in the line.
 
 Proof. Let E_p be the entries that count for population p: those of p, and those of none. If what
 was declared is true, a unit has data in one population p at most, so two data sets that differ in
@@ -60,7 +61,6 @@ import math
 import os
 import re
 import tempfile
-import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -71,6 +71,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from dpmmd.data.identifiers import folded, unmarked, without_zeros
 from dpmmd.privacy import accounting
 from dpmmd.privacy.printed import LONGEST, down, plain, up
 from dpmmd.privacy.release_file import PrivacyError
@@ -469,7 +470,9 @@ class Ledger:
 
 
 def check_population(name: str) -> str:
-    """What names of a population are compared by: letters and digits, without regard to case.
+    """What names of a population are compared by: letters and digits in the form of identifiers.
+
+    That form has no case, accents, invisible characters or zeros before a number.
 
     Raises:
         ValueError, TypeError: it is not a name.
@@ -492,8 +495,7 @@ def check_population(name: str) -> str:
 
 
 def _key(name: str | None) -> str:
-    folded = unicodedata.normalize("NFKC", name or "").casefold()
-    return "".join(c for c in unicodedata.normalize("NFKC", folded) if c.isalnum())
+    return "".join(filter(str.isalnum, without_zeros(unmarked(folded(name or "")))))
 
 
 def _of_population(entries: Iterable[Entry], population: str | None) -> list[Entry]:

@@ -88,7 +88,7 @@ ONE: dict[str, list[Any]] = {
         np.datetime64("2020-01-02T03:04:05.500000000"), "2020-01-02T05:04:05.500+02:00",
     ],
     "a year": [np.datetime64("2020"), np.datetime64("2020-01"), datetime.date(2020, 1, 1)],
-    "zero": [0, 0.0, -0.0, "0", "-0", "00", False, "FALSE", Decimal("-0")],
+    "zero": [0, 0.0, -0.0, "0", "0e999", "-0", "00", False, "FALSE", Decimal("-0")],
 }  # fmt: skip
 
 

@@ -437,7 +437,7 @@ def _decimal(value: Decimal) -> Key:
     One that is beyond floating point and has no digits down to its units is infinite: a program
     has written so what overflowed.
     """
-    if value.adjusted() > 308 and int(value.as_tuple().exponent) > 0:
+    if value and value.adjusted() > 308 and int(value.as_tuple().exponent) > 0:
         return math.copysign(math.inf, value)
     return value if value == value.to_integral_value() else _nearest(value)
 

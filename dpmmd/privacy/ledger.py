@@ -71,6 +71,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from dpmmd.files import expanded
 from dpmmd.privacy import accounting
 from dpmmd.privacy.printed import LONGEST, down, plain, up
 from dpmmd.privacy.release_file import PrivacyError
@@ -207,7 +208,7 @@ class Ledger:
     def __init__(
         self, path: str | os.PathLike[str], *, budget: Sequence[float] | None = None
     ) -> None:
-        self.path = Path(path).expanduser()
+        self.path = expanded(path)
         _locks(self.path)
         self.budget: tuple[float, float] | None = None
         if budget is not None:

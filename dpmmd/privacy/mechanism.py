@@ -240,11 +240,15 @@ def release(
     check_bound(moments, bound, clip, joint_weight)
     _check(num_classes, batch_size, shared_taps, len(encoder.taps), clip)
     if budget is not None and ledger is None:
-        raise ValueError(f"budget={budget!r}: needs ledger=FILE, which remembers what was spent.")
+        raise ValueError(
+            f"budget={budget!r}: needs ledger=FILE (--ledger FILE), which remembers what was spent."
+        )
     if population is not None:
         check_population(population)
         if ledger is None:
-            raise ValueError(f"population={population!r}: needs ledger=FILE, which remembers it.")
+            raise ValueError(
+                f"population={population!r}: needs ledger=FILE (--ledger FILE), which remembers it."
+            )
     noise_level = calibrate(epsilon=epsilon, delta=delta)
     book = None if ledger is None or ranks.rank else Ledger(ledger, budget=budget)
     private = insecure_test_noise is None

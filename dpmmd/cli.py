@@ -193,11 +193,12 @@ def release(
     """
     import dpmmd
     from dpmmd.distributed import join
-    from dpmmd.files import refuse_existing
+    from dpmmd.files import expanded, refuse_existing
     from dpmmd.privacy import Ledger
     from dpmmd.privacy.report import facts
     from dpmmd.run import choose_device
 
+    out = expanded(out)
     refuse_existing(out)
     where = choose_device(device)
     if (budget_epsilon is None) != (budget_delta is None):
@@ -424,8 +425,9 @@ def sample(
     from dpmmd import export
     from dpmmd import run as runs
     from dpmmd import train as training
-    from dpmmd.files import refuse_unwritable
+    from dpmmd.files import expanded, refuse_unwritable
 
+    out, checkpoint = expanded(out), expanded(checkpoint)
     chosen = export.format_of(out, format)
     if num_images < 1:
         raise ValueError(f"--num-images {num_images}: expected at least 1.")
@@ -629,8 +631,9 @@ def run(
     A finished release is re-used, never made again: that would cost privacy a second time.
     """
     from dpmmd import run as runs
+    from dpmmd.files import expanded
 
-    folder = out or Path("runs") / Path(recipe).stem
+    folder = Path("runs") / Path(recipe).stem if out is None else expanded(out)
     set_anew = list(changes or ())
     if epsilon is not None:
         set_anew.append(f"release.epsilon={epsilon}")
@@ -1128,6 +1131,11 @@ def main() -> None:
         code = int(ended.code or 0)
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         _say(f"error: {error}")
+        if getattr(error, "release", None) is not None and getattr(error, "saved", None) is None:
+            _say(
+                "lost: the release itself, with this process. Its epsilon and delta stay spent. "
+                "Make room on the disk before you release again, which spends them once more."
+            )
         code = 2
     if "dpmmd.distributed" in sys.modules:
         sys.modules["dpmmd.distributed"].leave(code)

@@ -19,7 +19,7 @@ from PIL import Image
 
 from dpmmd.data import write_npz
 from dpmmd.data.classes import NAMES_FILE, listed, written_names
-from dpmmd.files import refuse_existing
+from dpmmd.files import expanded, refuse_existing
 from dpmmd.privacy import Release
 from dpmmd.privacy.printed import markdown as escaped
 from dpmmd.privacy.report import facts, rows
@@ -76,6 +76,7 @@ def write(
     Raises:
         FileExistsError: it exists.
     """
+    path = expanded(path)
     if format == "folder":
         with _appearing(path) as folder:
             _write_folder(folder, images, labels, classes)

@@ -4,9 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """The path with ``~`` replaced by the user's home: what every output and its readers use.
+
+    Raises:
+        ValueError: there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(
+            f"{str(path)!r}: there is no home folder for {Path(path).parts[0]!r}; write the folder "
+            f"in full, or './{path}' for a file of that name."
+        ) from None
 
 
 def write_atomically(path: Path, data: bytes, *, overwrite: bool = False) -> None:
@@ -86,12 +102,26 @@ def _refuse_others(path: Path, others: Iterable[str | os.PathLike[str] | None]) 
     for other in others:
         if other is None:
             continue
-        there = Path(os.path.realpath(Path(other).expanduser()))
+        there = Path(os.path.realpath(expanded(other)))
         if own == there or there in own.parents or own in there.parents:
             raise ValueError(
                 f"out={str(path)!r}: is, holds or is inside {str(other)!r}, which the same call "
                 "makes; choose another name."
             )
+
+
+def refuse_full(path: Path, needed: int) -> None:
+    """Raises OSError where the disk has no room for ``needed`` bytes at ``path``.
+
+    Others may fill the disk later, and a quota is not seen: what cannot be written all the same is
+    the business of whoever writes.
+    """
+    free = shutil.disk_usage(path.parent).free
+    if free < needed:
+        raise OSError(
+            f"out={str(path)!r}: needs about {needed:,} bytes and the disk has {free:,} free; make "
+            "room, or choose a name on another disk. Nothing was spent."
+        )
 
 
 def refuse_existing(path: Path, *, overwrite: bool = False) -> None:

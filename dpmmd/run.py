@@ -25,7 +25,7 @@ from dpmmd._memory import peak_memory, return_freed_memory
 from dpmmd.data import ImageSource, open_source
 from dpmmd.encoders import Encoder
 from dpmmd.evaluate import check_classifiers, evaluate, sets
-from dpmmd.files import write_atomically
+from dpmmd.files import expanded, write_atomically
 from dpmmd.nn import check_encoder
 from dpmmd.privacy import Release
 from dpmmd.privacy import release as make_release
@@ -83,7 +83,7 @@ def run(
     settings, text = recipe.read(recipe_name)
     if changes:
         settings, text = recipe.with_changes(text, changes, str(recipe_name))
-    out = Path(out)
+    out = expanded(out)
     kept = out / "recipe.toml"
     if kept.exists():
         if recipe.parse(kept.read_text("utf-8"), str(kept)) != settings:
@@ -755,7 +755,7 @@ def summarise(folders: Sequence[str | Path]) -> dict[str, Any]:
     Raises:
         RunError: no report in a folder, a folder twice, or runs of different (epsilon, delta).
     """
-    paths = [Path(folder) for folder in folders]
+    paths = [expanded(folder) for folder in folders]
     if len({path.resolve() for path in paths}) < max(len(paths), 1):
         raise RunError(f"folders={[str(p) for p in paths]}: expected different run folders.")
     reports = []

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from dpmmd import plan
 from dpmmd.distributed import Team, require_alike, synchronise_batch_norm
 from dpmmd.encoders import Encoder
-from dpmmd.files import refuse_unwritable, write_atomically
+from dpmmd.files import expanded, refuse_unwritable, write_atomically
 from dpmmd.functional import mean_embedding
 from dpmmd.generators import ConvGenerator, DCGANGenerator, ResNetGenerator, build
 from dpmmd.nn import MMDLoss, check_encoder
@@ -191,7 +191,7 @@ def train(
         if "micro_batch" in planned:
             selection.at_once = min(selection.at_once, planned["micro_batch"])
     run = _Run(generator, optimizer, loss, rng, settings, release, record, selection, team, graphed)
-    folder = None if out is None else Path(out) / "checkpoints"
+    folder = None if out is None else expanded(out) / "checkpoints"
     if folder is not None:
         state = team.from_first(lambda: _found(folder / CHECKPOINT))
         if state is not None:
@@ -806,7 +806,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: no such file.
         CheckpointError: truncated, corrupt or of another format.
     """
-    path = Path(path)
+    path = expanded(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint; make one with `dpmmd train`.")
     try:
@@ -849,7 +849,7 @@ def load_generator(path: str | Path, generator: nn.Module | None = None) -> Trai
         FileNotFoundError: no such checkpoint.
         CheckpointError: it is corrupt, or its weights are not those of ``generator``.
     """
-    path = Path(path)
+    path = expanded(path)
     if path.is_dir():
         path = path / "checkpoints" / CHECKPOINT
     state = load_checkpoint(path)
@@ -975,7 +975,7 @@ def save_png(path: str | Path, picture: np.ndarray, scale: int = 2) -> None:
     array = array.repeat(scale, axis=0).repeat(scale, axis=1)
     data = io.BytesIO()
     Image.fromarray(array).save(data, format="PNG")
-    write_atomically(Path(path), data.getvalue(), overwrite=True)
+    write_atomically(expanded(path), data.getvalue(), overwrite=True)
 
 
 class _Logs:

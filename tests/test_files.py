@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
+import resource
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 
 import dpmmd
+from dpmmd import export
 from dpmmd import run as runs
 from dpmmd import train as training
 from dpmmd.files import refuse_unwritable, write_atomically
-from dpmmd.privacy import Ledger, PrivacyError
+from dpmmd.privacy import Ledger, PrivacyError, Release, UnsavedRelease, release_file
 from dpmmd.recipe import GeneratorSection, TrainSection
 from tests.conftest import images, small_encoder
 
@@ -180,3 +186,114 @@ def test_links_that_lead_somewhere_are_kept(tmp_path: Path) -> None:
     (tmp_path / "ledger").symlink_to(real)
     dpmmd.release(images(20), small_encoder(), **options, ledger=tmp_path / "ledger")
     assert len(Ledger(real).entries()) == 2
+
+
+OPTIONS: dict[str, Any] = {"epsilon": 1, "delta": 1e-3, "adjacency": "replace-one"}
+
+
+def released_into(folder: Path, hook: Callable[[], None], **options: Any) -> dpmmd.Release:
+    """A release during whose noise something happens to the disk."""
+
+    def sampler(n: int, sd: float) -> np.ndarray:
+        hook()
+        return np.zeros(n, np.int64)
+
+    return dpmmd.release(
+        images(20), small_encoder(), **OPTIONS, ledger=folder / "ledger", progress=False,
+        insecure_test_noise=sampler, **{"out": folder / "r.safetensors", **options},
+    )  # fmt: skip
+
+
+def test_a_release_whose_name_is_taken_meanwhile_is_kept_under_another(tmp_path: Path) -> None:
+    out, first = tmp_path / "r.safetensors", tmp_path / "r.recovered-1.safetensors"
+    first.write_bytes(b"another's")
+    partial = tmp_path / "partial"
+    with pytest.raises(UnsavedRelease, match=r"spent, and the file .*recovered-2.*keep") as raised:
+        released_into(tmp_path, lambda: out.write_bytes(b"theirs"), partial_sums=partial)
+    assert out.read_bytes() == b"theirs"
+    assert first.read_bytes() == b"another's"
+    assert raised.value.saved == tmp_path / "r.recovered-2.safetensors"
+    entry = Ledger(tmp_path / "ledger").entry_of(Release.load(raised.value.saved))
+    assert entry.array_sha256 == raised.value.release.metadata.array_sha256
+    assert not partial.exists()  # the release is done: nothing raw stays
+
+
+def test_a_release_that_the_folder_cannot_hold_goes_to_the_temporary_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    folder = tmp_path / "folder"
+
+    def replaced() -> None:
+        if folder.is_dir():
+            folder.rmdir()
+            folder.touch()
+
+    with pytest.raises(UnsavedRelease, match="spent, and the file") as raised:
+        released_into(tmp_path, replaced, out=folder / "r.safetensors")
+    assert raised.value.saved == tmp_path / "tmp" / "r.recovered-1.safetensors"
+    Release.load(raised.value.saved)
+
+
+def test_a_release_that_cannot_be_written_at_all_is_in_the_exception(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    smaller = (1500, before[1])  # the ledger fits, the release does not
+    try:
+        with pytest.raises(UnsavedRelease, match=r"spent, .*error\.release\.save") as raised:
+            released_into(tmp_path, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, smaller))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert raised.value.saved is None
+    kept = raised.value.release.save(tmp_path / "later.safetensors")
+    Ledger(tmp_path / "ledger").entry_of(Release.load(kept))
+    assert sorted(os.listdir(tmp_path)) == ["later.safetensors", "ledger"]
+
+
+def test_a_release_that_is_interrupted_while_it_is_saved_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = release_file.write_atomically
+
+    def interrupted(path: Path, data: bytes, **options: Any) -> None:
+        if path.name == "r.safetensors":
+            raise KeyboardInterrupt
+        real(path, data, **options)
+
+    monkeypatch.setattr(release_file, "write_atomically", interrupted)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        pytest.warns(UserWarning, match="the file .*recovered-1"),
+    ):
+        released_into(tmp_path, lambda: None)
+    Release.load(tmp_path / "r.recovered-1.safetensors")
+
+
+def test_a_full_disk_is_refused_before_the_spend(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dpmmd.files.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(OSError, match=r"out=.*needs about 1,\d+,\d+ bytes .* 1,000 free"):
+        released_into(tmp_path, lambda: None)
+    assert not (tmp_path / "ledger").exists()
+
+
+def test_a_tilde_is_the_home_folder_in_every_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, released: dpmmd.Release
+) -> None:
+    home, work = tmp_path / "home", tmp_path / "work"
+    work.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(work)
+    home.mkdir()
+    assert Release.load(released_into(home, lambda: None, out="~/r").save("~/again")).num_classes
+    training.save_png("~/a.png", np.zeros((1, 2, 2), np.uint8))
+    export.write(Path("~/set"), np.zeros((1, 1, 2, 2), np.uint8), None, format="folder")
+    with pytest.raises(runs.RunError, match=r"home.*report\.json"):
+        runs.summarise(["~/run"])
+    with pytest.raises(FileNotFoundError, match="home/c"):
+        training.load_checkpoint("~/c")
+    with pytest.raises(ValueError, match="no home folder for '~nobody-here'"):
+        released.save("~nobody-here/r")
+    assert sorted(os.listdir(home)) == ["a.png", "again", "ledger", "r", "set"]
+    assert not os.listdir(work)

@@ -727,7 +727,8 @@ def test_edits_are_found(filled: Path, edit: Any, message: str) -> None:
 def test_a_cut_line_is_refused_with_the_remedy(filled: Path, keep: int) -> None:
     data = filled.read_bytes()
     filled.write_bytes(data[:keep])
-    with pytest.raises(PrivacyError, match=r"incomplete.*delete the incomplete line by hand"):
+    remedy = "Restore the ledger" if keep == 10 else "delete the incomplete line by hand"
+    with pytest.raises(PrivacyError, match=f"incomplete.*{remedy}"):
         Ledger(filled).total()
     with pytest.raises(PrivacyError, match="incomplete"):
         spend(Ledger(filled))
@@ -740,7 +741,7 @@ def test_a_cut_line_is_refused_with_the_remedy(filled: Path, keep: int) -> None:
 def test_other_files_are_refused(tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.touch()
-    with pytest.raises(PrivacyError, match="line 1: incomplete"):
+    with pytest.raises(PrivacyError, match="not a ledger, empty; nothing was changed"):
         spend(Ledger(empty))
     with pytest.raises(PrivacyError, match="not a file"):
         spend(Ledger(tmp_path))
@@ -749,6 +750,66 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         spend(Ledger(tmp_path / "absent" / "ledger"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty"]
+
+
+def npz(path: Path) -> None:
+    np.savez(path.with_suffix(".npz"), x=np.zeros((9, 8, 8), np.uint8))
+    path.with_suffix(".npz").rename(path)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        npz,
+        lambda path: path.write_text("hello\nworld"),
+        lambda path: path.write_text('{"a": 1}\n{"b"'),
+        lambda path: path.write_bytes(b"\0" * 100),
+        lambda path: path.touch(),
+    ],
+)
+def test_a_file_that_is_no_ledger_is_left_alone(path: Path, write: Any) -> None:
+    write(path)
+    before = path.read_bytes()
+    for use in (lambda: spend(Ledger(path)), Ledger(path).entries):
+        with pytest.raises(PrivacyError, match=r"not a ledger.*nothing was changed") as raised:
+            use()
+        assert "by hand" not in str(raised.value)
+    assert path.read_bytes() == before
+    assert os.listdir(path.parent) == [path.name]
+
+
+@pytest.mark.parametrize("name", ["", ".", "a\0b", "x" * 300])
+def test_a_name_that_no_ledger_can_have(name: str) -> None:
+    with pytest.raises((PrivacyError, OSError), match=r"^ledger='.*--ledger FILE") as raised:
+        dpmmd.release(unreadable(), small_encoder(), **{**OPTIONS, "ledger": name})
+    assert name in ("", ".", "a\0b") or raised.type is OSError
+
+
+def test_a_ledger_may_have_the_longest_name(tmp_path: Path) -> None:
+    spend(Ledger(tmp_path / ("x" * 255)))
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_ledger_that_may_not_be_written(
+    path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    """Root may write everywhere, so the system's refusal is played."""
+    if there:
+        spend(Ledger(path))
+    before = os.listdir(path.parent)
+    real = os.open
+
+    def refuse(name: Any, flags: int, *rest: Any, **more: Any) -> int:
+        if flags & os.O_RDWR:
+            raise PermissionError(13, "Permission denied", f".{path.name}.temporary")
+        return real(name, flags, *rest, **more)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(PermissionError, match=r"^ledger='.*Permission denied.*--ledger") as raised:
+        dpmmd.release(unreadable(), small_encoder(), **{**OPTIONS, "ledger": path})
+    assert "temporary" not in str(raised.value)
+    assert os.listdir(path.parent) == before
+    assert len(Ledger(path).entries() if there else []) == there
 
 
 # ----------------------------------------------------------------------------- the report

@@ -413,7 +413,8 @@ def _image_size(value: int | Sequence[int]) -> tuple[int, int]:
     size = tuple(value) if isinstance(value, Sequence) else (value, value)
     if len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
         raise ValueError(
-            f"image_size={value!r}: expected a positive int or a pair (height, width) of them"
+            f"image_size={value!r}: expected a positive int or a pair (height, width) of them, the "
+            "size of the images that the encoder sees (--encoder-size on the command line); try 32."
         )
     return size[0], size[1]
 

@@ -5,7 +5,7 @@ from dpmmd.privacy.audit import Audit, audit
 from dpmmd.privacy.ledger import Ledger
 from dpmmd.privacy.mechanism import release
 from dpmmd.privacy.pipeline import SourceAudit, SourceCheck, audit_source
-from dpmmd.privacy.release_file import PrivacyError, Release
+from dpmmd.privacy.release_file import PrivacyError, Release, UnsavedRelease
 from dpmmd.privacy.sensitivity import ADJACENCIES, Block, optimal_weights, sensitivity
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Release",
     "SourceAudit",
     "SourceCheck",
+    "UnsavedRelease",
     "audit",
     "audit_source",
     "calibrate",

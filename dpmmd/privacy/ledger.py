@@ -72,6 +72,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from dpmmd.data.identifiers import folded, unmarked, without_zeros
+from dpmmd.files import expanded
 from dpmmd.privacy import accounting
 from dpmmd.privacy.printed import LONGEST, down, plain, up
 from dpmmd.privacy.release_file import PrivacyError
@@ -96,6 +97,8 @@ _INFINITY = "infinity"  # JSON has no number for it
 _RESTORE = (
     "Restore the ledger from a copy; do not start a new one, which would forget what was spent."
 )
+_OPTION = "(ledger=FILE, --ledger FILE)"
+_STARTS = (b'{"format":', b'{"adjacency":', b'{"array_sha256":')  # of the lines that are written
 _CUT = (
     "If the machine stopped while this line was being written, delete the incomplete line by hand: "
     "a release goes on only after its line is whole, so nothing left the machine that the other "
@@ -202,13 +205,14 @@ class Ledger:
 
     Raises:
         ValueError, TypeError: ``budget`` is not two numbers in their ranges.
-        OSError: this system cannot lock files.
+        PrivacyError: ``path`` is empty, or no name of a file.
+        OSError: this system cannot lock files, or does not let you look at ``path``.
     """
 
     def __init__(
         self, path: str | os.PathLike[str], *, budget: Sequence[float] | None = None
     ) -> None:
-        self.path = Path(path).expanduser()
+        self.path = _usable(path)
         _locks(self.path)
         self.budget: tuple[float, float] | None = None
         if budget is not None:
@@ -334,7 +338,15 @@ class Ledger:
     def check(self, **asked: Any) -> None:
         """Raises what `spend` with these arguments would raise now; records nothing."""
         _, new = _asked(asked)
-        entries = self.entries() if self.path.exists() else []
+        entries = []
+        if self.path.exists():
+            entries = self.entries()
+            with self._locked():  # as `spend` opens it: for writing
+                pass
+        else:
+            descriptor, temporary = self._temporary()
+            os.close(descriptor)
+            os.unlink(temporary)
         self._refuse_over_budget(_of_population(entries, new.population), new)
 
     def is_open(self, spend: str) -> bool:
@@ -398,14 +410,20 @@ class Ledger:
             "people's data (or name the population, if they stand in this one). No image was read."
         )
 
-    def _create(self) -> None:
-        """A ledger without entries, whole from its first moment; another process may be first."""
+    def _temporary(self) -> tuple[int, str]:
+        """An open file of mode 0600 in the ledger's folder, and its path."""
         folder = self.path.parent
         if not folder.is_dir():
             raise FileNotFoundError(
                 f"ledger {self.path}: there is no folder {folder}; make it, or check the path."
             )
-        descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=f".{self.path.name}.")  # 0600
+        with _explained(self.path, f"choose a file in a folder where you may make one {_OPTION}"):
+            return tempfile.mkstemp(dir=folder, prefix=".dpmmd-ledger.")
+
+    def _create(self) -> None:
+        """A ledger without entries, whole from its first moment; another process may be first."""
+        folder = self.path.parent
+        descriptor, temporary = self._temporary()
         try:
             with FileIO(descriptor, "r+b") as file:
                 _append(file, {"kind": "ledger", "format": 1}, _START)
@@ -423,12 +441,23 @@ class Ledger:
     def _locked(self, *, write: bool = True) -> Iterator[FileIO]:
         """The file, whose lines nobody else changes until the block ends."""
         locks = _locks(self.path)
+        if self.path.is_dir():
+            raise PrivacyError(
+                f"ledger={str(self.path)!r}: a folder, not a file; name a file in it {_OPTION}."
+            )
         if not self.path.is_file():
             raise PrivacyError(
                 f"ledger {self.path}: not a file (or a link to one that is gone). {_RESTORE}"
             )
         flags = os.O_RDWR | os.O_APPEND if write else os.O_RDONLY
-        with FileIO(os.open(self.path, flags), "r+b" if write else "rb") as file:
+        how = "read and write" if write else "read"
+        with _explained(
+            self.path,
+            f"get the right to {how} it from its owner {_OPTION}: another ledger would not count "
+            "what is in this one",
+        ):
+            descriptor = os.open(self.path, flags)
+        with FileIO(descriptor, "r+b" if write else "rb") as file:
             locks.flock(file, locks.LOCK_EX if write else locks.LOCK_SH)
             yield file
 
@@ -437,12 +466,16 @@ class Ledger:
         entries: dict[str, Entry] = {}
         previous = _START
         file.seek(0)
-        *lines, rest = file.readall().split(b"\n")
-        if rest or not lines:
+        start = file.read(len(max(_STARTS, key=len)))
+        if not start or not any(s.startswith(start) or start.startswith(s) for s in _STARTS):
             raise PrivacyError(
-                f"ledger {self.path}, line {len(lines) + 1}: incomplete, expected a line that ends "
-                f"with its hash; the file was cut off. {_CUT}"
+                f"ledger {self.path}: not a ledger, {'empty' if not start else 'by its first line'}"
+                f"; nothing was changed. Name another file {_OPTION}; one that is not there yet is "
+                "made. If this was your ledger, it was damaged: restore it from a copy, for a new "
+                "one would forget what was spent."
             )
+        file.seek(0)
+        *lines, rest = file.readall().split(b"\n")
         for number, text in enumerate(lines, start=1):
             where = f"ledger {self.path}, line {number}"
             line = _parsed(text, where)
@@ -466,7 +499,41 @@ class Ledger:
                     )
                 entries[line.spend] = _entry(spent, line.array_sha256)
             previous = line.hash
+        if rest or not lines:  # after the lines before it, which say that it is a ledger
+            raise PrivacyError(
+                f"ledger {self.path}, line {len(lines) + 1}: incomplete, expected a line that ends "
+                f"with its hash; the file was cut off. {_CUT if lines else _RESTORE}"
+            )
         return list(entries.values()), previous
+
+
+def _usable(path: str | os.PathLike[str]) -> Path:
+    """The path of a ledger that is there or not, if files can have such a name."""
+    if str(path) in ("", "."):
+        raise PrivacyError(f"ledger={str(path)!r}: expected the name of a file {_OPTION}.")
+    if "\0" in str(path):
+        raise PrivacyError(
+            f"ledger={str(path)!r}: no file can have a zero byte in its name; name another "
+            f"{_OPTION}."
+        )
+    path = expanded(path)
+    with (
+        contextlib.suppress(FileNotFoundError, NotADirectoryError),
+        _explained(path, f"choose a file that you may look at, with a shorter name {_OPTION}"),
+    ):
+        os.lstat(path)
+    return path
+
+
+@contextlib.contextmanager
+def _explained(path: Path, remedy: str) -> Iterator[None]:
+    """The system's refusal, of the same class, with the ledger's name and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise type(error)(
+            f"ledger={str(path)!r}: cannot be used ({error.strerror}); {remedy}."
+        ) from None
 
 
 def check_population(name: str) -> str:

@@ -18,7 +18,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,7 +30,7 @@ from tqdm import tqdm
 from dpmmd._memory import return_freed_memory
 from dpmmd.bounds import check_bound
 from dpmmd.encoders.pixels import pixel_moments as pixels_of
-from dpmmd.files import refuse_unwritable
+from dpmmd.files import expanded, refuse_full, refuse_unwritable
 from dpmmd.privacy.accounting import calibrate
 from dpmmd.privacy.ledger import Ledger, check_population
 from dpmmd.privacy.noise import rounded_gaussian
@@ -42,7 +41,9 @@ from dpmmd.privacy.release_file import (
     Metadata,
     PrivacyError,
     Release,
+    UnsavedRelease,
     array_hash,
+    save_spent,
     unit_of,
 )
 from dpmmd.privacy.sensitivity import Block, check_adjacency, sensitivity
@@ -213,6 +214,9 @@ def release(
             (not under add-remove); a data set of which a first look finds nothing usable, or whose
             records depend on each other (`dpmmd.data.look`).
         FileExistsError: ``out`` exists.
+        OSError: ``out`` cannot be written, or its disk has no room; before anything is spent.
+        UnsavedRelease: after the spend, ``out`` could not be written all the same. The release is
+            in another file, which the message names, and in the exception's ``release``.
         PrivacyError: the ledger was damaged or edited, the budget does not allow the release, or
             ``partial_sums`` cannot be used.
         RuntimeError: ``process_group`` is not initialised, or another of its processes failed:
@@ -229,18 +233,23 @@ def release(
     if isinstance(encoder, str):
         raise TypeError(f"encoder={encoder!r}: expected dpmmd.encoders.load({encoder!r}).")
     ranks = Ranks(process_group)
-    if out is not None and ranks.rank == 0:
-        refuse_unwritable(Path(out), others=(ledger, partial_sums))
+    target = None if out is None or ranks.rank else expanded(out)
+    if target is not None:
+        refuse_unwritable(target, others=(ledger, partial_sums))
     check_adjacency(adjacency)
     moments = (moments,) if isinstance(moments, int) else tuple(moments)
     check_bound(moments, bound, clip, joint_weight)
     _check(num_classes, batch_size, shared_taps, len(encoder.taps), clip)
     if budget is not None and ledger is None:
-        raise ValueError(f"budget={budget!r}: needs ledger=FILE, which remembers what was spent.")
+        raise ValueError(
+            f"budget={budget!r}: needs ledger=FILE (--ledger FILE), which remembers what was spent."
+        )
     if population is not None:
         check_population(population)
         if ledger is None:
-            raise ValueError(f"population={population!r}: needs ledger=FILE, which remembers it.")
+            raise ValueError(
+                f"population={population!r}: needs ledger=FILE (--ledger FILE), which remembers it."
+            )
     noise_level = calibrate(epsilon=epsilon, delta=delta)
     book = None if ledger is None or ranks.rank else Ledger(ledger, budget=budget)
     private = insecure_test_noise is None
@@ -314,6 +323,8 @@ def release(
         shared_taps=shared_taps,
         decoding=None if images.decoding is None else dict(images.decoding),
     )
+    if target is not None:
+        refuse_full(target, 8 * sum(block.size for block in metadata.blocks) + (1 << 20))
     store, done, spend = None, 0, None
     settings = {
         "version": metadata.version,
@@ -432,8 +443,13 @@ def release(
     result = Release(sums_out, counts, metadata, *further)
     if book is not None and spend is not None:
         book.confirm(spend, digest)
-    if out is not None:
-        result.save(out)
+    if target is not None:
+        try:
+            save_spent(result, target)
+        except UnsavedRelease as error:
+            if error.saved is not None:
+                _done(result, store)
+            raise
     return _done(ranks.share(result), store)
 
 

@@ -23,9 +23,9 @@ import tempfile
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, BinaryIO
 
+from dpmmd.files import expanded
 from dpmmd.privacy.release_file import PrivacyError
 from dpmmd.privacy.sums import PrivateSums
 
@@ -58,7 +58,7 @@ class PartialSums:
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        self.folder = Path(folder).expanduser()
+        self.folder = expanded(folder)
         self.path = self.folder / (FILE if world == 1 else f"{FILE}-{rank}-of-{world}")
         text = json.dumps(release, sort_keys=True, default=str)
         self._release = hashlib.sha256(text.encode()).hexdigest()

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as encode
 from torch import Tensor
 
-from dpmmd.files import write_atomically
+from dpmmd.files import expanded, write_atomically
 from dpmmd.privacy.printed import plain, up
 from dpmmd.privacy.sensitivity import Block, sensitivity
 
@@ -33,6 +35,19 @@ _STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 class PrivacyError(ValueError):
     """A release that cannot be trusted, or cannot be used as asked."""
+
+
+class UnsavedRelease(OSError):
+    """A release was spent, and could not be written where it was asked for.
+
+    Attributes:
+        release: the release. Its budget is spent, whether it is kept or not.
+        saved: the file that it was written to instead; None if nothing could be written.
+    """
+
+    def __init__(self, message: str, release: Release, saved: Path | None) -> None:
+        super().__init__(message)
+        self.release, self.saved = release, saved
 
 
 class BlockRecord(BaseModel):
@@ -170,7 +185,7 @@ class Release:
         Raises:
             FileExistsError: ``path`` exists and ``overwrite`` is False.
         """
-        path = Path(path)
+        path = expanded(path)
         tensors = {"sums": self.sums.contiguous(), "counts": self.counts.contiguous()}
         for name in FURTHER:
             if (tensor := getattr(self, name)) is not None:
@@ -193,7 +208,7 @@ class Release:
         """
         from dpmmd.privacy.checks import Checks
 
-        path = Path(path)
+        path = expanded(path)
         if not path.is_file():
             raise FileNotFoundError(
                 f"{path}: no such release; make one with `dpmmd release` or dpmmd.release(...)."
@@ -222,6 +237,48 @@ class Release:
         )
         Checks(release, str(path)).run()
         return release
+
+
+def save_spent(release: Release, path: Path) -> None:
+    """Saves a release whose budget is spent: under another name rather than not at all.
+
+    Raises:
+        UnsavedRelease: it is not at ``path``; the message says where it is.
+    """
+    try:
+        release.save(path)
+    except BaseException as error:
+        saved = _recovered(release, path)
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        start = f"out={str(path)!r}: cannot write there ({reason}). The budget of this release was"
+        if saved is None:
+            message = (
+                f"{start} spent, and it could not be written beside it or to the temporary folder "
+                "either. In Python the exception has it: `error.release.save(PATH)`, before the "
+                "process ends. Releasing the data again costs privacy again."
+            )
+        else:
+            message = (
+                f"{start} spent, and the file {str(saved)!r} is the release: keep it. Releasing "
+                "the data again costs privacy again."
+            )
+        if isinstance(error, Exception):
+            raise UnsavedRelease(message, release, saved) from error
+        warnings.warn(message, stacklevel=3)  # interrupted
+        raise
+
+
+def _recovered(release: Release, path: Path) -> Path | None:
+    """A file with the release, beside ``path`` or in the temporary folder; None: no such file."""
+    for folder, stem in ((path.parent, path.stem), (tempfile.gettempdir(), path.stem[:50])):
+        for number in range(1, 100):
+            try:
+                return release.save(Path(folder) / f"{stem}.recovered-{number}.safetensors")
+            except FileExistsError:
+                continue
+            except Exception:  # the next folder
+                break
+    return None
 
 
 def _metadata(kept: Mapping[str, str], where: str) -> Metadata:

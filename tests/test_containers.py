@@ -24,7 +24,8 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from dpmmd.data import ImageSource, open_source
-from dpmmd.data.leftovers import copy_of, leftover
+from dpmmd.data.folder import FolderSource
+from dpmmd.data.leftovers import family_of, leftover
 from dpmmd.data.members import BLOCK, DamagedTar, Walk
 from dpmmd.data.once import inside as file_inside
 from dpmmd.data.pixels import Unusable
@@ -297,7 +298,10 @@ def test_what_machines_leave_in_shards(tmp_path: Path) -> None:
     "name",
     ["x - Copy.png", "x - Copy (2).png", "Copy of x.png", "Copy (2) of x.png", "x copy.png",
      "x copy 3.png", "x (copy).png", "x (another copy).png", "x (3rd copy).png", "x_copy.png",
-     "x - Kopie.png", "Kopie von x.png", "x - Copy - Copy.png", "Copy of Copy of x.png"],
+     "x - Kopie.png", "Kopie von x.png", "x - Copy - Copy.png", "Copy of Copy of x.png",
+     "x (1).png", "x(2).png", "x 2.png", "x (1)(2).png", "X.PNG", "X - Copy.png", "x - copy.PNG",
+     "x - コピー.png", "x のコピー 2.png", "x - 副本 (2).png", "x副本.png", "x — копия.png",
+     "Копия x.png", "x - Co\u0301pia.png", "x（1）.png"],
 )  # fmt: skip
 def test_a_copy_that_a_file_manager_made_contributes_nothing(tmp_path: Path, name: str) -> None:
     put(tmp_path / "x" / "x.png", 1)
@@ -309,28 +313,63 @@ def test_a_copy_that_a_file_manager_made_contributes_nothing(tmp_path: Path, nam
 
 
 def test_other_names_with_equal_bytes_are_two_images(tmp_path: Path) -> None:
-    for name in ("x.png", "x (1).png", "x 2.png", "y.png", "photocopy.png", "copy.png"):
-        put(tmp_path / "x" / name, 1)
-    put(tmp_path / "x" / "deep" / "x - Copy.png", 1)
-    put(tmp_path / "y" / "x" / "x.png", 1)
-    assert summed(opened(tmp_path / "y")) == {(1, 0): 1}
-    (tmp_path / "x" / "deep" / "x - Copy.png").unlink()
-    (tmp_path / "x" / "deep").rmdir()
-    assert summed(opened(tmp_path / "x")) == {(1, 0): 6}
-    assert copy_of("x (1).png") is None
-    assert copy_of("x (1).png", numbered=True) == "x.png"
+    for name in ("x.png", "x1.png", "y.png", "photocopy.png", "copy.png", "deep/x - Copy.png"):
+        put(tmp_path / "y" / "x" / name, 1)
+    assert summed(opened(tmp_path / "y")) == {(1, 0): 6}
+    assert family_of("a/photocopy.png") == "a/photocopy.png"
 
 
-def test_copies_keep_the_claim_for_every_exchange_and_removal(tmp_path: Path) -> None:
+def test_folders_that_are_copies_count_once(tmp_path: Path) -> None:
+    for day in ("day", "day - Copy", "day (2)", "Day copy", "day — копия (3)"):
+        put(tmp_path / "ill" / day / "x.png", 1)
+        put(tmp_path / "ill" / day / "deep copy" / "y.png", 2)
+    put(tmp_path / "well" / "day" / "x.png", 1)
+    source = opened(tmp_path)
+    assert source.num_images == 11
+    assert summed(source) == {(1, 0): 1, (2, 0): 1, (1, 1): 1}
+
+
+def test_copies_across_classes_and_groups_count_and_are_suspicions(tmp_path: Path) -> None:
+    """A family has one label and one group: else an exchange would move a vector to another."""
+    for place in ("ill/p/x.png", "ill/p - Copy/x.png", "ill/p - Copy/x (1).png", "well/p/x.png"):
+        put(tmp_path / "x" / place, 1)
+    by_class = opened(tmp_path / "x")
+    assert summed(by_class) == {(1, 0): 1, (1, 1): 1}
+    by_group = opened(tmp_path / "x", num_classes=2, group_by="folder")
+    assert isinstance(by_group, FolderSource)
+    assert (len(by_group.copies), by_group.copies_elsewhere()) == (1, 1)
+
+
+def test_only_families_of_several_files_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(30):
+        put(tmp_path / "x" / f"scan_{number:04d}.png", 1)
+    monkeypatch.setattr("dpmmd.data.once._digest", lambda file: pytest.fail(f"read {file}"))
+    assert opened(tmp_path).num_images == 30
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("x.png", "x - Copy.png", "x copy 2.png"),
+        ("x.png", "X (1).png", "x - 副本.PNG"),
+        ("day/x.png", "day - Copy/x.png", "day (2)/X (1).png"),
+    ],
+)
+def test_copies_keep_the_claim_for_every_exchange_and_removal(
+    tmp_path: Path, names: tuple[str, ...]
+) -> None:
     """All neighbours over a family of three names: one vector leaves and one comes, at most."""
-    names = ("x.png", "x - Copy.png", "x copy 2.png")
+    tmp_path = tmp_path / "source" / "class"
+    tmp_path.mkdir(parents=True)
 
     def released(values: tuple[int | None, ...]) -> Counter[tuple[int, int]]:
         for name, value in zip(names, values, strict=True):
             (tmp_path / name).unlink(missing_ok=True)
             if value is not None:
                 put(tmp_path / name, value)
-        return summed(opened(tmp_path, allow_empty=True))
+        return summed(opened(tmp_path.parent, allow_empty=True))
 
     every = {v: released(v) for v in itertools.product((None, 1, 2), repeat=3)}
     for one, other in itertools.permutations(every, 2):

@@ -13,11 +13,12 @@ file's names is the first decides the order of the records only, and the sums do
 order.
 
 What this cannot see: two files with the same content (an image that was copied). They are two
-records.
+records, except where their names say that they are copies (`dpmmd.data.folder`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from collections import Counter
@@ -29,10 +30,13 @@ import numpy as np
 from torch.utils.data import ConcatDataset, Subset
 
 from dpmmd.data.leftovers import leftover, other_extension
-from dpmmd.data.remote import AnyPath, RemotePath
+from dpmmd.data.pixels import Unusable
+from dpmmd.data.remote import AnyPath, RemotePath, opened
 
 SECOND_NAME = "a second name of a file that is counted already"
 SECOND_WAY = "a second way into a folder that was entered already"
+
+_PIECE = 1 << 20  # bytes read at a time where files are compared
 
 FileKey = tuple[int, int] | str
 
@@ -127,6 +131,44 @@ def shards_in(folder: AnyPath, suffix: str) -> tuple[list[AnyPath], dict[str, in
             passed[reason] += 1
     shards, twice = without_second_names(sorted(found))
     return shards, dict(passed + Counter(twice))
+
+
+def copies_in(files: Sequence[AnyPath]) -> dict[int, int]:
+    """Files with the bytes of an earlier one: position -> position of the first of its bytes.
+
+    Only files of one size are read. Empty files, and what cannot be read, are no copies.
+    """
+    sizes = [_size(file) for file in files]
+    counts = Counter(sizes)
+    seen: dict[bytes, int] = {}
+    copies = {}
+    for position, (file, size) in enumerate(zip(files, sizes, strict=True)):
+        if size and counts[size] > 1 and (digest := _digest(file)):
+            first = seen.setdefault(digest, position)
+            if first != position:
+                copies[position] = first
+    return copies
+
+
+def _size(file: AnyPath) -> int:
+    try:
+        if isinstance(file, Path):
+            return os.stat(file).st_size
+        with opened(file) as handle:
+            return handle.seek(0, 2)
+    except OSError:
+        return 0
+
+
+def _digest(file: AnyPath) -> bytes:
+    try:
+        found = hashlib.sha256()
+        with opened(file) as handle:
+            while piece := handle.read(_PIECE):
+                found.update(piece)
+        return found.digest()
+    except (OSError, Unusable):
+        return b""
 
 
 def inside(folder: AnyPath, name: str) -> tuple[AnyPath, FileKey] | None:

@@ -22,7 +22,15 @@ from dpmmd.data.source import check_num_classes, file_identity
 
 COPY = "a copy of another file, by its name and by its bytes"
 FORBIDDEN = "a folder that may not be read"
-_SPLIT_FOLDERS = frozenset(("train", "test", "val", "valid", "validation"))
+_SPLIT_FOLDERS = frozenset(
+    ("train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval",
+     "evaluation", "holdout")
+)  # fmt: skip
+_IMAGE_FOLDERS = frozenset(("images", "image", "imgs", "img"))
+_MASK_FOLDERS = frozenset(
+    ("masks", "mask", "labels", "label", "annotations", "annotation", "segmentations",
+     "segmentation")
+)  # fmt: skip
 
 
 _leave_out_forbidden = ContextVar("leave_out_forbidden", default=False)
@@ -56,10 +64,11 @@ def open_folder(
     `num_classes` is None.
 
     Raises:
-        PermissionError: a folder below `path` that may not be read. ValueError: images both beside
-        and inside sub-folders; sub-folders that are splits (``train``,
-            ``test``), not classes; as many classes as `num_classes` does not say; one file in two
-            classes or in two groups; images outside of a group's folder.
+        PermissionError: a folder below `path` that may not be read.
+        ValueError: images both beside and inside sub-folders; sub-folders that are no classes but
+            splits (``train``, ``test``), or ``images`` beside ``masks``; as many classes as
+            `num_classes` does not say; one file in two classes or in two groups; images outside of
+            a group's folder.
     """
     tree = _Tree(path)
     folders, loose = tree.top()
@@ -319,8 +328,20 @@ def _equal_in_families(
 
 
 def _refuse_splits(root: Path, path: Path, folders: Sequence[str]) -> None:
-    """Raise ValueError where all sub-folders of a class, or of the source, are splits."""
-    if folders and {name.lower() for name in folders} <= _SPLIT_FOLDERS:
+    """Raise ValueError where the sub-folders of a class, or of the source, are no classes.
+
+    They are splits, or images beside their masks.
+    """
+    names = {name.lower() for name in folders}
+    if names & _IMAGE_FOLDERS and names & _MASK_FOLDERS and names <= _IMAGE_FOLDERS | _MASK_FOLDERS:
+        images = next(name for name in folders if name.lower() in _IMAGE_FOLDERS)
+        raise ValueError(
+            f"source={str(root)!r}: {str(path)!r} has the sub-folders {listed(list(folders))}, "
+            "which are images beside their masks or labels and not classes: expected one "
+            f"sub-folder per class; give {str(path / images)!r}, or arrange the images as "
+            "<class>/... first."
+        )
+    if names and names <= _SPLIT_FOLDERS:
         raise ValueError(
             f"source={str(root)!r}: {str(path)!r} has the sub-folders {listed(list(folders))}, "
             "which are splits and not classes: expected one sub-folder per class, of one split; "

@@ -60,8 +60,8 @@ _CONFLICT = re.compile(
 # that do not.
 _WORDS = [
     "copy", "copie", "copia", "copía", "cópia", "kopie", "kopia", "kópia", "kopi", "kopya",
-    "kopija", "kopio", "koopia", "salinan", "másolat", "копия", "копія", "копие", "копија", "αντίγραφο",
-    "نسخة", "עותק",
+    "kopija", "kopio", "koopia", "salinan", "másolat", "копия", "копія", "копие", "копија",
+    "αντίγραφο", "نسخة", "עותק",
 ]  # fmt: skip
 _JOINED = ["コピー", "副本", "拷贝", "拷貝", "复制", "複製", "复件", "복사본", "사본", "สำเนา"]
 

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import ConcatDataset, Subset
 
-from dpmmd.data.leftovers import leftover, other_extension
+from dpmmd.data.leftovers import family_of, leftover, listed, other_extension
 from dpmmd.data.pixels import Unusable
 from dpmmd.data.remote import AnyPath, RemotePath, opened
 
@@ -131,6 +131,28 @@ def shards_in(folder: AnyPath, suffix: str) -> tuple[list[AnyPath], dict[str, in
             passed[reason] += 1
     shards, twice = without_second_names(sorted(found))
     return shards, dict(passed + Counter(twice))
+
+
+def refuse_copied_shards(files: Sequence[AnyPath], name: str) -> None:
+    """Raise ValueError where a shard is a copy of another, by its name and by its bytes.
+
+    Compared are the shards of one family (`dpmmd.data.leftovers.family_of`).
+
+    *Why a copy is not passed over.* If it were, an exchange of one record in one of the two shards
+    would make them differ, and all records of the other would come in. So the source is refused
+    before anything is spent; what is opened counts each record of each shard, and no record decides
+    whether another one counts.
+    """
+    families: dict[str, list[AnyPath]] = {}
+    for file in files:
+        families.setdefault(family_of(str(file)), []).append(file)
+    for family in families.values():
+        for copy, first in copies_in(family).items() if len(family) > 1 else ():
+            raise ValueError(
+                f"source {name!r}: the shard {listed([str(family[copy])])} is a copy of "
+                f"{listed([str(family[first])])}, by its name and by its bytes, and each of its "
+                "images would count twice; expected each shard once: remove the copy."
+            )
 
 
 def copies_in(files: Sequence[AnyPath]) -> dict[int, int]:

@@ -118,16 +118,15 @@ def may_be_images(reason: str) -> bool:
 
 
 def family_of(path: str) -> str:
-    """The path with the marks of copies taken off each of its parts: a function of `path` alone.
+    """The path without extension and the marks of copies in its parts: a function of `path` alone.
 
-    ``x.png``, ``X.PNG``, ``x - Copy.png``, ``x copy 2.png``, ``Copy of x.png``, ``x (1).png``,
+    ``x.png``, ``X.JPG``, ``x - Copy.png``, ``x copy 2.png``, ``Copy of x.png``, ``x (1).png``,
     ``x 2.png`` are one family, and so are ``day/x.png``, ``day - Copy/x.png``, ``day (2)/x.png``.
     Names of originals can be in one family too (``x 1.png``, ``x 2.png``): only where files of a
     family have equal bytes are they taken for copies.
     """
     folder, separator, name = path.rpartition(os.sep)
-    stem, extension = os.path.splitext(name)
-    return _folder(folder) + separator + _original(stem) + _folded(extension)
+    return _folder(folder) + separator + _original(os.path.splitext(name)[0])
 
 
 @functools.lru_cache(1 << 10)

@@ -24,7 +24,8 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from dpmmd.data import ImageSource, open_source
-from dpmmd.data.leftovers import copy_of, leftover
+from dpmmd.data.folder import FolderSource
+from dpmmd.data.leftovers import family_of, leftover
 from dpmmd.data.members import BLOCK, DamagedTar, Walk
 from dpmmd.data.once import inside as file_inside
 from dpmmd.data.pixels import Unusable
@@ -297,7 +298,11 @@ def test_what_machines_leave_in_shards(tmp_path: Path) -> None:
     "name",
     ["x - Copy.png", "x - Copy (2).png", "Copy of x.png", "Copy (2) of x.png", "x copy.png",
      "x copy 3.png", "x (copy).png", "x (another copy).png", "x (3rd copy).png", "x_copy.png",
-     "x - Kopie.png", "Kopie von x.png", "x - Copy - Copy.png", "Copy of Copy of x.png"],
+     "x - Kopie.png", "Kopie von x.png", "x - Copy - Copy.png", "Copy of Copy of x.png",
+     "x (1).png", "x(2).png", "x 2.png", "x (1)(2).png", "X.PNG", "x.jpg",
+     "X - Copy.png", "x - copy.PNG",
+     "x - コピー.png", "x のコピー 2.png", "x - 副本 (2).png", "x副本.png", "x — копия.png",
+     "Копия x.png", "x - Co\u0301pia.png", "x（1）.png"],
 )  # fmt: skip
 def test_a_copy_that_a_file_manager_made_contributes_nothing(tmp_path: Path, name: str) -> None:
     put(tmp_path / "x" / "x.png", 1)
@@ -309,28 +314,63 @@ def test_a_copy_that_a_file_manager_made_contributes_nothing(tmp_path: Path, nam
 
 
 def test_other_names_with_equal_bytes_are_two_images(tmp_path: Path) -> None:
-    for name in ("x.png", "x (1).png", "x 2.png", "y.png", "photocopy.png", "copy.png"):
-        put(tmp_path / "x" / name, 1)
-    put(tmp_path / "x" / "deep" / "x - Copy.png", 1)
-    put(tmp_path / "y" / "x" / "x.png", 1)
-    assert summed(opened(tmp_path / "y")) == {(1, 0): 1}
-    (tmp_path / "x" / "deep" / "x - Copy.png").unlink()
-    (tmp_path / "x" / "deep").rmdir()
-    assert summed(opened(tmp_path / "x")) == {(1, 0): 6}
-    assert copy_of("x (1).png") is None
-    assert copy_of("x (1).png", numbered=True) == "x.png"
+    for name in ("x.png", "x1.png", "y.png", "photocopy.png", "copy.png", "deep/x - Copy.png"):
+        put(tmp_path / "y" / "x" / name, 1)
+    assert summed(opened(tmp_path / "y")) == {(1, 0): 6}
+    assert family_of("a/photocopy.png") == "a/photocopy"
 
 
-def test_copies_keep_the_claim_for_every_exchange_and_removal(tmp_path: Path) -> None:
+def test_folders_that_are_copies_count_once(tmp_path: Path) -> None:
+    for day in ("day", "day - Copy", "day (2)", "Day copy", "day — копия (3)"):
+        put(tmp_path / "ill" / day / "x.png", 1)
+        put(tmp_path / "ill" / day / "deep copy" / "y.png", 2)
+    put(tmp_path / "well" / "day" / "x.png", 1)
+    source = opened(tmp_path)
+    assert source.num_images == 11
+    assert summed(source) == {(1, 0): 1, (2, 0): 1, (1, 1): 1}
+
+
+def test_copies_across_classes_and_groups_count_and_are_suspicions(tmp_path: Path) -> None:
+    """A family has one label and one group: else an exchange would move a vector to another."""
+    for place in ("ill/p/x.png", "ill/p - Copy/x.png", "ill/p - Copy/x (1).png", "well/p/x.png"):
+        put(tmp_path / "x" / place, 1)
+    by_class = opened(tmp_path / "x")
+    assert summed(by_class) == {(1, 0): 1, (1, 1): 1}
+    by_group = opened(tmp_path / "x", num_classes=2, group_by="folder")
+    assert isinstance(by_group, FolderSource)
+    assert (len(by_group.copies), by_group.copies_elsewhere()) == (1, 1)
+
+
+def test_only_families_of_several_files_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(30):
+        put(tmp_path / "x" / f"scan_{number:04d}.png", 1)
+    monkeypatch.setattr("dpmmd.data.once._digest", lambda file: pytest.fail(f"read {file}"))
+    assert opened(tmp_path).num_images == 30
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("x.png", "x - Copy.png", "x copy 2.png"),
+        ("x.png", "X (1).png", "x - 副本.PNG"),
+        ("day/x.png", "day - Copy/x.png", "day (2)/X (1).png"),
+    ],
+)
+def test_copies_keep_the_claim_for_every_exchange_and_removal(
+    tmp_path: Path, names: tuple[str, ...]
+) -> None:
     """All neighbours over a family of three names: one vector leaves and one comes, at most."""
-    names = ("x.png", "x - Copy.png", "x copy 2.png")
+    tmp_path = tmp_path / "source" / "class"
+    tmp_path.mkdir(parents=True)
 
     def released(values: tuple[int | None, ...]) -> Counter[tuple[int, int]]:
         for name, value in zip(names, values, strict=True):
             (tmp_path / name).unlink(missing_ok=True)
             if value is not None:
                 put(tmp_path / name, value)
-        return summed(opened(tmp_path, allow_empty=True))
+        return summed(opened(tmp_path.parent, allow_empty=True))
 
     every = {v: released(v) for v in itertools.product((None, 1, 2), repeat=3)}
     for one, other in itertools.permutations(every, 2):
@@ -573,6 +613,82 @@ def test_members_of_one_name_are_one_record(tmp_path: Path) -> None:
     assert summed(opened(path, num_classes=2)) == {(1, 0): 1, (2, 1): 1}
 
 
+def shard(path: Path, *members: tuple[str, bytes]) -> Path:
+    with tarfile.open(path, mode="w") as archive:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+def test_the_last_label_of_a_name_counts(tmp_path: Path) -> None:
+    first, last, none = b'{"label": 0}', b'{"label": 1}', b'{"other": 1}'
+    path = tmp_path / "a.tar"
+    shard(path, ("0.png", png(1)), ("0.json", first), ("0.json", last))
+    assert summed(opened(path, num_classes=2)) == {(1, 1): 1}
+    shard(path, ("0.png", png(1)), ("0.cls", b"0"), ("0.cls", b"1"))
+    assert summed(opened(path, num_classes=2)) == {(1, 1): 1}
+    for members in (("0.cls", b"1"), ("0.json", first)), (("0.json", first), ("0.cls", b"1")):
+        shard(path, ("0.png", png(1)), *members)  # .cls counts before .json
+        assert summed(opened(path, num_classes=2)) == {(1, 1): 1}
+    shard(path, ("0.png", png(1)), ("0.json", last), ("0.json", none))
+    with pytest.raises(ValueError, match="no labels"):
+        opened(path, num_classes=2)
+
+
+@pytest.mark.parametrize(
+    "again", ["./0.png", "z/../0.png", "/0.png", ".//0.png", "../0.png", "./z/./../0.png"]
+)
+def test_spellings_of_one_name_are_one_record(tmp_path: Path, again: str) -> None:
+    for names in ("0.png", again), (again, "0.png"):
+        members = zip(names, (png(1), png(2)), strict=True)
+        source = opened(shard(tmp_path / "a.tar", *members))
+        assert summed(source) == {(2, 0): 1}
+        assert source.passed_over == {"an earlier version of a member of the same name": 1}
+
+
+@pytest.mark.parametrize("pair", [("0.png", "0.PNG"), ("0.cls", "0.Cls"), ("./0.png", "0.Png")])
+def test_names_that_differ_in_the_case_of_the_extension_are_refused(
+    tmp_path: Path, pair: tuple[str, str]
+) -> None:
+    path = shard(tmp_path / "a.tar", ("1.png", png(1)), *((name, b"1") for name in pair))
+    with pytest.raises(ValueError, match=r"members 0\.\w+ and 0\.\w+ in one shard.*rename"):
+        opened(path)
+
+
+def test_a_shard_without_members_holds_no_images(tmp_path: Path) -> None:
+    path = shard(tmp_path / "a.tar")
+    for number in (None, 1, 2):
+        with pytest.raises(ValueError, match="holds no images"):
+            opened(path, num_classes=number)
+        assert opened(path, num_classes=number, allow_empty=True).num_images == 0
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+@pytest.mark.parametrize("name", ["a (1)", "a - Copy", "A", "a - 副本"])
+def test_copies_of_shards_are_refused(tmp_path: Path, kind: str, name: str) -> None:
+    def write(name: str, value: int) -> None:
+        path = tmp_path / f"{name}.{kind}"
+        if kind == "tar":
+            shard(path, ("0.png", png(value)))
+        else:
+            pq, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+            pq.write_table(pa.table({"image": [png(value)]}), path)
+
+    write("a", 1)
+    write("b", 1)  # the bytes alone are no reason
+    assert opened(tmp_path).num_images == 2
+    write(name, 2)  # nor is the name
+    assert opened(tmp_path).num_images == 3
+    write(name, 1)
+    with pytest.raises(ValueError, match=r"is a copy of .*remove the copy"):
+        opened(tmp_path)
+    if kind == "tar":
+        with pytest.raises(ValueError, match="is a copy of"):
+            opened(str(tmp_path / f"{{a,{name}}}.tar"))
+
+
 @pytest.mark.parametrize("text", [b"[" * 100_000, b'{"a":' * 100_000, b'{"label": 1' + b"0" * 9000])
 def test_json_that_is_a_bomb_is_refused(tmp_path: Path, text: bytes) -> None:
     path = tmp_path / "a.tar"
@@ -762,6 +878,57 @@ def test_splits_inside_of_classes_are_refused(tmp_path: Path) -> None:
     folder(tmp_path / "y" / "y" / "train")
     with pytest.raises(ValueError, match="train, which are splits"):
         opened(tmp_path / "y", num_classes=2)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("training", "testing"), ("Train", "dev"), ("train", "eval"), ("train", "evaluation"),
+     ("train", "holdout")],
+)  # fmt: skip
+def test_other_names_of_splits_are_refused(tmp_path: Path, names: tuple[str, str]) -> None:
+    for name in names:
+        put(tmp_path / name / "1.png", 1)
+    with pytest.raises(ValueError, match="which are splits and not classes"):
+        opened(tmp_path, num_classes=2)
+    put(tmp_path / "other" / "1.png", 1)
+    assert opened(tmp_path, num_classes=3).num_images == 3
+
+
+@pytest.mark.parametrize("names", [("images", "masks"), ("Images", "labels", "annotations")])
+@pytest.mark.parametrize("below", [".", "ill"])
+def test_images_beside_their_masks_are_no_classes(
+    tmp_path: Path, names: tuple[str, ...], below: str
+) -> None:
+    for name in names:
+        put(tmp_path / below / name / "1.png", 1)
+    put(tmp_path / below / "masks" / "1.png", 1)
+    with pytest.raises(ValueError, match=r"images beside their masks.*give '.*[Ii]mages'"):
+        opened(tmp_path)
+    put(tmp_path / "x" / "images" / "1.png", 1)
+    assert opened(tmp_path / "x").num_images == 1
+
+
+@pytest.mark.parametrize("text", ["", " ", "\t\n", "s3://", "file://", "memory:// "])
+def test_an_empty_source_is_refused(
+    tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path / "1.png", 1)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"source=.*: expected a name, a path or a URL"):
+        opened(text)
+    assert opened(".").num_images == 1
+
+
+def test_the_type_of_a_column_that_is_not_read_is_named(tmp_path: Path) -> None:
+    pq, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    path, column = tmp_path / "a.parquet", pa.array([png(1), png(2)])
+    if hasattr(pa, "binary_view"):
+        pq.write_table(pa.table({"image": column.cast(pa.binary_view())}), path)
+        assert summed(opened(path)) == {(1, 0): 1, (2, 0): 1}
+    pq.write_table(pa.table({"image": column.dictionary_encode()}), path)
+    for key in (None, "image"):
+        with pytest.raises(ValueError, match=r"'image' is of type dictionary.*cast\(pa.binary"):
+            opened(path, image_key=key)
 
 
 def test_pipes_among_images_do_not_hang(tmp_path: Path) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,16 +15,22 @@ import torch
 
 from dpmmd.data.classes import folder_names
 from dpmmd.data.items import FileSource
-from dpmmd.data.leftovers import copy_of, leftover, listed, other_extension
-from dpmmd.data.once import SECOND_NAME, SECOND_WAY, FileKey, key_of
+from dpmmd.data.leftovers import family_of, leftover, listed, other_extension
+from dpmmd.data.once import SECOND_NAME, SECOND_WAY, FileKey, copies_in, key_of
 from dpmmd.data.pixels import EXTENSIONS, Encoded, Geometry, Unusable
-from dpmmd.data.remote import opened
 from dpmmd.data.source import check_num_classes, file_identity
 
-COPY = "a copy that a file manager made of a file beside it"
+COPY = "a copy of another file, by its name and by its bytes"
 FORBIDDEN = "a folder that may not be read"
-_PIECE = 1 << 20  # bytes read at a time where files are compared
-_SPLIT_FOLDERS = frozenset(("train", "test", "val", "valid", "validation"))
+_SPLIT_FOLDERS = frozenset(
+    ("train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval",
+     "evaluation", "holdout")
+)  # fmt: skip
+_IMAGE_FOLDERS = frozenset(("images", "image", "imgs", "img"))
+_MASK_FOLDERS = frozenset(
+    ("masks", "mask", "labels", "label", "annotations", "annotation", "segmentations",
+     "segmentation")
+)  # fmt: skip
 
 
 _leave_out_forbidden = ContextVar("leave_out_forbidden", default=False)
@@ -60,10 +64,11 @@ def open_folder(
     `num_classes` is None.
 
     Raises:
-        PermissionError: a folder below `path` that may not be read. ValueError: images both beside
-        and inside sub-folders; sub-folders that are splits (``train``,
-            ``test``), not classes; as many classes as `num_classes` does not say; one file in two
-            classes or in two groups; images outside of a group's folder.
+        PermissionError: a folder below `path` that may not be read.
+        ValueError: images both beside and inside sub-folders; sub-folders that are no classes but
+            splits (``train``, ``test``), or ``images`` beside ``masks``; as many classes as
+            `num_classes` does not say; one file in two classes or in two groups; images outside of
+            a group's folder.
     """
     tree = _Tree(path)
     folders, loose = tree.top()
@@ -102,7 +107,6 @@ def open_folder(
 class _Image:
     path: str
     label: int
-    size: int  # bytes; 0 for what is no regular file, or not there (e.g. behind a link)
 
 
 class FolderSource(FileSource):
@@ -119,7 +123,7 @@ class FolderSource(FileSource):
     ) -> None:
         self.folder = folder
         self._conflict = conflict
-        self._copies = _copies(images)
+        self._copies = _copies(folder, images, common["groups"])
         self.passed_over = dict(passed_over)
         num_classes = common.pop("num_classes")
         super().__init__([image.path for image in images], num_classes=None, **common)
@@ -133,8 +137,12 @@ class FolderSource(FileSource):
 
     @property
     def copies(self) -> frozenset[int]:
-        """The records that are copies of a file beside them, made by a file manager."""
+        """The records that are copies of another record, by their names and bytes."""
         return self._copies
+
+    def copies_elsewhere(self) -> int:
+        """How many records are copies of a record of another class or group, and count."""
+        return len(_equal_in_families(self.folder, self._paths, None) - self._copies)
 
     def check_labels(self, num_classes: int) -> None:
         """Raise ValueError where the sub-folders are not `num_classes` classes."""
@@ -211,12 +219,11 @@ class _Tree:
             try:
                 status = self._status(path)
             except FileNotFoundError:
-                found.append(_Image(path, label, 0))  # an image that cannot be decoded
+                found.append(_Image(path, label))  # an image that cannot be decoded
                 continue
             first, owner = self._files.setdefault(key_of(path, status), (path, label))
             if first == path:
-                size = status.st_size if stat.S_ISREG(status.st_mode) else 0
-                found.append(_Image(path, label, size))
+                found.append(_Image(path, label))
                 continue
             if owner != label:
                 self._in_two_classes(path, first)
@@ -285,58 +292,56 @@ def _by_number(paths: list[str]) -> Any:
     return lambda path: path
 
 
-def _copies(images: Sequence[_Image]) -> frozenset[int]:
-    """Records whose bytes are those of another record, as a file manager copies a file.
+def _copies(root: Path, images: Sequence[_Image], groups: Sequence[str] | None) -> frozenset[int]:
+    """Records whose bytes are those of another record of their family.
 
-    Looked at are the files of one folder whose names say that they are copies of one name
-    (`copy_of`), together with the file of that name: a family. Of the files of a family with equal
-    bytes one counts, and the others stay records, which contribute nothing.
+    The family of a file is its class, its group (if there are groups), and its path below the
+    source without the marks of copies (`dpmmd.data.leftovers.family_of`). Of the files of a family
+    with equal bytes one counts, and the others stay records, which contribute nothing.
 
     *Why this keeps the claim.* What is summed is the set of pairs (family, bytes). A file's family
-    follows from its own name and folder; so an exchange or a removal of one file takes at most one
-    pair from this set and adds at most one. All files of a family have one label and one group,
-    because they lie in one folder. The number of records does not depend on any bytes.
+    follows from its own path and nothing else, whatever the function of the path is; so an exchange
+    or a removal of one file takes at most one pair from this set and adds at most one. All files of
+    a family have one label and one group, because both are part of the family; so a pair has one
+    label and one group, whichever of its files comes first. The number of records does not depend
+    on any bytes.
     """
-    families: dict[str, list[int]] = {}  # path of the original -> its copies
-    for index, image in enumerate(images):
-        folder, _, name = image.path.rpartition(os.sep)
-        original = name
-        while (shorter := copy_of(original)) is not None:
-            original = shorter
-        if original != name:
-            families.setdefault(os.path.join(folder, original), []).append(index)
-    if families:
-        for index, image in enumerate(images):
-            if image.path in families:
-                families[image.path].insert(0, index)
+    labels = [image.label for image in images]
+    owners = list(zip(labels, groups or [""] * len(images), strict=True))
+    return _equal_in_families(root, [image.path for image in images], owners)
+
+
+def _equal_in_families(
+    root: Path, paths: Sequence[str], owners: Sequence[Any] | None
+) -> frozenset[int]:
+    start = len(os.path.join(root, ""))
+    families: dict[Any, list[int]] = {}
+    for index, path in enumerate(paths):
+        family = family_of(path[start:])
+        families.setdefault((family, owners and owners[index]), []).append(index)
     copies: set[int] = set()
     for members in families.values():
-        sizes = Counter(images[index].size for index in members)
-        seen: set[bytes] = set()
-        for index in members:
-            if images[index].size and sizes[images[index].size] > 1:
-                digest = _digest(images[index].path)
-                if digest in seen:
-                    copies.add(index)
-                elif digest:
-                    seen.add(digest)
+        if len(members) > 1:
+            firsts = copies_in([Path(paths[index]) for index in members])
+            copies.update(members[copy] for copy in firsts)
     return frozenset(copies)
 
 
-def _digest(path: str) -> bytes:
-    try:
-        found = hashlib.sha256()
-        with opened(Path(path)) as file:
-            while piece := file.read(_PIECE):
-                found.update(piece)
-        return found.digest()
-    except (OSError, Unusable):
-        return b""
-
-
 def _refuse_splits(root: Path, path: Path, folders: Sequence[str]) -> None:
-    """Raise ValueError where all sub-folders of a class, or of the source, are splits."""
-    if folders and {name.lower() for name in folders} <= _SPLIT_FOLDERS:
+    """Raise ValueError where the sub-folders of a class, or of the source, are no classes.
+
+    They are splits, or images beside their masks.
+    """
+    names = {name.lower() for name in folders}
+    if names & _IMAGE_FOLDERS and names & _MASK_FOLDERS and names <= _IMAGE_FOLDERS | _MASK_FOLDERS:
+        images = next(name for name in folders if name.lower() in _IMAGE_FOLDERS)
+        raise ValueError(
+            f"source={str(root)!r}: {str(path)!r} has the sub-folders {listed(list(folders))}, "
+            "which are images beside their masks or labels and not classes: expected one "
+            f"sub-folder per class; give {str(path / images)!r}, or arrange the images as "
+            "<class>/... first."
+        )
+    if names and names <= _SPLIT_FOLDERS:
         raise ValueError(
             f"source={str(root)!r}: {str(path)!r} has the sub-folders {listed(list(folders))}, "
             "which are splits and not classes: expected one sub-folder per class, of one split; "

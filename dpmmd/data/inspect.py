@@ -32,7 +32,7 @@ from dpmmd.data.dataset import DatasetSource
 from dpmmd.data.folder import FolderSource, forbidden_left_out
 from dpmmd.data.heads import FIRST, Head, beginning, head_of, plain_head
 from dpmmd.data.items import EncodedSource
-from dpmmd.data.leftovers import copy_of, listed
+from dpmmd.data.leftovers import listed
 from dpmmd.data.look import first_look
 from dpmmd.data.open import open_source
 from dpmmd.data.parquet import ParquetSource
@@ -335,9 +335,8 @@ class _Survey:
     def suspicions(self) -> Counter[str]:
         found: Counter[str] = Counter()
         if isinstance(self.source, FolderSource):
-            found["files with equal bytes, one named as a numbered copy of the other"] = len(
-                _numbered_copies(self.source)
-            )
+            what = "copies, by name and bytes, of a file of another class or group; they count"
+            found[what] = self.source.copies_elsewhere()
         if self.everything and isinstance(self.source, EncodedSource):
             contents = Counter(self._bar(_digests(self.source), "comparing"))
             contents.pop(b"", None)
@@ -467,33 +466,6 @@ def _digest(path: str | os.PathLike[str]) -> bytes:
             return hashlib.sha256(file.read()).digest()
     except (OSError, Unusable):
         return b""
-
-
-def _numbered_copies(source: FolderSource) -> list[str]:
-    """Files ``x (1).png`` with the bytes of the ``x.png`` beside them."""
-    places = set(source.paths)
-    found = []
-    for path in source.paths:
-        folder, _, name = path.rpartition(os.sep)
-        if " " not in name and "(" not in name:
-            continue
-        original = copy_of(name, numbered=True)
-        if original is None or copy_of(name) is not None:
-            continue
-        other = os.path.join(folder, original)
-        if other in places and _equal(path, other):
-            found.append(path)
-    return found
-
-
-def _equal(one: str, other: str) -> bool:
-    try:
-        if os.path.getsize(one) != os.path.getsize(other):
-            return False
-    except OSError:
-        return False
-    digest = _digest(one)
-    return bool(digest) and digest == _digest(other)
 
 
 def _kind(source: ImageSource) -> str:

@@ -1,15 +1,18 @@
 """Files and folders that machines leave among images, and what they call their copies.
 
-Every rule here reads the name of one entry and nothing else. So whether a file is a record depends
-on that file alone, and an exchange of one image can neither add nor remove another record. A rule
-that looked at the neighbours of a file ("x (1).png is a copy if x.png is there") would not have
-this property: see `copy_of`, which names candidates and drops nothing.
+Every rule here reads the name of one entry, or its path, and nothing else. So whether a file is a
+record depends on that file alone, and an exchange of one image can neither add nor remove another
+record. A rule that looked at the neighbours of a file ("x (1).png is a copy if x.png is there")
+would not have this property. `family_of` drops nothing: it says which files are compared, and what
+a comparison may do is said where files are compared (`dpmmd.data.folder`, `dpmmd.data.once`).
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import re
+import unicodedata
 from collections.abc import Mapping
 
 HIDDEN = "hidden: the name begins with a dot"
@@ -53,15 +56,37 @@ _CONFLICT = re.compile(
     r"|\(SFConflict [^()]*\)",  # Seafile
     re.IGNORECASE,
 )
-_WORD = r"(?:copy|kopie|copie|copia|cópia|kopia|kopi)"
-_LIKELY = re.compile(r"[ck][oó]p", re.IGNORECASE)
-_COPIES = (
-    re.compile(rf"{_WORD}(?: \(\d+\))? (?:of|von|van|de|di|av|af|z) (?P<stem>.+)", re.IGNORECASE),
-    re.compile(
-        rf"(?P<stem>.+?)(?: - | |-|_)(?:{_WORD}(?: ?\(?\d+\)?)?"
-        rf"|\((?:another |\d+(?:st|nd|rd|th) )?{_WORD}(?: \d+)?\))",
-        re.IGNORECASE,
-    ),
+# What file managers call a copy, in the languages that set the word off from the name, and in those
+# that do not.
+_WORDS = [
+    "copy", "copie", "copia", "copía", "cópia", "kopie", "kopia", "kópia", "kopi", "kopya",
+    "kopija", "kopio", "koopia", "salinan", "másolat", "копия", "копія", "копие", "копија",
+    "αντίγραφο", "نسخة", "עותק",
+]  # fmt: skip
+_JOINED = ["コピー", "副本", "拷贝", "拷貝", "复制", "複製", "复件", "복사본", "사본", "สำเนา"]
+
+
+def _folded(name: str) -> str:
+    """The name as a file system that ignores case and Unicode's forms compares it."""
+    return name.lower() if name.isascii() else unicodedata.normalize("NFKC", name).casefold()
+
+
+def _one_of(words: list[str]) -> str:
+    return "(?:" + "|".join(_folded(word) for word in words) + ")"
+
+
+_APART = r"[ \-\u2013\u2014_.~]"
+_NUMBER = r"(?: ?\(?\d{1,3}\)?)?"
+_LIKELY = re.compile(r"[ck]oo?p|salinan")  # in names of ASCII, which most are
+_COPIES = tuple(
+    re.compile(pattern)
+    for pattern in (
+        rf"{_one_of(_WORDS + _JOINED)}(?: \(\d{{1,3}}\))?{_APART}+"
+        rf"(?:(?:of|von|van|de|di|av|af|z){_APART}+)?(?P<stem>.+)",
+        rf"(?P<stem>.+?){_APART}+{_one_of(_WORDS)}{_NUMBER}",
+        rf"(?P<stem>.+?){_APART}*\((?:another |\d+(?:st|nd|rd|th) )?{_one_of(_WORDS)}{_NUMBER}\)",
+        rf"(?P<stem>.+?){_APART}*[の的]?{_APART}*\(?{_one_of(_JOINED)}{_NUMBER}\)?",
+    )
 )
 _NUMBERED = re.compile(r"(?P<stem>.+?) ?(?:\(\d{1,3}\)| \d{1,2})")
 
@@ -92,20 +117,38 @@ def may_be_images(reason: str) -> bool:
     return reason not in expected and not reason.startswith(EXTENSION)
 
 
-def copy_of(name: str, *, numbered: bool = False) -> str | None:
-    """The name whose copy a file manager calls `name`; None where it does not look like a copy.
+def family_of(path: str) -> str:
+    """The path without extension and the marks of copies in its parts: a function of `path` alone.
 
-    ``x - Copy.png``, ``x copy 2.png``, ``x (another copy).png`` and ``Copy of x.png`` are copies of
-    ``x.png``; with `numbered` so are ``x (1).png`` and ``x 2.png``, which are names of originals
-    too.
+    ``x.png``, ``X.JPG``, ``x - Copy.png``, ``x copy 2.png``, ``Copy of x.png``, ``x (1).png``,
+    ``x 2.png`` are one family, and so are ``day/x.png``, ``day - Copy/x.png``, ``day (2)/x.png``.
+    Names of originals can be in one family too (``x 1.png``, ``x 2.png``): only where files of a
+    family have equal bytes are they taken for copies.
     """
-    if not numbered and not _LIKELY.search(name):
-        return None
-    stem, extension = os.path.splitext(name)
-    for pattern in (*_COPIES, *((_NUMBERED,) if numbered else ())):
-        if match := pattern.fullmatch(stem):
-            return match["stem"] + extension
-    return None
+    folder, separator, name = path.rpartition(os.sep)
+    return _folder(folder) + separator + _original(os.path.splitext(name)[0])
+
+
+@functools.lru_cache(1 << 10)
+def _folder(path: str) -> str:
+    return os.sep.join(map(_original, path.split(os.sep)))
+
+
+def _original(name: str) -> str:
+    found: str | None = _folded(name)
+    while found is not None:
+        name, found = found, _shorter(found)
+    return name
+
+
+def _shorter(name: str) -> str | None:
+    """The folded name without its last mark of a copy; None where it has none."""
+    patterns: tuple[re.Pattern[str], ...] = ()
+    if not name.isascii() or _LIKELY.search(name):
+        patterns = _COPIES
+    if " " in name or "(" in name:
+        patterns = (*patterns, _NUMBERED)
+    return next((m["stem"] for pattern in patterns if (m := pattern.fullmatch(name))), None)
 
 
 def listed(names: list[str] | tuple[str, ...], limit: int = 20) -> str:

@@ -13,12 +13,13 @@ file's names is the first decides the order of the records only, and the sums do
 order.
 
 What this cannot see: two files with the same content (an image that was copied). They are two
-records.
+records, except where their names say that they are copies (`dpmmd.data.folder`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import stat
 from collections import Counter
@@ -30,11 +31,14 @@ import numpy as np
 import torch
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
-from dpmmd.data.leftovers import leftover, other_extension
-from dpmmd.data.remote import AnyPath, RemotePath
+from dpmmd.data.leftovers import family_of, leftover, listed, other_extension
+from dpmmd.data.pixels import Unusable
+from dpmmd.data.remote import AnyPath, RemotePath, opened
 
 SECOND_NAME = "a second name of a file that is counted already"
 SECOND_WAY = "a second way into a folder that was entered already"
+
+_PIECE = 1 << 20  # bytes read at a time where files are compared
 
 FileKey = tuple[int, int] | str
 
@@ -151,6 +155,66 @@ def shards_in(folder: AnyPath, suffix: str) -> tuple[list[AnyPath], dict[str, in
             passed[reason] += 1
     shards, twice = without_second_names(sorted(found))
     return shards, dict(passed + Counter(twice))
+
+
+def refuse_copied_shards(files: Sequence[AnyPath], name: str) -> None:
+    """Raise ValueError where a shard is a copy of another, by its name and by its bytes.
+
+    Compared are the shards of one family (`dpmmd.data.leftovers.family_of`).
+
+    *Why a copy is not passed over.* If it were, an exchange of one record in one of the two shards
+    would make them differ, and all records of the other would come in. So the source is refused
+    before anything is spent; what is opened counts each record of each shard, and no record decides
+    whether another one counts.
+    """
+    families: dict[str, list[AnyPath]] = {}
+    for file in files:
+        families.setdefault(family_of(str(file)), []).append(file)
+    for family in families.values():
+        for copy, first in copies_in(family).items() if len(family) > 1 else ():
+            raise ValueError(
+                f"source {name!r}: the shard {listed([str(family[copy])])} is a copy of "
+                f"{listed([str(family[first])])}, by its name and by its bytes, and each of its "
+                "images would count twice; expected each shard once: remove the copy."
+            )
+
+
+def copies_in(files: Sequence[AnyPath]) -> dict[int, int]:
+    """Files with the bytes of an earlier one: position -> position of the first of its bytes.
+
+    Only files of one size are read. Empty files, and what cannot be read, are no copies.
+    """
+    sizes = [_size(file) for file in files]
+    counts = Counter(sizes)
+    seen: dict[bytes, int] = {}
+    copies = {}
+    for position, (file, size) in enumerate(zip(files, sizes, strict=True)):
+        if size and counts[size] > 1 and (digest := _digest(file)):
+            first = seen.setdefault(digest, position)
+            if first != position:
+                copies[position] = first
+    return copies
+
+
+def _size(file: AnyPath) -> int:
+    try:
+        if isinstance(file, Path):
+            return os.stat(file).st_size
+        with opened(file) as handle:
+            return handle.seek(0, 2)
+    except OSError:
+        return 0
+
+
+def _digest(file: AnyPath) -> bytes:
+    try:
+        found = hashlib.sha256()
+        with opened(file) as handle:
+            while piece := handle.read(_PIECE):
+                found.update(piece)
+        return found.digest()
+    except (OSError, Unusable):
+        return b""
 
 
 def inside(folder: AnyPath, name: str) -> tuple[AnyPath, FileKey] | None:

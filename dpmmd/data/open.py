@@ -185,6 +185,11 @@ def _open(
                 workers=workers,
             )
         )
+    if isinstance(source, str) and not source.rpartition("://")[2].strip():
+        raise ValueError(
+            f"source={source!r}: expected a name, a path or a URL with a path, and it is empty; "
+            "give '.' for the current folder."
+        )
     if isinstance(source, str | os.PathLike):
         shards = [os.fspath(source)]
         if is_url(shards[0]) or not Path(shards[0]).expanduser().exists():

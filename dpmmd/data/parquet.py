@@ -19,7 +19,7 @@ from dpmmd.data.identifiers import raw_values
 from dpmmd.data.items import EncodedSource
 from dpmmd.data.labels import as_labels, label_type_error
 from dpmmd.data.leftovers import OTHER_SPLIT
-from dpmmd.data.once import FileKey, inside, shards_in
+from dpmmd.data.once import FileKey, inside, refuse_copied_shards, shards_in
 from dpmmd.data.pixels import Encoded, Geometry, Unusable
 from dpmmd.data.remote import AnyPath, opened
 from dpmmd.data.source import file_identity
@@ -35,15 +35,16 @@ _LABEL_COLUMNS = ("label", "labels", "fine_label", "y")
 class ParquetSource(EncodedSource):
     """A parquet file, or the shards of one data set, with a column of encoded images.
 
-    The image column is ``binary`` or ``struct{bytes, path}``; a cell with a path and no bytes
-    stands for a file in the shard's folder or below it. No other file is read: a cell with an
-    absolute path, with ``..``, or that a link leads elsewhere from is an image that cannot be
-    decoded. Labels, if any, are an integer column, read when the source is opened; images stream,
-    whatever the size of the row groups.
+    The image column is ``binary`` (also large, or a view) or ``struct{bytes, path}``; a cell with a
+    path and no bytes stands for a file in the shard's folder or below it. No other file is read: a
+    cell with an absolute path, with ``..``, or that a link leads elsewhere from is an image that
+    cannot be decoded. Labels, if any, are an integer column, read when the source is opened; images
+    stream, whatever the size of the row groups.
 
     Each row is a record. Where several rows name one file, the first counts and the others
     contribute nothing; they are refused where they do not agree on the file's label and group.
-    Shards that are one file are read once, and a shard whose row groups share bytes is refused.
+    Shards that are one file are read once. A shard that is a copy of another, and one whose row
+    groups share bytes, are refused.
 
     *Why this keeps the claim.* The rows that name files contribute the set of pairs (file, label of
     the file); the others contribute their own bytes. An exchange of one row takes at most one
@@ -64,6 +65,7 @@ class ParquetSource(EncodedSource):
     ) -> None:
         pq = _pyarrow_parquet()
         files, part, passed = _shards(path, split)
+        refuse_copied_shards(files, path.name)
         self.passed_over = passed
         self._groups: list[tuple[AnyPath, int]] = []  # (shard, row group) in order
         counts: list[int] = []
@@ -297,7 +299,9 @@ def _image_column(schema: Any, image_key: str | None, path: AnyPath) -> str:
     def holds_images(kind: Any) -> bool:
         if pa.types.is_struct(kind):
             return kind.get_field_index("bytes") >= 0
-        return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+        if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+            return True
+        return str(kind) == "binary_view"  # pyarrow 15 has no function for it
 
     fitting = [field.name for field in schema if holds_images(field.type)]
     if image_key is not None:
@@ -306,6 +310,7 @@ def _image_column(schema: Any, image_key: str | None, path: AnyPath) -> str:
         raise _SchemaError(
             f"image_key={image_key!r}: no column of encoded images of that name in "
             f"{path.name!r}; expected one of {', '.join(fitting) or 'none (there is no such)'}."
+            f"{_cast(schema, (image_key,))}"
         )
     for name in _IMAGE_COLUMNS:
         if name in fitting:
@@ -315,7 +320,18 @@ def _image_column(schema: Any, image_key: str | None, path: AnyPath) -> str:
     raise _SchemaError(
         f"source={str(path)!r}: cannot tell which column holds the images; expected a binary or "
         f"struct{{bytes, path}} column, found {', '.join(schema.names) or 'none'}. Name it with "
-        "image_key."
+        f"image_key.{_cast(schema, _IMAGE_COLUMNS)}"
+    )
+
+
+def _cast(schema: Any, names: Sequence[str]) -> str:
+    """What to do about a column that has the name of one of images, and not the type."""
+    found = next((field for field in schema if field.name in names), None)
+    if found is None:
+        return ""
+    return (
+        f" The column {found.name!r} is of type {found.type}: if it holds encoded images, cast it "
+        "with pyarrow's .cast(pa.binary()) and write the file again."
     )
 
 

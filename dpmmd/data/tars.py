@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import posixpath
 import re
 from array import array
 from collections import Counter
@@ -14,9 +15,9 @@ import numpy as np
 
 from dpmmd.data.items import EncodedSource
 from dpmmd.data.labels import as_labels
-from dpmmd.data.leftovers import leftover, other_extension
+from dpmmd.data.leftovers import leftover, listed, other_extension
 from dpmmd.data.members import DamagedTar, Member, Walk
-from dpmmd.data.once import shards_in, without_second_names
+from dpmmd.data.once import refuse_copied_shards, shards_in, without_second_names
 from dpmmd.data.pixels import EXTENSIONS, Encoded, Geometry, Unusable
 from dpmmd.data.remote import AnyPath, opened
 from dpmmd.data.source import file_identity
@@ -48,7 +49,8 @@ class TarSource(EncodedSource):
 
     A record is the members of one shard with one key: an image (``jpg``, ``png``, ...), and a label
     in ``cls`` (digits) or under a key of ``json``. Its place in the shard does not matter, and of
-    members with one name the last counts, as tar extracts them.
+    members with one name the last counts, as tar extracts them (``./a.png`` and ``b/../a.png`` are
+    ``a.png``). Members of one record whose names differ in the case of the extension are refused.
 
     The key is a name without its extension: what follows the last dot, so that ``1.2.840.113.png``
     and ``scan.v1.0.png`` are records of their own. With `image_key` names are split as WebDataset
@@ -81,6 +83,7 @@ class TarSource(EncodedSource):
             shards, others = shards_in(path, ".tar")
         else:
             shards, others = without_second_names(files)
+        refuse_copied_shards(shards, path.name)
         self._files = tuple(shards)
         passed = Counter(others)
         places = array("q")  # shard, offset, bytes of each
@@ -114,11 +117,12 @@ class TarSource(EncodedSource):
                 f"group_by={group_by!r}: source {path.name!r} has records without that key in a "
                 ".json member; expected it in all of them."
             )
+        numbers = labels or np.zeros(0, np.int64)  # a source without images lacks no label
         super().__init__(
             name=path.name,
             identity=file_identity("tar", path),
             num_images=len(labels),
-            labels=None if missing or not labels else as_labels(labels, len(labels), path.name),
+            labels=None if missing else as_labels(numbers, len(labels), path.name),
             class_names=None,
             num_classes=num_classes,
             geometry=geometry,
@@ -158,9 +162,14 @@ class TarSource(EncodedSource):
 class _Record:
     place: tuple[int, int] = (0, 0)  # offset and bytes of the image; no bytes: it has none
     image: str | None = None  # the extension of the image
-    label: Any = None
+    number: int | None = None  # the label in .cls
+    named: Any = None  # the label in .json, for records without .cls
     group: Any = None
     stands: bool = False  # whether it is a record, with or without an image
+
+    @property
+    def label(self) -> Any:
+        return self.named if self.number is None else self.number
 
 
 class _Shard:
@@ -188,7 +197,7 @@ class _Shard:
         try:
             with opened(path) as file:
                 walk = Walk(file)
-                names: set[str] = set()
+                names: dict[tuple[str, str], str] = {}
                 for member in walk:
                     self._take(member, file, names)
                 if not walk.ended:
@@ -205,29 +214,37 @@ class _Shard:
             self.passed["a label or .json whose name is that of no image"] += lonely
         return found
 
-    def _take(self, member: Member, file: IO[bytes], names: set[str]) -> None:
-        parts = [part for part in member.name.split("/") if part not in ("", ".", "..")]
-        reason = next((why for part in parts if (why := leftover(part)) is not None), None)
+    def _take(self, member: Member, file: IO[bytes], names: dict[tuple[str, str], str]) -> None:
+        name = posixpath.normpath("/" + member.name).lstrip("/")  # where tar extracts it
+        reason = next((why for part in name.split("/") if (why := leftover(part))), None)
         if reason is not None:
             self.passed[reason] += 1
             return
-        key, extension = self._split(member.name)
+        key, extension = self._split(name)
         if f".{extension}" not in self.images and extension not in self.facts:
-            self.passed[_other(member.name)] += 1
+            self.passed[_other(name)] += 1
             return
-        if member.name in names:
+        earlier = names.get((key, extension))
+        if earlier == name:
             self.passed["an earlier version of a member of the same name"] += 1
-        names.add(member.name)
+        elif earlier is not None:
+            raise ValueError(
+                f"source {self.name!r} has the members {listed([earlier])} and {listed([name])} in "
+                "one shard: expected names of one record that differ in more than the case of the "
+                "extension; rename one of them."
+            )
+        names[key, extension] = name
         record = self.records.setdefault(key, _Record())
-        plain = _first_dot(member.name)[0] == key
+        head = _first_dot(name)[0]
         if f".{extension}" in self.images:
-            self._take_image(member, record, extension, plain)
+            self._take_image(member, record, extension, head, plain=head == key)
         else:
-            record.stands |= plain
+            record.stands |= head == key
             self._take_facts(record, extension, _content(member, file, self.name))
 
-    def _take_image(self, member: Member, record: _Record, extension: str, plain: bool) -> None:
-        head = _first_dot(member.name)[0]
+    def _take_image(
+        self, member: Member, record: _Record, extension: str, head: str, *, plain: bool
+    ) -> None:
         if record.image not in (None, extension) or self.heads.setdefault(head, plain) != plain:
             raise ValueError(
                 f"source {self.name!r} has records with several images (e.g. a.jpg beside a.png, "
@@ -242,11 +259,10 @@ class _Shard:
             facts = self._json(text)
             if len(self.keys) < _MAX_KEYS:
                 self.keys.update(facts)
-            found = next((facts[k] for k in self.label_keys if k in facts), None)
-            record.label = found if record.label is None else record.label
+            record.named = next((facts[k] for k in self.label_keys if k in facts), None)
             record.group = facts.get(self.group_by) if self.group_by else None
         elif self.label_key is None or extension == self.label_key.lower():
-            record.label = self._number(text)
+            record.number = self._number(text)
 
     def _split(self, name: str) -> tuple[str, str]:
         """Key and extension of a member."""

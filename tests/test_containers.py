@@ -198,7 +198,7 @@ def test_a_folder_of_torchvision_names_each_file_once(tmp_path: Path) -> None:
     folder(tmp_path / "x")
     assert opened(torchvision.datasets.ImageFolder(tmp_path / "x")).num_images == 6
     os.link(tmp_path / "x" / "a" / "1.png", tmp_path / "x" / "a" / "again.png")
-    with pytest.raises(ValueError, match="one file several times"):
+    with pytest.raises(ValueError, match="one record several times"):
         opened(torchvision.datasets.ImageFolder(tmp_path / "x"))
 
 

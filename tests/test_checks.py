@@ -134,6 +134,10 @@ def asymmetric(name: str) -> Edit:
     return edit
 
 
+def decoded(orientation: str, background: str) -> dict[str, str]:
+    return {"orientation": orientation, "background": background}
+
+
 NAN, INF = float("nan"), float("inf")
 EDITS: list[tuple[str, str, Edit, str]] = [
     # what is claimed
@@ -223,7 +227,39 @@ EDITS: list[tuple[str, str, Edit, str]] = [
     ("selection", "taps", put("selection_encoder", "taps", value=0), r"encoder\.taps = 0"),
     ("pixels", "side", put("pixel_encoder", "image_size", value=[3, 4]), r"pixel_encoder\.image_s"),
     ("pixels", "none", put("pixel_encoder", value=None), "blocks = "),
+    # what no encoder and no source records
+    ("plain", "sha", put("encoder", "weights_sha256", value="zz"), r"weights_sha256 = 'zz'"),
+    ("plain", "sha", put("encoder", "weights_sha256", value=""), r"encoder\.weights_sha256 = ''"),
+    ("selection", "sha", put("selection_encoder", "weights_sha256", value="A" * 64), "weights_"),
+    ("plain", "key", put("encoder", "extra", value=1), r"encoder\.extra = 1, .*no such"),
+    ("plain", "key", put("encoder", "extra", value=NAN), r"encoder\.extra = nan"),
+    ("plain", "key", put("encoder", "taps", 0, "x", value={"a": INF}), r"taps\[0\]\.x = "),
+    ("selection", "key", put("selection_encoder", "extra", value=1), r"selection_encoder\.extra"),
+    ("pixels", "key", put("pixel_encoder", "extra", value=1), r"pixel_encoder\.extra"),
+    ("plain", "size", put("encoder", "image_size", value=[8, INF]), r"encoder\.image_size"),
+    ("plain", "decoding", put("decoding", value={}), r"decoding = \{\}"),
+    ("plain", "decoding", put("decoding", value={"orientation": "EXIF"}), "decoding = "),
+    ("plain", "decoding", put("decoding", value={"a": "b"}), "decoding = "),
+    ("plain", "decoding", put("decoding", value=decoded("none", "#ffffff")), "decoding = "),
+    ("plain", "decoding", put("decoding", value=decoded("EXIF", "#fffff")), "decoding = "),
+    ("plain", "decoding", put("decoding", value={**decoded("EXIF", "#ffffff"), "a": "b"}), "deco"),
+    ("plain", "N", put("num_units", value=10**30), r"num_units = 10+, expected .* at most"),
+    ("plain", "shape", put("image_shape", value=[3, 10**15, 8]), r"image_shape = .*at most"),
+    ("plain", "format", put("format", value=3.0), r"format 3\.0"),
     # arrays
+    *(
+        (kind, name, put(name, ..., value=value, array=True), f"{name} = .*expected at most")
+        for kind, name in (
+            ("plain", "sums"), ("grouped", "sums"), ("unlabelled", "sums"), ("zero-out", "sums"),
+            ("shared", "sums"), ("shared", "shared"), ("pixels", "pixels"), ("pixels", "products"),
+            ("pixels", "class_products"), ("selection", "selection"), ("plain", "counts"),
+        )
+        for value in (1e6,)
+    ),
+    ("plain", "sums", put("sums", 0, 0, 0, value=-1e4, array=True), r"sums = 10000\.0"),
+    ("plain", "counts", put("counts", 0, value=9.123456789, array=True), "counts = 9.*multiple of"),
+    ("add-remove", "counts", put("counts", 0, value=1e300, array=True), "counts = .*64 bits"),
+    ("add-remove", "counts", put("counts", 0, value=20 + 1e-9, array=True), "counts = .*multiple"),
     *(
         (kind, name, put(name, ..., value=value, array=True), f"{name} = 'not finite'")
         for kind, name in (
@@ -324,6 +360,29 @@ def test_arrays_do_not_change_with_the_file(tmp_path: Path) -> None:
         ours, theirs = getattr(release, name), getattr(made("pixels"), name)
         assert (ours is None) == (theirs is None)
         assert ours is None or torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize("key", ['"epsilon": ', '"sign": '])
+def test_a_key_that_stands_there_twice_is_refused(tmp_path: Path, key: str) -> None:
+    """Another reader could take the other value."""
+    path = made("plain").save(tmp_path / "r.safetensors")
+    text = json.dumps(json.loads(made("plain").metadata.model_dump_json()))
+    text = text.replace(key, f"{key}0.01, {key}", 1)
+    kept = {"dpmmd": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    save_file({"sums": made("plain").sums, "counts": made("plain").counts}, path, kept)
+    with pytest.raises(PrivacyError, match=rf"metadata have '{key[1:-3]}' twice"):
+        Release.load(path)
+
+
+def test_what_no_file_could_record_costs_nothing(tmp_path: Path) -> None:
+    encoder = small_encoder()
+    encoder.weights_sha256 = "mine"
+    with pytest.raises(ValueError, match=r"weights_sha256 = 'mine'.*Nothing was spent"):
+        dpmmd.release(
+            images(40), encoder, epsilon=1, delta=1e-3, adjacency="replace-one", progress=False,
+            ledger=tmp_path / "ledger",
+        )  # fmt: skip
+    assert not (tmp_path / "ledger").exists()
 
 
 @pytest.mark.parametrize(

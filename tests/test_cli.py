@@ -304,8 +304,28 @@ def test_budgets_are_given_whole(call: Call, folder: Path) -> None:
     before = files(folder)
     refused(call(*release_arguments(folder), "--budget-epsilon", 1), "--budget-delta")
     both = ["--budget-epsilon", 1, "--budget-delta", 1e-3]
-    refused(call(*release_arguments(folder), *both), "needs ledger=FILE")
+    refused(call(*release_arguments(folder), *both), "needs ledger=FILE (--ledger FILE)")
+    named = release_arguments(folder, population="ward 3")
+    refused(call(*named), "population='ward 3': needs ledger=FILE (--ledger FILE)")
     assert files(folder) == before
+
+
+def test_a_size_of_the_encoder_is_refused_by_its_option(call: Call, folder: Path) -> None:
+    for size in (0, 1):
+        refused(call(*release_arguments(folder, encoder_size=size)), "--encoder-size")
+
+
+def test_a_release_that_is_lost_is_said_to_be(
+    call: Call, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dpmmd.privacy.release_file.write_atomically", full)
+    result = call(*release_arguments(folder))
+    assert result.code == 2
+    assert "No space left on device). The budget of this release was spent" in result.err
+    assert "lost: the release itself" in result.err.splitlines()[-1]
 
 
 def test_quiet_is_quiet(call: Call, folder: Path) -> None:

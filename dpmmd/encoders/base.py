@@ -299,7 +299,7 @@ class Encoder(nn.Module):
             raise ValueError(
                 f"image_size={self.image_size}: the encoder {self.name!r} cannot take images of "
                 f"{height} x {width} ({str(error).splitlines()[0]}); if they are too small, try "
-                "a larger image_size or only the shallower taps"
+                "a larger image_size (--encoder-size) or only the shallower taps"
             ) from error
         if not isinstance(maps, Mapping):
             raise ValueError(
@@ -317,7 +317,7 @@ class Encoder(nn.Module):
             if maps[name].numel() == 0:
                 raise ValueError(
                     f"image_size={self.image_size}: tap {name!r} of {self.name!r} is empty; try "
-                    "a larger image_size or only the shallower taps"
+                    "a larger image_size (--encoder-size) or only the shallower taps"
                 )
         handed = [self._pooled(maps[name]) for name in self._names]
         stages: dict[str, nn.Module] = {}

@@ -27,6 +27,7 @@ from dpmmd.privacy.release_file import (
     Release,
     array_hash,
     unit_of,
+    unrecordable,
 )
 from dpmmd.privacy.sensitivity import ADJACENCIES
 from dpmmd.privacy.sums import GRID_BITS
@@ -35,6 +36,9 @@ _GRID = 1 << GRID_BITS
 _CLOSE = 1e-12  # relative: numbers that were computed from each other in doubles
 _GUESS = 1e-6  # mu of another version of the accounting, of which this one is tight
 _EARLIER = 2e-8  # delta of files of format 2, whose mu was rounded less carefully
+_SDS = 12  # of noise that no number passes: one in 10^32
+_KEYS = {"name", "weights_sha256", "image_size", "taps", "pool", "layout", "resize", "pixel_range"}
+_KEYS |= {"precision"}
 _RECORDED = {  # what every encoder says of itself, and has no choice in
     "layout": ("NHWC-per-tap",),
     "resize": ("bilinear",),
@@ -59,6 +63,8 @@ class Checks:
         m = self.m
         self._settings()
         self._units()
+        for field, value, expected in unrecordable(m):
+            self.refuse(field, value, expected)
         self._encoder("encoder", m.encoder)
         if m.selection_encoder is not None:
             self._encoder("selection_encoder", m.selection_encoder)
@@ -120,6 +126,8 @@ class Checks:
             self.refuse("num_units", m.num_units, f"at least 1: it is public under {m.adjacency}")
 
     def _encoder(self, field: str, spec: Mapping[str, Any]) -> None:
+        if more := sorted(set(spec) - _KEYS):
+            self.refuse(f"{field}.{more[0]}", spec[more[0]], "no such field")
         for key in ("name", "weights_sha256"):
             if not isinstance(spec.get(key), str):
                 self.refuse(f"{field}.{key}", spec.get(key), "text")
@@ -137,6 +145,8 @@ class Checks:
             where = f"{field}.taps[{number}]"
             if not isinstance(tap, dict) or not isinstance(tap.get("name"), str):
                 self.refuse(where, tap, "a name, a shape and a sign")
+            if more := sorted(set(tap) - {"name", "shape", "sign"}):
+                self.refuse(f"{where}.{more[0]}", tap[more[0]], "no such field")
             if tap.get("sign") not in SIGNS:
                 self.refuse(f"{where}.sign", tap.get("sign"), f"one of {', '.join(SIGNS)}")
             shape = tap.get("shape")
@@ -271,8 +281,12 @@ class Checks:
             there = name in ("sums", "counts", "shared") or name in blocks
             there = there and (name != "shared" or m.shared_taps > 0)
             self._array(name, getattr(release, name), shapes[name] if there else None)
-        if "counts" in blocks and float(release.counts.min()) < 1:
-            self.refuse("counts", float(release.counts.min()), "at least 1")
+        if "counts" in blocks:
+            self._counts(release.counts, blocks["counts"])
+        if m.private and m.num_units is not None:
+            for name, block in {"sums": phi, "shared": phi, **blocks}.items():
+                if (values := getattr(release, name, None)) is not None:
+                    self._reach(name, values, block, m.clip if block is phi else 1.0)
         if "counts" not in blocks and release.counts.tolist() != [m.num_units]:
             self.refuse("counts", release.counts.tolist(), f"[num_units] = [{m.num_units}]")
         found = array_hash(*(getattr(release, name) for name in ("sums", "counts", *FURTHER)))
@@ -280,6 +294,33 @@ class Checks:
             raise PrivacyError(
                 f"{self.where}: the arrays do not match the hash in the metadata, array_sha256; "
                 "the file was altered or damaged. Restore it from a copy."
+            )
+
+    def _counts(self, counts: Tensor, block: BlockRecord) -> None:
+        """At least 1, and whole grid units unless it is the 1 that less is raised to."""
+        if float(counts.min()) < 1:
+            self.refuse("counts", float(counts.min()), "at least 1")
+        unit = 1 / (block.bound * _GRID)
+        whole = (counts / unit).round()
+        off = (whole * unit - counts).abs() > 1e-15 * counts
+        off &= (whole < 2**51) & (counts != 1)  # above, a double has no digits for it
+        if bool(off.any()):
+            self.refuse("counts", float(counts[off][0]), f"a multiple of {unit!r}, the grid's unit")
+        if float(whole.max()) > 2.0**63:
+            self.refuse("counts", float(counts.max()), "what 64 bits hold in grid units")
+
+    def _reach(self, name: str, values: Tensor, block: BlockRecord, clip: float) -> None:
+        """|R| <= N clip + 12 sd in every place: N units add at most clip each, and the noise.
+
+        Float32 may round the number up, the noise by half a unit of the grid.
+        """
+        assert self.m.num_units is not None
+        scale = clip / block.bound  # of the noise; that of products between two is less
+        noise = (_SDS * self.m.sd + 1) / _GRID * scale
+        limit = (self.m.num_units * clip + noise) * (1 + 1e-6)
+        if values.numel() and (found := float(values.abs().max())) > limit:
+            self.refuse(
+                name, found, f"at most {limit:.6g}: N = {self.m.num_units} units and {_SDS} sd"
             )
 
     def _array(self, name: str, values: Tensor | None, shape: tuple[int, ...] | None) -> None:

@@ -45,6 +45,7 @@ from dpmmd.privacy.release_file import (
     array_hash,
     save_spent,
     unit_of,
+    unrecordable,
 )
 from dpmmd.privacy.sensitivity import Block, check_adjacency, sensitivity
 from dpmmd.privacy.sums import GRID_BITS, PrivateSums
@@ -323,6 +324,11 @@ def release(
         shared_taps=shared_taps,
         decoding=None if images.decoding is None else dict(images.decoding),
     )
+    for field, value, expected in unrecordable(metadata):
+        raise ValueError(
+            f"{field} = {value!r}: expected {expected}; no release could be read that says so. "
+            "Give the source or the encoder one that can be recorded. Nothing was spent."
+        )
     if target is not None:
         refuse_full(target, 8 * sum(block.size for block in metadata.blocks) + (1 << 20))
     store, done, spend = None, 0, None

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import re
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +31,7 @@ from dpmmd.privacy.sensitivity import Block, sensitivity
 FORMATS = (2, 3)  # that are read; what was added to 3 has the values of before in a file of 2
 # Arrays that a release may have, in the order of its fields.
 FURTHER = ("selection", "shared", "pixels", "products", "class_products")
+LARGEST = 1 << 40  # units, and values of an image
 _UNREADABLE = (SafetensorError, ValueError, TypeError, LookupError, RuntimeError, AttributeError)
 _STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -283,7 +286,19 @@ def _recovered(release: Release, path: Path) -> Path | None:
 
 def _metadata(kept: Mapping[str, str], where: str) -> Metadata:
     text = kept["dpmmd"]
-    if (found := json.loads(text).get("format")) not in FORMATS:
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        """A JSON object with every key once: another reader could take the other value."""
+        for number, (key, _) in enumerate(pairs):
+            if key in (earlier for earlier, _ in pairs[:number]):
+                raise PrivacyError(
+                    f"{where}: the metadata have {plain(repr(key))} twice. The file was altered: "
+                    "restore it from a copy."
+                )
+        return dict(pairs)
+
+    found = json.loads(text, object_pairs_hook=once).get("format")
+    if type(found) is not int or found not in FORMATS:
         raise PrivacyError(
             f"{where}: format {plain(repr(found))}, this version of dpmmd reads "
             f"{' and '.join(map(str, FORMATS))}; use the version that wrote it."
@@ -294,6 +309,31 @@ def _metadata(kept: Mapping[str, str], where: str) -> Metadata:
             "Restore it from a copy."
         )
     return Metadata.model_validate_json(text, strict=True)
+
+
+def unrecordable(metadata: Metadata) -> Iterator[tuple[str, object, str]]:
+    """What a source or an encoder of one's own says of itself and a file does not hold.
+
+    Asked before the spend, so that no release is made that cannot be read, and of every file.
+
+    Yields:
+        The field, its value, and what was expected.
+    """
+    m = metadata
+    for field in ("encoder", "selection_encoder"):
+        found = (getattr(m, field) or {}).get("weights_sha256", "random")
+        if found != "random" and not re.fullmatch("[0-9a-f]{64}", str(found)):
+            yield f"{field}.weights_sha256", found, "64 hexadecimal digits, or 'random'"
+    if (decoding := m.decoding) is not None and not (
+        decoding.keys() == {"orientation", "background"}
+        and decoding["orientation"] == "EXIF"
+        and re.fullmatch("#[0-9a-f]{6}", decoding["background"])
+    ):
+        yield "decoding", decoding, "null, or orientation 'EXIF' and background '#rrggbb'"
+    if m.num_units is not None and not 1 <= m.num_units <= LARGEST:
+        yield "num_units", m.num_units, f"at least 1, at most {LARGEST}"
+    if math.prod(m.image_shape) > LARGEST:
+        yield "image_shape", m.image_shape, f"at most {LARGEST} values"
 
 
 def _reason(error: Exception) -> str:

@@ -700,6 +700,21 @@ def test_two_data_sets_over_the_same_images_are_refused(kind):
     open_source(halves, image_size=8, channels=3)
 
 
+def test_a_data_set_without_a_dictionary_of_attributes_is_taken():
+    class Slotted:
+        __slots__ = ()
+
+        def __len__(self):
+            return N
+
+        def __getitem__(self, index):
+            return IMAGES[index], 0
+
+    data = Slotted()
+    for source in (data, ConcatDataset([data]), Subset(data, [2, 0])):
+        assert open_source(source, image_size=8, channels=3).num_images == len(source)
+
+
 def test_two_lists_over_the_same_files_are_refused(tmp_path):
     folder = make("folder", tmp_path)
 

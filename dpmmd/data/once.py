@@ -87,6 +87,9 @@ def refuse_repeated_items(dataset: Any, name: str) -> None:
     sets over one array; and one file under several names in lists of files (``samples``, as
     torchvision's ImageFolder has), also of different parts.
     """
+    composed = isinstance(dataset, Subset | ConcatDataset)
+    if not composed and not isinstance(getattr(dataset, "samples", None), list):
+        return  # by its number each record is another one
     keys = _items(dataset, np.arange(len(dataset)))
     if len(np.unique(keys, axis=0)) < len(keys):
         raise ValueError(
@@ -132,8 +135,8 @@ def _file_of(dataset: Any, sample: Any, index: int) -> tuple[int, int]:
 
 def _images_of(dataset: Any) -> int:
     """Where the images of a data set lie in memory, if it shows them; else the data set itself."""
-    held = dataset.tensors if isinstance(dataset, TensorDataset) else vars(dataset).values()
-    for value in held if hasattr(dataset, "__dict__") else ():
+    attributes = getattr(dataset, "__dict__", {})
+    for value in dataset.tensors if isinstance(dataset, TensorDataset) else attributes.values():
         if isinstance(value, torch.Tensor | np.ndarray) and value.ndim >= 3:
             if len(value) != len(dataset) or not value.nbytes:
                 continue

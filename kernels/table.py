@@ -3,7 +3,7 @@
 Chosen among neighbours by time on an H200 (VGG19's taps, 128 images of 32 and 128 px, 1 and 10
 classes); `difference` and `bounded_sums` by arithmetic: 64 numbers or fewer a thread, so that
 several programs share a multiprocessor and keep some 40 KiB of loads in flight on it (latency times
-bandwidth). `tests/kernels_aot.py` holds every entry to its register budget.
+bandwidth). `tests/core/kernels_aot.py` holds every entry to its register budget.
 """
 
 from __future__ import annotations

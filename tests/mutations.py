@@ -7,7 +7,7 @@
 The package and the tests are copied to temporary folders, one for each core that is found. First
 the named tests must pass there as they are; then each mutation is applied, its tests run, and every
 one of them must fail by itself (an error of import or syntax does not count). Exit code 1 if a
-mutation survives. The native core's own faults are in tests/test_native_mutations.py.
+mutation survives. The native core's own faults are in tests/core/test_native_mutations.py.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ DRAWS = "dpmmd/data/draws.py"
 PIXELS = "dpmmd/data/pixels.py"
 TRAIN = "dpmmd/train.py"
 PARTIAL = "dpmmd/privacy/partial.py"
-_RANKS = "tests/test_ranks.py"
-_REPLAY = "tests/test_noise_replay.py"
-_CERTIFICATE = "tests/test_certificate.py"
-_NOISING = "tests/test_noising.py"
+_RANKS = "tests/privacy/test_ranks.py"
+_REPLAY = "tests/privacy/test_noise_replay.py"
+_CERTIFICATE = "tests/privacy/test_certificate.py"
+_NOISING = "tests/privacy/test_noising.py"
 SECONDS = 300.0  # that the tests of one mutation may take
 
 
@@ -77,15 +77,19 @@ _COUNTS = "_noised(raw_counts, sd, sampler, 1 / counts_block.bound, torch.float6
 _SHARED_DRAW = (
     "sampler, memory = (lambda n, s, fresh=sampler: memory.setdefault(n, fresh(n, s))), {}"
 )
-_BAD = "tests/test_release.py::test_a_bad_image_contributes_zero_in_silence"
-_UNDECODABLE = "tests/test_data.py::test_an_undecodable_image_is_a_silent_zero_row"
-_CLAIM = "tests/test_release.py::test_an_altered_claim_is_refused"
-_AUDIT = "tests/test_audit.py::test_the_release_keeps_its_claim_and_the_audit_nearly_reaches_it"
-_ADD_REMOVE = "tests/test_release.py::test_n_stays_private_under_add_remove"
-_SUMS_OF = "tests/test_release.py::test_sums_are_those_of_the_features[moments0-sphere]"
-_TABLE = "tests/test_sensitivity.py::test_declared_sensitivity_is_reached_and_never_passed"
+_BAD = "tests/privacy/test_release.py::test_a_bad_image_contributes_zero_in_silence"
+_UNDECODABLE = "tests/data/test_data.py::test_an_undecodable_image_is_a_silent_zero_row"
+_CLAIM = "tests/privacy/test_release.py::test_an_altered_claim_is_refused"
+_AUDIT = (
+    "tests/privacy/test_audit.py::test_the_release_keeps_its_claim_and_the_audit_nearly_reaches_it"
+)
+_ADD_REMOVE = "tests/privacy/test_release.py::test_n_stays_private_under_add_remove"
+_SUMS_OF = "tests/privacy/test_release.py::test_sums_are_those_of_the_features[moments0-sphere]"
+_TABLE = "tests/privacy/test_sensitivity.py::test_declared_sensitivity_is_reached_and_never_passed"
 
-_GROUPS = "tests/test_units.py::test_neighbours_in_a_group_differ_by_at_most_the_sensitivity"
+_UNITS = "tests/privacy/test_units.py"
+_GROUPS = f"{_UNITS}::test_neighbours_in_a_group_differ_by_at_most_the_sensitivity"
+_DECLARED_SD = "tests/privacy/test_release.py::test_noise_has_the_declared_sd"
 
 MUTATIONS = (
     # ------------------------------------------------------------------------- noise
@@ -93,13 +97,19 @@ MUTATIONS = (
         "half-the-noise",
         "every coordinate gets half the standard deviation that is declared",
         (Edit(MECHANISM, "sampler(values.numel(), sd)", "sampler(values.numel(), sd / 2)"),),
-        ("tests/test_release.py::test_noise_has_the_declared_sd", f"{_AUDIT}[signed-zero-out]"),
+        (
+            _DECLARED_SD,
+            f"{_AUDIT}[signed-zero-out]",
+        ),
     ),
     Mutation(
         "no-noise",
         "the raw sums leave",
         (Edit(MECHANISM, f"values += {_NOISED}", "pass"),),
-        ("tests/test_release.py::test_noise_has_the_declared_sd", f"{_AUDIT}[signed-zero-out]"),
+        (
+            _DECLARED_SD,
+            f"{_AUDIT}[signed-zero-out]",
+        ),
     ),
     Mutation(
         "two-draws-averaged",
@@ -113,13 +123,13 @@ MUTATIONS = (
                 ").view_as(values)",
             ),
         ),
-        ("tests/test_release.py::test_noise_has_the_declared_sd",),
+        (_DECLARED_SD,),
     ),
     Mutation(
         "sums-can-be-taken-twice",
         "two noised copies of one vector can be made for the price of one",
         (Edit(SUMS, "sums, self._sums = self._sums.cpu(), None", "sums = self._sums.cpu()"),),
-        ("tests/test_release.py::test_raw_sums_cannot_be_looked_at",),
+        ("tests/privacy/test_release.py::test_raw_sums_cannot_be_looked_at",),
     ),
     Mutation(
         "one-noise-for-all-blocks",
@@ -133,15 +143,15 @@ MUTATIONS = (
                 "    sampler = lambda n, sd: memory.setdefault(n, fresh(n, sd))",
             ),
         ),
-        ("tests/test_release.py::test_every_block_has_noise_of_its_own",),
+        ("tests/privacy/test_release.py::test_every_block_has_noise_of_its_own",),
     ),
     Mutation(
         "fixed-seed",
         "the key of the noise is a constant that anybody can read",
         (Edit(NOISE, "ChaCha20(os.urandom(32),", "ChaCha20(bytes(32),"),),
         (
-            "tests/test_noise.py::test_runs_differ",
-            "tests/test_release.py::test_every_block_has_noise_of_its_own",
+            "tests/privacy/test_noise.py::test_runs_differ",
+            "tests/privacy/test_release.py::test_every_block_has_noise_of_its_own",
         ),
     ),
     Mutation(
@@ -155,8 +165,8 @@ MUTATIONS = (
             ),
         ),
         (
-            "tests/test_float_attack.py::test_the_noise_takes_every_residue",
-            "tests/test_float_attack.py::test_last_bits_of_the_integers_tell_nothing",
+            "tests/privacy/test_float_attack.py::test_the_noise_takes_every_residue",
+            "tests/privacy/test_float_attack.py::test_last_bits_of_the_integers_tell_nothing",
         ),
     ),
     Mutation(
@@ -176,7 +186,7 @@ MUTATIONS = (
                 " if counts_block else 1) ** 0.5, sampler, part.unit\n",
             ),
         ),
-        ("tests/test_release.py::test_noise_has_the_declared_sd",),
+        (_DECLARED_SD,),
     ),
     Mutation(
         "selection-not-noised",
@@ -190,8 +200,8 @@ MUTATIONS = (
             ),
         ),
         (
-            "tests/test_release.py::test_selection_block",
-            "tests/test_release.py::test_every_block_has_noise_of_its_own",
+            "tests/privacy/test_release.py::test_selection_block",
+            "tests/privacy/test_release.py::test_every_block_has_noise_of_its_own",
         ),
     ),
     Mutation(
@@ -205,7 +215,7 @@ MUTATIONS = (
                 ' if part.block.name == "pixels" else sampler, part.unit\n',
             ),
         ),
-        ("tests/test_release.py::test_every_block_has_noise_of_its_own",),
+        ("tests/privacy/test_release.py::test_every_block_has_noise_of_its_own",),
     ),
     Mutation(
         "products-not-spread",
@@ -217,25 +227,25 @@ MUTATIONS = (
                 '"sums", True)',
             ),
         ),
-        ("tests/test_release.py::test_pixel_moments",),
+        ("tests/privacy/test_release.py::test_pixel_moments",),
     ),
     Mutation(
         "pixels-as-if-nonnegative",
         "means of pixels in a signed basis counted as if no entry were negative",
         (Edit(MECHANISM, '"sums", _nonnegative(pixels))', '"sums", True)'),),
-        ("tests/test_release.py::test_pixel_moments",),
+        ("tests/privacy/test_release.py::test_pixel_moments",),
     ),
     Mutation(
         "products-less-noise",
         "what is above the diagonal has the noise of its half",
         (Edit(MECHANISM, "sd / math.sqrt(2)", "sd / 2"),),
-        ("tests/test_release.py::test_every_block_has_noise_of_its_own",),
+        ("tests/privacy/test_release.py::test_every_block_has_noise_of_its_own",),
     ),
     Mutation(
         "products-of-a-group",
         "the products of every image of a group are bounded as if it were alone",
         (Edit(MECHANISM, "rows, valid, limits)", "rows, valid, limits * share)"),),
-        ("tests/test_units.py::test_a_large_group_weighs_no_more_than_a_small_one",),
+        ("tests/privacy/test_units.py::test_a_large_group_weighs_no_more_than_a_small_one",),
     ),
     Mutation(
         "products-rounded-up",
@@ -249,7 +259,7 @@ MUTATIONS = (
                 "integers = [(fine[0] + (1 << _HALF >> 1)) >> _HALF]; within = integers[0].any(1)",
             ),
         ),
-        ("tests/test_products.py::test_norms_keep_to_the_limit",),
+        ("tests/privacy/test_products.py::test_norms_keep_to_the_limit",),
     ),
     Mutation(
         "counts-not-noised",
@@ -262,7 +272,7 @@ MUTATIONS = (
                 " 1 / counts_block.bound, torch.float64)",
             ),
         ),
-        ("tests/test_release.py::test_every_block_has_noise_of_its_own", _ADD_REMOVE),
+        ("tests/privacy/test_release.py::test_every_block_has_noise_of_its_own", _ADD_REMOVE),
     ),
     Mutation(
         "exact-class-counts-as-divisors",
@@ -282,7 +292,7 @@ MUTATIONS = (
                 "    noised = {\n        part.block.name: (_noised",
             ),
         ),
-        (_SUMS_OF, "tests/test_release.py::test_noise_has_the_declared_sd"),
+        (_SUMS_OF, _DECLARED_SD),
     ),
     # ------------------------------------------------------------------------- the sampler
     Mutation(
@@ -351,7 +361,7 @@ MUTATIONS = (
         "small-uniforms-in-double",
         "U below 2^-23 is compared by the 64 bits that are known of it",
         (Edit(NOISE, "_TINY = 2.0**-23", "_TINY = 0.0"),),
-        ("tests/test_noise.py::test_small_uniforms_are_decided_exactly",),
+        ("tests/privacy/test_noise.py::test_small_uniforms_are_decided_exactly",),
     ),
     Mutation(
         "acceptance-constant-too-small",
@@ -468,13 +478,13 @@ MUTATIONS = (
         "sd-too-large-for-the-words",
         "above 2^60 the integers have fewer random bits than digits",
         (Edit(NOISE, "SD_MAX = 2.0**60", "SD_MAX = 2.0**62"),),
-        ("tests/test_noise.py::test_refuses_sd",),
+        ("tests/privacy/test_noise.py::test_refuses_sd",),
     ),
     Mutation(
         "margin-not-checked",
         "a margin of 0 is taken: decisions in double precision alone",
         (Edit(NOISE, "if margin < MARGIN:", "if False:"),),
-        ("tests/test_noise.py::test_refuses_a_smaller_margin",),
+        ("tests/privacy/test_noise.py::test_refuses_a_smaller_margin",),
     ),
     Mutation(
         "rounded-down",
@@ -520,19 +530,19 @@ MUTATIONS = (
         "tail-begins-again",
         "a zero word, of probability 2^-64, leaves V = 0",
         (Edit(NOISE, "v[i] = 64\n", "v[i] = 0\n"),),
-        ("tests/test_noise.py::test_zero_words_extend_the_geometric",),
+        ("tests/privacy/test_noise.py::test_zero_words_extend_the_geometric",),
     ),
     Mutation(
         "tail-cut-off",
         "further zero words add nothing to V",
         (Edit(NOISE, "v[i] += 64\n", "pass\n"),),
-        ("tests/test_noise.py::test_zero_words_extend_the_geometric",),
+        ("tests/privacy/test_noise.py::test_zero_words_extend_the_geometric",),
     ),
     Mutation(
         "tail-ends-early",
         "the zeros of the last word add nothing to V",
         (Edit(NOISE, "v[i] += (word & -word).bit_length() - 1", "pass"),),
-        ("tests/test_noise.py::test_zero_words_extend_the_geometric",),
+        ("tests/privacy/test_noise.py::test_zero_words_extend_the_geometric",),
     ),
     # ------------------------------------------------------------------------- what is noised
     Mutation(
@@ -670,7 +680,7 @@ MUTATIONS = (
                 "(2 * first + done - numbers.start) * batch_size",
             ),
         ),
-        ("tests/test_partial.py::test_it_goes_on_with_the_shares_of_its_own_images",),
+        ("tests/privacy/test_partial.py::test_it_goes_on_with_the_shares_of_its_own_images",),
     ),
     # ------------------------------------------------------------------------- several processes
     Mutation(
@@ -736,14 +746,14 @@ MUTATIONS = (
         "features are not clipped; the certificate drops what is too long, so privacy holds but "
         "the release is of nothing",
         (Edit(SUMS, _SPHERE, _UNBOUNDED),),
-        ("tests/test_release.py::test_integers_are_the_bounded_features[sphere]", _SUMS_OF),
+        ("tests/privacy/test_release.py::test_integers_are_the_bounded_features[sphere]", _SUMS_OF),
     ),
     Mutation(
         "no-bound-and-no-certificate",
         "one image moves the sums by as much as its features are long",
         (Edit(SUMS, _SPHERE, _UNBOUNDED), Edit(SUMS, _CERTIFY, _UNCERTIFIED)),
         (
-            "tests/test_release.py::test_no_vector_passes_the_limit",
+            "tests/privacy/test_release.py::test_no_vector_passes_the_limit",
             f"{_AUDIT}[signed-replace-one]",
         ),
     ),
@@ -755,13 +765,13 @@ MUTATIONS = (
             Edit(SUMS, "GUARD = 1.0 - 2.0**-20", "GUARD = 1.0"),
             Edit(SUMS, "g.mul_(rate).trunc_()", "g.mul_(rate).round_()"),
         ),
-        ("tests/test_release.py::test_no_vector_passes_the_limit",),
+        ("tests/privacy/test_release.py::test_no_vector_passes_the_limit",),
     ),
     Mutation(
         "certificate-ignores-sign",
         "negative entries enter a block whose sensitivity assumes there are none",
         (Edit(SUMS, "if nonnegative and q.shape[1]:", "if False:"),),
-        ("tests/test_release.py::test_negative_entries_fail_a_nonnegative_block",),
+        ("tests/privacy/test_release.py::test_negative_entries_fail_a_nonnegative_block",),
     ),
     Mutation(
         "float-sums",
@@ -774,7 +784,7 @@ MUTATIONS = (
             Edit(SUMS, "valid.to(torch.int64) * taus", "(valid.to(torch.int64) * taus).float()"),
             Edit(SUMS, "self._sums.cpu(), None", "self._sums.cpu().to(torch.int64), None"),
         ),
-        ("tests/test_release.py::test_order_changes_no_bit",),
+        ("tests/privacy/test_release.py::test_order_changes_no_bit",),
     ),
     Mutation(
         "square-not-checked",
@@ -939,7 +949,7 @@ MUTATIONS = (
         (Edit(SUMS, "q.mul_((within & valid)[:, None])", "q.mul_(within[:, None])"),),
         (
             f"{_CERTIFICATE}::test_products_are_of_valid_images_in_their_classes",
-            "tests/test_products.py::test_sums_are_exact_in_any_batches",
+            "tests/privacy/test_products.py::test_sums_are_exact_in_any_batches",
         ),
     ),
     Mutation(
@@ -948,7 +958,7 @@ MUTATIONS = (
         (Edit(SUMS, "for part in q[labels == k].split(", "for part in q.split("),),
         (
             f"{_CERTIFICATE}::test_products_are_of_valid_images_in_their_classes",
-            "tests/test_products.py::test_classes_have_matrices_of_their_own",
+            "tests/privacy/test_products.py::test_classes_have_matrices_of_their_own",
         ),
     ),
     Mutation(
@@ -957,7 +967,7 @@ MUTATIONS = (
         (Edit(SUMS, "valid)[:, None]).double()", "valid)[:, None]).float()"),),
         (
             f"{_CERTIFICATE}::test_products_are_summed_where_float64_is_exact",
-            "tests/test_products.py::test_sums_are_exact_in_any_batches",
+            "tests/privacy/test_products.py::test_sums_are_exact_in_any_batches",
         ),
     ),
     Mutation(
@@ -995,7 +1005,7 @@ MUTATIONS = (
                 "square = _sum_of_squares(b.bound for b in blocks[:1])",
             ),
         ),
-        ("tests/test_sensitivity.py::test_second_moment_costs_its_share",),
+        ("tests/privacy/test_sensitivity.py::test_second_moment_costs_its_share",),
     ),
     Mutation(
         "second-moment-without-noise-for-it",
@@ -1009,8 +1019,8 @@ MUTATIONS = (
             ),
         ),
         (
-            "tests/test_release.py::test_a_release_passes_its_own_check",
-            "tests/test_audit.py::test_both_moments[add-remove]",
+            "tests/privacy/test_release.py::test_a_release_passes_its_own_check",
+            "tests/privacy/test_audit.py::test_both_moments[add-remove]",
         ),
     ),
     Mutation(
@@ -1024,8 +1034,8 @@ MUTATIONS = (
             ),
         ),
         (
-            "tests/test_release.py::test_sign_of_the_taps_sets_the_sensitivity",
-            "tests/test_release.py::test_replay_neighbours_differ_by_at_most_the_sensitivity"
+            "tests/privacy/test_release.py::test_sign_of_the_taps_sets_the_sensitivity",
+            "tests/privacy/test_release.py::test_replay_neighbours_differ_by_at_most_the_sensitivity"
             "[moments0-small_encoder-replace-one]",
             f"{_AUDIT}[signed-replace-one]",
         ),
@@ -1042,7 +1052,7 @@ MUTATIONS = (
             Edit(SUMS, "if nonnegative and q.shape[1]:", "if False:"),
         ),
         (
-            "tests/test_release.py::test_sign_of_the_taps_sets_the_sensitivity",
+            "tests/privacy/test_release.py::test_sign_of_the_taps_sets_the_sensitivity",
             f"{_AUDIT}[signed-replace-one]",
         ),
     ),
@@ -1056,7 +1066,10 @@ MUTATIONS = (
                 "int(part.block.bound) // (share * 0 + 1)",
             ),
         ),
-        (_GROUPS, "tests/test_units.py::test_a_group_shares_one_contribution_among_its_images"),
+        (
+            _GROUPS,
+            f"{_UNITS}::test_a_group_shares_one_contribution_among_its_images",
+        ),
     ),
     Mutation(
         "group-counted-by-its-images",
@@ -1068,21 +1081,21 @@ MUTATIONS = (
                 "int(counts_block.bound) // (share * 0 + 1)",
             ),
         ),
-        ("tests/test_units.py::test_a_group_shares_one_contribution_among_its_images",),
+        (f"{_UNITS}::test_a_group_shares_one_contribution_among_its_images",),
     ),
     Mutation(
         "spread-forgotten",
         "shared taps, or groups, are taken for images whose label parts the rows",
         (Edit(MECHANISM, "limit, nonnegative, grouped or spread)", "limit, nonnegative, False)"),),
-        ("tests/test_units.py::test_shared_taps_and_counts_move_together",),
+        ("tests/privacy/test_units.py::test_shared_taps_and_counts_move_together",),
     ),
     Mutation(
         "spread-sensitivity-too-small",
         "counts are taken to be free beside sums that several classes share",
         (Edit(SENSITIVITY, "if any(b.spread for b in blocks):", "if False:"),),
         (
-            "tests/test_sensitivity.py::test_units_that_reach_several_rows",
-            "tests/test_units.py::test_shared_taps_and_counts_move_together",
+            "tests/privacy/test_sensitivity.py::test_units_that_reach_several_rows",
+            "tests/privacy/test_units.py::test_shared_taps_and_counts_move_together",
         ),
     ),
     Mutation(
@@ -1096,13 +1109,13 @@ MUTATIONS = (
                 " (sampler, lambda n, _: np.zeros(n, np.int64)), strict=True))",
             ),
         ),
-        ("tests/test_units.py::test_shared_rows_get_noise_of_their_own",),
+        ("tests/privacy/test_units.py::test_shared_rows_get_noise_of_their_own",),
     ),
     Mutation(
         "sign-not-checked-by-the-encoder",
         "a tap with negative values may be declared non-negative",
         (Edit(ENCODER, 'if signs[name] == "nonnegative" and', "if False and"),),
-        ("tests/test_encoders.py::test_refuses_own_backbone_that_breaks_a_promise",),
+        ("tests/train/test_encoders.py::test_refuses_own_backbone_that_breaks_a_promise",),
     ),
     # ------------------------------------------------------------------------- what leaves
     Mutation(
@@ -1127,40 +1140,42 @@ MUTATIONS = (
                 "num_units = images.num_images if True else",
             ),
         ),
-        ("tests/test_units.py::test_the_number_of_images_of_a_group_is_private",),
+        ("tests/privacy/test_units.py::test_the_number_of_images_of_a_group_is_private",),
     ),
     Mutation(
         "no-image-raises",
         "an empty data set stops the release under add-remove, one image does not",
         (Edit(MECHANISM, "allow_empty=not public_n", "allow_empty=False"),),
-        ("tests/test_partial.py::test_no_image_is_released_as_one_is_under_add_remove",),
+        ("tests/privacy/test_partial.py::test_no_image_is_released_as_one_is_under_add_remove",),
     ),
     Mutation(
         "partial-sums-open-to-others",
         "raw sums are written where others can read them",
         (Edit(PARTIAL, "or found.st_mode & 0o077 ", ""),),
-        ("tests/test_partial.py::test_a_folder_that_others_can_enter_is_refused",),
+        ("tests/privacy/test_partial.py::test_a_folder_that_others_can_enter_is_refused",),
     ),
     Mutation(
         "partial-sums-kept",
         "raw sums stay behind when the release is done",
         (Edit(MECHANISM, "        store.delete()", "        pass"),),
-        ("tests/test_partial.py::test_it_goes_on_to_the_same_bits",),
+        ("tests/privacy/test_partial.py::test_it_goes_on_to_the_same_bits",),
     ),
     Mutation(
         "partial-sums-mixed",
         "raw sums of another release are taken up, under this one's claim",
         (Edit(PARTIAL, 'if foot["release"] != self._release:', "if False:"),),
         (
-            "tests/test_partial.py::test_sums_of_another_release_are_not_mixed_in",
-            "tests/test_partial.py::test_other_data_are_not_mixed_in",
+            "tests/privacy/test_partial.py::test_sums_of_another_release_are_not_mixed_in",
+            "tests/privacy/test_partial.py::test_other_data_are_not_mixed_in",
         ),
     ),
     Mutation(
         "half-a-batch-kept",
         "an interruption within a batch: its images are summed twice in some blocks",
         (Edit(MECHANISM, "if store is not None and whole:", "if store is not None:"),),
-        ("tests/test_partial.py::test_an_interruption_within_a_batch_keeps_whole_batches_only",),
+        (
+            "tests/privacy/test_partial.py::test_an_interruption_within_a_batch_keeps_whole_batches_only",
+        ),
     ),
     Mutation(
         "released-spend-used-again",
@@ -1177,7 +1192,7 @@ MUTATIONS = (
                 "    if book is not None and spend is not None and book.is_open(spend):",
             ),
         ),
-        ("tests/test_partial.py::test_a_spend_that_was_released_is_not_used_again",),
+        ("tests/privacy/test_partial.py::test_a_spend_that_was_released_is_not_used_again",),
     ),
     Mutation(
         "progress-under-add-remove",
@@ -1202,7 +1217,7 @@ MUTATIONS = (
                 '    __import__("logging").getLogger("dpmmd").info("%d", images.num_images)\n',
             ),
         ),
-        ("tests/test_release.py::test_messages_under_add_remove_do_not_depend_on_n",),
+        ("tests/privacy/test_release.py::test_messages_under_add_remove_do_not_depend_on_n",),
     ),
     Mutation(
         "warning-under-add-remove",
@@ -1214,7 +1229,7 @@ MUTATIONS = (
                 "    _warn_delta(delta, num_units)",
             ),
         ),
-        ("tests/test_release.py::test_messages_under_add_remove_do_not_depend_on_n",),
+        ("tests/privacy/test_release.py::test_messages_under_add_remove_do_not_depend_on_n",),
     ),
     Mutation(
         "hash-not-checked",
@@ -1226,13 +1241,13 @@ MUTATIONS = (
                 "if False:",
             ),
         ),
-        ("tests/test_release.py::test_altered_files_are_refused",),
+        ("tests/privacy/test_release.py::test_altered_files_are_refused",),
     ),
     Mutation(
         "metadata-not-checked",
         "the metadata of a file were altered and nobody notices",
         (Edit(FILE, 'if kept.get("sha256") != _text_hash(text):', "if False:"),),
-        ("tests/test_release.py::test_altered_metadata_are_refused",),
+        ("tests/privacy/test_release.py::test_altered_metadata_are_refused",),
     ),
     Mutation(
         "epsilon-not-checked",
@@ -1268,19 +1283,19 @@ MUTATIONS = (
                 "        private=True,\n        adjacency",
             ),
         ),
-        ("tests/test_release.py::test_test_noise_is_stamped",),
+        ("tests/privacy/test_release.py::test_test_noise_is_stamped",),
     ),
     Mutation(
         "stamp-lost-in-the-checkpoint",
         "the checkpoint of a release stamped NOT PRIVATE says that it is private",
         (Edit(TRAIN, '"private": self.metadata.private,', '"private": True,'),),
-        ("tests/test_train.py::test_the_stamp_is_carried_on",),
+        ("tests/train/test_train.py::test_the_stamp_is_carried_on",),
     ),
     Mutation(
         "stamp-lost-on-loading",
         "a generator loaded from such a checkpoint says that it is private",
         (Edit(TRAIN, 'bool(state["private"]),', "True,"),),
-        ("tests/test_train.py::test_the_stamp_is_carried_on",),
+        ("tests/train/test_train.py::test_the_stamp_is_carried_on",),
     ),
     Mutation(
         "budget-checked-after-reading",
@@ -1293,7 +1308,9 @@ MUTATIONS = (
                 "    if book is not None and not (spend and book.is_open(spend)):\n",
             ),
         ),
-        ("tests/test_ledger.py::test_over_the_budget_no_image_is_read_and_nothing_is_written",),
+        (
+            "tests/privacy/test_ledger.py::test_over_the_budget_no_image_is_read_and_nothing_is_written",
+        ),
     ),
     # ------------------------------------------------------------------------- accounting, ledger
     Mutation(
@@ -1307,7 +1324,7 @@ MUTATIONS = (
                 "    return _up(mu=mu, delta=delta) * (1 - 1e-8)\n\n\ndef calibrate(*,",
             ),
         ),
-        ("tests/test_accounting.py::test_epsilon_is_tight_and_on_the_safe_side",),
+        ("tests/privacy/test_accounting.py::test_epsilon_is_tight_and_on_the_safe_side",),
     ),
     Mutation(
         "delta-rounded-down",
@@ -1320,7 +1337,7 @@ MUTATIONS = (
                 "    return _up(mu=mu, epsilon=epsilon) * (1 - 1e-8)\n\n\ndef epsilon(*,",
             ),
         ),
-        ("tests/test_accounting.py::test_delta_against_mpmath",),
+        ("tests/privacy/test_accounting.py::test_delta_against_mpmath",),
     ),
     Mutation(
         "calibration-rounded-down",
@@ -1334,19 +1351,19 @@ MUTATIONS = (
                 "    return Calibration(sd, 1 / sd)\n\n\ndef compose(",
             ),
         ),
-        ("tests/test_accounting.py::test_calibration_is_tight_and_on_the_safe_side",),
+        ("tests/privacy/test_accounting.py::test_calibration_is_tight_and_on_the_safe_side",),
     ),
     Mutation(
         "ledger-without-fsync",
         "a power cut after the release undoes its spend",
         (Edit(LEDGER, "os.fsync(file.fileno())", "pass"),),
-        ("tests/test_ledger.py::test_every_line_is_on_disk_before_anything_goes_on",),
+        ("tests/privacy/test_ledger.py::test_every_line_is_on_disk_before_anything_goes_on",),
     ),
     Mutation(
         "ledger-name-without-fsync",
         "so it is with the name of a new ledger",
         (Edit(LEDGER, "os.fsync(directory)", "pass"),),
-        ("tests/test_ledger.py::test_every_line_is_on_disk_before_anything_goes_on",),
+        ("tests/privacy/test_ledger.py::test_every_line_is_on_disk_before_anything_goes_on",),
     ),
     # ------------------------------------------------------------------------- single images
     Mutation(
@@ -1356,7 +1373,7 @@ MUTATIONS = (
             Edit(ENCODER, "return super().train(False)", "return super().train(mode)"),
             Edit(ENCODER, "if any(module.training for module in", "if False and any(m for m in"),
         ),
-        ("tests/test_encoders.py::test_own_backbone",),
+        ("tests/train/test_encoders.py::test_own_backbone",),
     ),
     Mutation(
         "counts-of-contributing-images-only",
@@ -1369,7 +1386,7 @@ MUTATIONS = (
             ),
         ),
         (
-            "tests/test_release.py"
+            "tests/privacy/test_release.py"
             "::test_an_image_that_is_zero_in_one_block_alone_keeps_to_the_sensitivity",
         ),
     ),
@@ -1383,7 +1400,7 @@ MUTATIONS = (
                 "for name, one, two in zip((), (), (), strict=True):",
             ),
         ),
-        ("tests/test_encoders.py::test_refuses_own_backbone_that_breaks_a_promise",),
+        ("tests/train/test_encoders.py::test_refuses_own_backbone_that_breaks_a_promise",),
     ),
     Mutation(
         "undecodable-image-raises",
@@ -1442,7 +1459,7 @@ MUTATIONS = (
                 "usable = torch.ones_like(squares, dtype=torch.bool)",
             ),
         ),
-        ("tests/test_functional.py::test_unusable_rows_are_zero_and_harm_nobody",),
+        ("tests/core/test_functional.py::test_unusable_rows_are_zero_and_harm_nobody",),
     ),
     Mutation(
         "nan-poisons-the-sums",
@@ -1455,13 +1472,13 @@ MUTATIONS = (
             ),
             Edit(SUMS, _CERTIFY, _UNCERTIFIED),
         ),
-        ("tests/test_release.py::test_no_vector_passes_the_limit",),
+        ("tests/privacy/test_release.py::test_no_vector_passes_the_limit",),
     ),
     Mutation(
         "pixel-range-not-checked",
         "images in 0..255 or -1..1 pass for images in 0..1: real and generated ones need not match",
         (Edit(ENCODER, "elif not bool(inside):", "elif False:"),),
-        ("tests/test_encoders.py::test_refuses_bad_images",),
+        ("tests/train/test_encoders.py::test_refuses_bad_images",),
     ),
     # ------------------------------------------------------------------------- one record, once
     Mutation(
@@ -1475,8 +1492,8 @@ MUTATIONS = (
             ),
         ),
         (
-            "tests/test_draws.py::test_one_record_less_leaves_the_others_as_they_were",
-            "tests/test_draws.py::test_one_record_exchanged_moves_the_sums_by_its_own_share",
+            "tests/data/test_draws.py::test_one_record_less_leaves_the_others_as_they_were",
+            "tests/data/test_draws.py::test_one_record_exchanged_moves_the_sums_by_its_own_share",
         ),
     ),
     Mutation(
@@ -1484,21 +1501,21 @@ MUTATIONS = (
         "every reading of a data set draws the same, by a key that anybody can read",
         (Edit(DRAWS, "os.urandom(32) if key is None else key", "bytes(32)"),),
         (
-            "tests/test_draws.py::test_every_reading_has_keys_of_its_own",
-            "tests/test_draws.py::test_keys_differ_by_record_stream_and_source",
+            "tests/data/test_draws.py::test_every_reading_has_keys_of_its_own",
+            "tests/data/test_draws.py::test_keys_differ_by_record_stream_and_source",
         ),
     ),
     Mutation(
         "own-generators-not-keyed",
         "a generator that the data set keeps runs on from record to record",
         (Edit(DRAWS, "found.append(value)", "pass"),),
-        ("tests/test_draws.py::test_one_record_less_leaves_the_others_as_they_were",),
+        ("tests/data/test_draws.py::test_one_record_less_leaves_the_others_as_they_were",),
     ),
     Mutation(
         "dependent-items-not-refused",
         "items that keep something between records are released",
         (Edit(DATASET, "if not all(map(_same, first, second)):", "if False:"),),
-        ("tests/test_draws.py::test_items_that_depend_on_what_was_read_before_are_refused",),
+        ("tests/data/test_draws.py::test_items_that_depend_on_what_was_read_before_are_refused",),
     ),
     Mutation(
         "batches-not-copied",
@@ -1510,7 +1527,7 @@ MUTATIONS = (
                 "yield batch",
             ),
         ),
-        ("tests/test_draws.py::test_a_source_may_fill_one_array_again_and_again",),
+        ("tests/data/test_draws.py::test_a_source_may_fill_one_array_again_and_again",),
     ),
     Mutation(
         "padding-counted",
@@ -1522,7 +1539,7 @@ MUTATIONS = (
                 "",
             ),
         ),
-        ("tests/test_draws.py::test_rows_after_the_last_record_are_not_counted",),
+        ("tests/data/test_draws.py::test_rows_after_the_last_record_are_not_counted",),
     ),
     Mutation(
         "one-record-ends-the-release",
@@ -1534,28 +1551,30 @@ MUTATIONS = (
                 "except OSError as error:  # of any kind",
             ),
         ),
-        ("tests/test_data.py::test_no_exception_of_one_record_ends_the_reading[SystemError-0]",),
+        (
+            "tests/data/test_data.py::test_no_exception_of_one_record_ends_the_reading[SystemError-0]",
+        ),
     ),
     Mutation(
         "nothing-usable-is-released",
         "a data set of which nothing is usable is spent for",
         (Edit("dpmmd/data/look.py", "    if not found.usable:\n", "    if False:\n"),),
         (
-            "tests/test_look.py::test_a_normalised_data_set_is_refused",
-            "tests/test_look.py::test_files_that_only_stand_for_images_are_refused",
+            "tests/data/test_look.py::test_a_normalised_data_set_is_refused",
+            "tests/data/test_look.py::test_files_that_only_stand_for_images_are_refused",
         ),
     ),
     Mutation(
         "pixels-not-bounded",
         "a file of a few kilobytes asks for gigabytes",
         (Edit(PIXELS, "if image.size[0] * image.size[1] > MAX_PIXELS:", "if False:"),),
-        ("tests/test_data.py::test_an_image_of_too_many_pixels_is_not_decoded",),
+        ("tests/data/test_data.py::test_an_image_of_too_many_pixels_is_not_decoded",),
     ),
     Mutation(
         "any-file-is-opened",
         "a FIFO among the images hangs the release",
         (Edit(PIXELS, "if not stat.S_ISREG(os.fstat(descriptor).st_mode):", "if False:"),),
-        ("tests/test_pixels.py::test_what_is_no_regular_file_is_not_waited_for",),
+        ("tests/data/test_pixels.py::test_what_is_no_regular_file_is_not_waited_for",),
     ),
     Mutation(
         "a-file-counts-by-its-name",
@@ -1568,7 +1587,7 @@ MUTATIONS = (
             ),
             Edit("dpmmd/data/once.py", "return os.path.realpath(path)", "return os.fspath(path)"),
         ),
-        ("tests/test_containers.py::test_a_second_name_of_a_file_counts_once",),
+        ("tests/data/test_containers.py::test_a_second_name_of_a_file_counts_once",),
     ),
 )
 

@@ -3,7 +3,7 @@
 From an entry of the table to a neighbour (half or twice the block, the rows or the warps, one stage
 more or less), as long as one is faster by more than `GAIN`, and its result is that of the entry.
 What is printed is to be pasted into kernels/table.py, and held to its register budgets by
-`python -m tests.kernels_aot`.
+`python -m tests.core.kernels_aot`.
 """
 
 from __future__ import annotations

@@ -65,52 +65,52 @@ NATIVE = {
     ),
 }
 # What stands behind the claim, and the tests that fail where it does not hold.
-MUTATIONS = "tests/test_mutations.py::test_every_mutation_is_caught"
+MUTATIONS = "tests/privacy/test_mutations.py::test_every_mutation_is_caught"
 EVIDENCE = (
     (
         "accounting equals 60-digit arithmetic and dp-accounting, rounded to the safe side",
-        "tests/test_accounting.py::test_calibration_is_tight_and_on_the_safe_side",
+        "tests/privacy/test_accounting.py::test_calibration_is_tight_and_on_the_safe_side",
     ),
     (
         "declared sensitivities are reached and never passed, exhaustively on small integers",
-        "tests/test_sensitivity.py::test_declared_sensitivity_is_reached_and_never_passed",
+        "tests/privacy/test_sensitivity.py::test_declared_sensitivity_is_reached_and_never_passed",
     ),
     (
         "no feature vector passes its bound, checked in exact integers on adversarial values",
-        "tests/test_release.py::test_no_vector_passes_the_limit",
+        "tests/privacy/test_release.py::test_no_vector_passes_the_limit",
     ),
     (
         "a vector of the limit is summed, and one above it is not",
-        "tests/test_certificate.py::test_a_vector_of_the_limit_passes_and_one_above_it_does_not",
+        "tests/privacy/test_certificate.py::test_a_vector_of_the_limit_passes_and_one_above_it_does_not",
     ),
     (
         "the native sums are those of their definition, bit for bit",
-        "tests/test_bounded_sums.py::test_same_bits_as_the_definition",
+        "tests/core/test_bounded_sums.py::test_same_bits_as_the_definition",
     ),
     (
         "releases of neighbours differ by at most the sensitivity, and in nothing else",
-        "tests/test_release.py::test_replay_neighbours_differ_by_at_most_the_sensitivity",
+        "tests/privacy/test_release.py::test_replay_neighbours_differ_by_at_most_the_sensitivity",
     ),
     (
         "the noise has exactly the declared law, to its lowest bit",
-        "tests/test_noise.py::test_distribution",
+        "tests/privacy/test_noise.py::test_distribution",
     ),
     (
         "the sampler decides as its law does, next to every threshold",
-        "tests/test_noise_replay.py::test_decisions_next_to_the_threshold",
+        "tests/privacy/test_noise_replay.py::test_decisions_next_to_the_threshold",
     ),
     (
         "every released number has a draw of its own, of the declared sd",
-        "tests/test_noising.py::test_every_released_number_has_a_draw_of_its_own",
+        "tests/privacy/test_noising.py::test_every_released_number_has_a_draw_of_its_own",
     ),
     (
         "an attack with 10,000 and a million canaries does not refute the claim and nearly "
         "reaches it; releases broken on purpose are refuted",
-        "tests/test_audit.py::test_a_broken_release_is_rejected",
+        "tests/privacy/test_audit.py::test_a_broken_release_is_rejected",
     ),
     (
         "faults injected into the native sums, one at a time, are each caught",
-        "tests/test_native_mutations.py::test_a_fault_is_caught",
+        "tests/core/test_native_mutations.py::test_a_fault_is_caught",
     ),
     ("faults injected into this code, one at a time, are each caught by a named test", MUTATIONS),
 )

@@ -15,8 +15,8 @@ import pytest
 
 from dpmmd import _cuda
 
-ROOT = Path(__file__).resolve().parent.parent
-SANITIZED = "DPMMD_TEST_SANITIZED"  # set by tests/test_cuda_sanitized.py
+ROOT = Path(__file__).resolve().parents[2]
+SANITIZED = "DPMMD_TEST_SANITIZED"  # set by tests/core/test_cuda_sanitized.py
 
 
 def build(name: str, *options: str) -> Path:

@@ -42,9 +42,9 @@ from benches.gpu import (
 )
 from benches.gpu.budget import Budget, OutOfTimeError, Section
 from dpmmd import functional
-from tests import interpreted
+from tests.core import interpreted
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = inputs.library
 
 

@@ -3,7 +3,7 @@
 Whether a kernel is interpreted is settled when its module is imported, for the whole process: a
 file of such tests consists of `test_interpreted = interpreted.whole(__file__)` where it is not the
 interpreter that runs it, and of its tests where it is. By hand:
-``TRITON_INTERPRET=1 pytest tests/test_kernels_difference.py``.
+``TRITON_INTERPRET=1 pytest tests/core/test_kernels_difference.py``.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def whole(path: str, marked: str = "not long") -> Callable[[], None]:
                 path,
             ],
             env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-            cwd=Path(__file__).resolve().parent.parent,
+            cwd=Path(__file__).resolve().parents[2],
             capture_output=True,
             text=True,
         )

@@ -12,8 +12,8 @@ from torch import Tensor
 from dpmmd import backends
 from dpmmd.bounds import BOUNDS
 from dpmmd.privacy.sums import PrivateSums
-from tests import interpreted
-from tests.interpreted import small_blocks  # noqa: F401
+from tests.core import interpreted
+from tests.core.interpreted import small_blocks  # noqa: F401
 
 if not interpreted.ACTIVE:
     test_interpreted = interpreted.whole(__file__)

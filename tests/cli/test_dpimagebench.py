@@ -18,7 +18,7 @@ from PIL import Image
 from dpmmd import recipe
 from dpmmd.data import open_source
 
-FOLDER = Path(__file__).resolve().parent.parent / "integrations" / "dpimagebench"
+FOLDER = Path(__file__).resolve().parents[2] / "integrations" / "dpimagebench"
 
 
 def prepare() -> Any:

@@ -63,7 +63,7 @@ print(8 * made.sums.numel(), peak - before)
 def test_the_noise_takes_no_memory_of_the_size_of_the_sums() -> None:
     """2^24 numbers: 128 MiB of sums and 64 MiB of what is released."""
     command = [sys.executable, "-c", NOISED]  # a process of its own has no holes to fill
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=True)
     sums, taken = map(int, done.stdout.split())
     assert sums > 120 << 20

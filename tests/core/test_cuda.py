@@ -15,10 +15,10 @@ from dpmmd import _cpu, _cuda, backends, functional
 from dpmmd.bounds import BOUNDS
 from dpmmd.nn import MMDLoss
 from dpmmd.privacy.sums import PrivateSums
-from tests import test_bounded_sums as cpu_sums
-from tests import test_mean_embedding as cpu_embedding
 from tests.conftest import images, no_noise, nonnegative_encoder
-from tests.emulated import emulated, emulated_module  # noqa: F401
+from tests.core import test_bounded_sums as cpu_sums
+from tests.core import test_mean_embedding as cpu_embedding
+from tests.core.emulated import emulated, emulated_module  # noqa: F401
 
 LABELS = torch.tensor([0, 3, 3, 0, 1, 0, 3, 1, 3, 0, 0])  # class 2 is absent
 N = len(LABELS)

@@ -12,7 +12,7 @@ from benches import harness, table
 from benches.gpu import report
 from benches.harness import COPY, READ, READ_READ_WRITE, Row
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FORWARD = "mean_embedding, forward"
 BOTH = "mmd_loss, forward + backward"
 SHAPE = "VGG19 32 px, n=64, K=1, moments 1"

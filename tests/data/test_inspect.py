@@ -22,7 +22,7 @@ from dpmmd.cli import app
 from dpmmd.data import Batch, ImageSource, open_source
 from dpmmd.data.heads import FIRST, _by_pillow, head_of, plain_head
 from dpmmd.data.inspect import YOURS, Inspection, inspect
-from tests.test_containers import folder, png, put, tar
+from tests.data.test_containers import folder, png, put, tar
 
 RNG = np.random.default_rng(0)
 

@@ -273,7 +273,7 @@ dpmmd.release(Slow(*images(60)), small_encoder(), epsilon=1.0, delta=1e-9, adjac
 @pytest.mark.parametrize("named", [True, False])
 def test_a_killed_process(tmp_path: Path, number: int, named: bool) -> None:
     """No half-written release; raw sums in the named folder alone, which the next call takes up."""
-    root = str(Path(__file__).resolve().parent.parent)
+    root = str(Path(__file__).resolve().parents[2])
     folder = tmp_path / "sums" if named else None
     out = tmp_path / "r.safetensors"
     temporary = tmp_path / "tmp"

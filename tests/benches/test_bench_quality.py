@@ -9,7 +9,7 @@ import dpmmd
 from benches.quality import __main__ as quality
 from benches.quality import statistics
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.mark.parametrize("name", ["pixel-covariance", "pixel-fourier", "feature-covariance"])

@@ -11,9 +11,9 @@ from torch import Tensor
 from dpmmd import backends, functional
 from dpmmd.bounds import BOUNDS
 from dpmmd.nn import MMDLoss
-from tests import interpreted
 from tests.conftest import images, nonnegative_encoder, small_encoder
-from tests.interpreted import small_blocks  # noqa: F401
+from tests.core import interpreted
+from tests.core.interpreted import small_blocks  # noqa: F401
 
 if not interpreted.ACTIVE:
     test_interpreted = interpreted.whole(__file__)

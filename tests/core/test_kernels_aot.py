@@ -10,14 +10,14 @@ import pytest
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs the package triton", allow_module_level=True)
 
-from tests import interpreted
+from tests.core import interpreted
 
 if interpreted.ACTIVE:
     pytest.skip("compiles what the interpreter would run", allow_module_level=True)
 
 from dpmmd.kernels import table
-from tests import kernels_aot
-from tests.kernels_aot import Case, Compiled
+from tests.core import kernels_aot
+from tests.core.kernels_aot import Case, Compiled
 
 FEATURES = {
     "partial_statistics",

@@ -15,7 +15,7 @@ import pytest
 
 from tests.record import native_sources
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SOURCE = "csrc/cpu/bounded_sums.cpp"
 pytestmark = pytest.mark.long
 
@@ -171,7 +171,7 @@ def run(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def run_tests(tree: Path) -> subprocess.CompletedProcess[str]:
     options = ["-q", "-x", "-rs", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    return run(tree, "-m", "pytest", *options, "tests/test_bounded_sums.py")
+    return run(tree, "-m", "pytest", *options, "tests/core/test_bounded_sums.py")
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dpmmd import _cpu, backends
 from dpmmd.bounds import BOUNDS
 from dpmmd.privacy.sums import GUARD, PrivateSums
-from tests.test_mean_embedding import level as level
+from tests.core.test_mean_embedding import level as level
 
 pytestmark = pytest.mark.skipif(_cpu.missing is not None, reason="dpmmd._native is not built")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from benches import scaling
 from dpmmd.distributed import reduce_means
 
-DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "SCALING.md"
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "SCALING.md"
 
 
 def test_bytes_of_a_step_are_those_that_are_reduced(monkeypatch: pytest.MonkeyPatch) -> None:

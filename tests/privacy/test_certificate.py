@@ -1,7 +1,7 @@
 """The certificate at its limit and one above it, and what is summed: the definition in torch.
 
 Nothing before the certificate is trusted, so what comes before is replaced here by integers of
-choice. The native twin is tested at its limit in tests/test_native_mutations.py, where it is
+choice. The native twin is tested at its limit in tests/core/test_native_mutations.py, where it is
 compiled without the guard that keeps every vector away from the limit.
 """
 

@@ -1,6 +1,6 @@
 """Compiles the Triton kernels ahead of time for sm_80, sm_90 and sm_100, without a device.
 
-``python -m tests.kernels_aot [--quick] [--arch 90]`` prints registers, shared memory, spills
+``python -m tests.core.kernels_aot [--quick] [--arch 90]`` prints registers, shared memory, spills
 and the widest accesses to global memory of each. What is compiled is what the launchers launch:
 they run on tensors of the CPU, and each launch is recorded, specialised as Triton would and
 compiled.

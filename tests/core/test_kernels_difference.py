@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from dpmmd import functional
-from tests import interpreted
-from tests.interpreted import small_blocks  # noqa: F401
+from tests.core import interpreted
+from tests.core.interpreted import small_blocks  # noqa: F401
 
 if not interpreted.ACTIVE:
     test_interpreted = interpreted.whole(__file__)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dpmmd.bounds import BOUNDS
 from dpmmd.nn import MMDLoss
-from tests import interpreted
+from tests.core import interpreted
 
 if not interpreted.ACTIVE:
     test_interpreted = interpreted.whole(__file__)
@@ -18,7 +18,7 @@ if not interpreted.ACTIVE:
 else:
     from dpmmd.kernels import table
     from dpmmd.kernels.row_statistics import rectify
-    from tests.test_injection import KINDS, LABELS, encoder_of, release_of
+    from tests.core.test_injection import KINDS, LABELS, encoder_of, release_of
 
     @pytest.fixture(autouse=True)
     def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

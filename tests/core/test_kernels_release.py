@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from dpmmd import _cpu, backends
-from tests import interpreted
 from tests.conftest import images, no_noise, nonnegative_encoder, small_encoder
-from tests.interpreted import small_blocks  # noqa: F401
+from tests.core import interpreted
+from tests.core.interpreted import small_blocks  # noqa: F401
 
 RELEASES: dict[str, dict[str, Any]] = {
     "unlabelled": {"num_classes": None},

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.emulated import SANITIZED
+from tests.core.emulated import SANITIZED
 
 pytestmark = pytest.mark.long
 
@@ -32,9 +32,9 @@ def test_nothing_is_touched_that_must_not_be() -> None:
     done = subprocess.run(
         [
             sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider",
-            "-m", "not long", "-k", "not opcheck and not release", "tests/test_cuda.py",
+            "-m", "not long", "-k", "not opcheck and not release", "tests/core/test_cuda.py",
         ],
-        cwd=Path(__file__).resolve().parent.parent,
+        cwd=Path(__file__).resolve().parents[2],
         env={
             **os.environ,
             SANITIZED: "1",

@@ -21,7 +21,7 @@ from dpmmd.microbatch import out_of_memory
 from dpmmd.nn import ESTIMATORS, MMDLoss
 from dpmmd.privacy import Release
 from tests.conftest import images, no_noise, small_encoder
-from tests.test_distributed import run
+from tests.train.test_distributed import run
 
 N = 13
 RELEASES: dict[str, dict[str, Any]] = {

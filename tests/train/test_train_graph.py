@@ -23,7 +23,7 @@ from dpmmd.privacy import Release
 from dpmmd.recipe import TrainSection
 from dpmmd.train import train
 from tests.conftest import images, small_encoder
-from tests.test_train import GENERATOR, assert_same, make_release, quick, run, state_of
+from tests.train.test_train import GENERATOR, assert_same, make_release, quick, run, state_of
 
 Work = Callable[[], None]
 

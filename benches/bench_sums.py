@@ -8,6 +8,7 @@ import torch
 from benches.harness import Measure, floors, library_backends
 from benches.shapes import Case
 from dpmmd import backends
+from dpmmd.bounds import Bound
 from dpmmd.encoders.pixels import augmented
 from dpmmd.privacy.sums import GRID_BITS, PrivateSums
 
@@ -40,10 +41,7 @@ def test_class_sums(measure: Measure, case: Case) -> None:
                     labels,
                     valid,
                     limits,
-                    moments=case.moments,
-                    joint_weight=1.0,
-                    bound="sphere",
-                    clip=1.0,
+                    bound=Bound(case.moments, joint_weight=1.0),
                     nonnegative=True,
                 )
 
@@ -82,10 +80,7 @@ def test_products(measure: Measure) -> None:
             labels,
             valid,
             limits,
-            moments=(1,),
-            joint_weight=1.0,
-            bound="sphere",
-            clip=1.0,
+            bound=Bound(),
             nonnegative=False,
         )
 

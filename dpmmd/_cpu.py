@@ -15,6 +15,8 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from dpmmd.bounds import Bound
+
 try:
     from dpmmd import _native
 except ImportError as error:  # pragma: no cover - a build without the extension
@@ -397,10 +399,7 @@ def bounded_sums(
     valid: Tensor,
     limits: Tensor,
     *,
-    moments: Sequence[int],
-    joint_weight: float,
-    bound: str,
-    clip: float,
+    bound: Bound,
     nonnegative: bool,
     sums: Tensor,
     shared: Tensor | None = None,
@@ -417,8 +416,7 @@ def bounded_sums(
         labels: int64 [n].
         valid: bool [n].
         limits: int64 [n], greatest norm of each image's vector in grid units.
-        moments: (1,), (2,) or (1, 2); the last is the joint vector (f, joint_weight f^2).
-        joint_weight, bound, clip, nonnegative: as `dpmmd.privacy.sums.PrivateSums.add`.
+        bound, nonnegative: as `dpmmd.privacy.sums.PrivateSums.add`.
         sums: int64 [K, M D'], D' the columns of the taps that are not shared; added to.
         shared: int64 [1, M (D - D')], added to whatever the label; None where ``shared_taps`` is 0.
         shared_taps: how many leading taps are shared by all classes.
@@ -431,8 +429,8 @@ def bounded_sums(
         raise ValueError(
             f"shared: {brief(shared)} with shared_taps={shared_taps}; give both or neither."
         )
-    of_shared = len(moments) * sum(pieces.widths[:shared_taps])
-    own = len(moments) * sum(pieces.widths[shared_taps:])
+    of_shared = len(bound.moments) * sum(pieces.widths[:shared_taps])
+    own = len(bound.moments) * sum(pieces.widths[shared_taps:])
     _check_buffer("labels", labels, (n,), torch.int64)
     _check_buffer("valid", valid, (n,), torch.bool)
     _check_buffer("limits", limits, (n,), torch.int64)
@@ -451,12 +449,12 @@ def bounded_sums(
         sums.shape[0],
         _address(valid),
         _address(limits),
-        sum(moments),
-        bound.startswith("ball"),
-        bound.endswith("-per-tap"),
+        bound.bits,
+        bound.ball,
+        bound.per_tap,
         nonnegative,
-        clip,
-        joint_weight,
+        bound.clip,
+        bound.weight,
         shared_taps,
         _address(sums),
         _address(shared),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dpmmd import _cpu
 from dpmmd._cpu import Pieces, _address, _check_apart, addresses, brief, gather
+from dpmmd.bounds import Bound
 
 _native: Any = None if _cpu.missing is not None else _cpu._native
 DEVICE = "cuda"  # the type of device; tests run the kernels on the host
@@ -246,10 +247,7 @@ def bounded_sums(
     valid: Tensor,
     limits: Tensor,
     *,
-    moments: Sequence[int],
-    joint_weight: float,
-    bound: str,
-    clip: float,
+    bound: Bound,
     nonnegative: bool,
     sums: Tensor,
     shared: Tensor | None = None,
@@ -268,8 +266,8 @@ def bounded_sums(
         raise ValueError(
             f"shared: {brief(shared)} with shared_taps={shared_taps}; give both or neither."
         )
-    of_shared = len(moments) * sum(widths[:shared_taps])
-    own = len(moments) * sum(widths[shared_taps:])
+    of_shared = len(bound.moments) * sum(widths[:shared_taps])
+    own = len(bound.moments) * sum(widths[shared_taps:])
     num_classes = sums.shape[0] if sums.ndim else 1
     _check_buffer("labels", labels, (n,), device, torch.int64)
     _check_buffer("valid", valid, (n,), device, torch.bool)
@@ -291,12 +289,12 @@ def bounded_sums(
             num_classes,
             _address(valid),
             _address(limits),
-            sum(moments),
-            bound.startswith("ball"),
-            bound.endswith("-per-tap"),
+            bound.bits,
+            bound.ball,
+            bound.per_tap,
             nonnegative,
-            clip,
-            joint_weight,
+            bound.clip,
+            bound.weight,
             shared_taps,
             _address(sums),
             _address(shared),

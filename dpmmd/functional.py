@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dpmmd import _cpu, _cuda, backends
-from dpmmd.bounds import check_bound
+from dpmmd.bounds import Bound
 
 if TYPE_CHECKING:
     from dpmmd.injection import Slot
@@ -268,7 +268,7 @@ def _check(
             )
     if not isinstance(num_classes, int) or num_classes < 1:
         raise ValueError(f"num_classes={num_classes!r}: expected an int >= 1.")
-    check_bound(moments, bound, clip, joint_weight)
+    Bound.checked(moments, bound, clip, joint_weight)
     if labels is None:
         if num_classes != 1:
             raise ValueError(f"labels=None: expected labels, since num_classes={num_classes}.")

@@ -21,6 +21,7 @@ from benches.gpu.inputs import Scale
 from benches.gpu.measure import Call, Measure, Row
 from benches.gpu.steps import encoder_of, no_noise
 from dpmmd import backends, reference
+from dpmmd.bounds import Bound
 from dpmmd.encoders import Encoder
 from dpmmd.privacy.sums import PrivateSums
 
@@ -35,8 +36,7 @@ def serves(backend: str, device: torch.device) -> bool:
     with mock.patch(f"{function.__module__}.bounded_sums", wraps=function) as called:
         with backends.use(backend):
             PrivateSums(1, 8, device=device).add(
-                features, one * 0, one.bool(), one, moments=(1,), joint_weight=1.0,
-                bound="sphere", clip=1.0, nonnegative=True,
+                features, one * 0, one.bool(), one, bound=Bound(), nonnegative=True,
             )  # fmt: skip
         return called.called
 

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from dpmmd.bounds import check_bound
+from dpmmd.bounds import Bound
 from dpmmd.encoders.base import PRECISIONS, SIGNS
 from dpmmd.encoders.pixels import LARGEST
 from dpmmd.privacy.accounting import calibrate
@@ -89,7 +89,7 @@ class Checks:
         if m.grid_bits != GRID_BITS:
             self.refuse("grid_bits", m.grid_bits, f"{GRID_BITS}, the only one there is")
         try:
-            check_bound(m.moments, m.bound, m.clip, m.joint_weight)
+            Bound.checked(m.moments, m.bound, m.clip, m.joint_weight)
         except ValueError as error:
             field = str(error).split("=")[0]
             self.refuse(field, getattr(m, field), "what `dpmmd.release` takes")

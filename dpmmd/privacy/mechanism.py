@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dpmmd._memory import return_freed_memory
-from dpmmd.bounds import check_bound
+from dpmmd.bounds import Bound
 from dpmmd.encoders.pixels import pixel_moments as pixels_of
 from dpmmd.files import expanded, refuse_full, refuse_unwritable
 from dpmmd.privacy.accounting import calibrate
@@ -239,7 +239,7 @@ def release(
         refuse_unwritable(target, others=(ledger, partial_sums))
     check_adjacency(adjacency)
     moments = (moments,) if isinstance(moments, int) else tuple(moments)
-    check_bound(moments, bound, clip, joint_weight)
+    Bound.checked(moments, bound, clip, joint_weight)
     _check(num_classes, batch_size, shared_taps, len(encoder.taps), clip)
     if budget is not None and ledger is None:
         raise ValueError(
@@ -495,10 +495,7 @@ def _add(
             labels,
             valid,
             limits,
-            moments=part.moments,
-            joint_weight=part.joint_weight,
-            bound=part.bound,
-            clip=part.clip,
+            bound=Bound(part.moments, part.bound, part.clip, part.joint_weight),
             nonnegative=part.block.nonnegative,
             shared_taps=part.shared_taps,
         )

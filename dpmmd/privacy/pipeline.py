@@ -55,7 +55,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dpmmd.bounds import check_bound
+from dpmmd.bounds import Bound
 from dpmmd.data.look import first_look
 from dpmmd.data.source import Batch, ImageSource
 from dpmmd.encoders.pixels import pixel_moments as pixels_of
@@ -252,7 +252,7 @@ def audit_source(
         raise TypeError(f"encoder={encoder!r}: expected dpmmd.encoders.load({encoder!r}).")
     check_adjacency(adjacency)
     moments = (moments,) if isinstance(moments, int) else tuple(moments)
-    check_bound(moments, bound, clip, joint_weight)
+    Bound.checked(moments, bound, clip, joint_weight)
     mechanism._check(num_classes, batch_size, shared_taps, len(encoder.taps), clip)
     if records is not None and (type(records) is not int or records < 2):
         raise ValueError(f"records={records!r}: expected None or an int >= 2, e.g. {RECORDS}.")

@@ -49,6 +49,7 @@ import torch
 from torch import Tensor
 
 from dpmmd import _cpu, backends
+from dpmmd.bounds import Bound
 
 if TYPE_CHECKING:
     from dpmmd.privacy.ranks import Ranks
@@ -62,22 +63,21 @@ _CHUNK_ELEMENTS = 1 << 19  # rows are taken so many numbers at a time: temporari
 
 
 def bounded_integers(
-    vectors: Sequence[Tensor], limits: Tensor, *, bound: str, clip: float, nonnegative: bool
+    vectors: Sequence[Tensor], limits: Tensor, *, bound: Bound, nonnegative: bool
 ) -> tuple[list[Tensor], Tensor]:
     """Integer vectors of norm at most ``limits``, one an image.
 
     Args:
         vectors: one float64 [n, d_l] per tap.
         limits: int64 [n], B of each image: the greatest norm in grid units; 0 to 2^30.
-        bound: one of `dpmmd.bounds.BOUNDS`.
-        clip: c > 0, the norm that maps to B (only balls depend on it).
+        bound: its kind, and its radius c, the norm that maps to B (only balls depend on it).
         nonnegative: whether negative entries fail the certificate.
 
     Returns:
         int64 [n, d_l] per tap, and bool [n]: False where the vector was zero, not finite or failed
         the certificate. Those rows are zero.
     """
-    if bound.endswith("-per-tap"):
+    if bound.per_tap:
         share = 1.0 / math.sqrt(len(vectors))
         groups = [[v] for v in vectors]
     else:
@@ -86,7 +86,7 @@ def bounded_integers(
     integers: list[Tensor] = []
     for group in groups:
         limit = limits.double() * share
-        integers += _quantise(group, limit, bound.startswith("ball"), clip * share)
+        integers += _quantise(group, limit, bound.ball, bound.clip * share)
     return certify(integers, limits, nonnegative=nonnegative)
 
 
@@ -102,8 +102,7 @@ def factors(vectors: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
     fine, _ = bounded_integers(
         [vectors.double()],
         (roots - slack).clamp(min=0) << _HALF,
-        bound="sphere",
-        clip=1.0,
+        bound=Bound(),
         nonnegative=False,
     )
     integers, within = certify([(fine[0] + (1 << _HALF >> 1)) >> _HALF], roots, nonnegative=False)
@@ -201,10 +200,7 @@ class PrivateSums:
         valid: Tensor,
         limits: Tensor,
         *,
-        moments: Sequence[int],
-        joint_weight: float,
-        bound: str,
-        clip: float,
+        bound: Bound,
         nonnegative: bool,
         shared_taps: int = 0,
     ) -> None:
@@ -215,10 +211,7 @@ class PrivateSums:
             labels: int64 [n] in 0..K-1.
             valid: bool [n]; rows that are False contribute zero.
             limits: int64 [n], greatest norm of each image's vector, in grid units.
-            moments: (1,), (2,) or (1, 2); the last is the joint vector (f, joint_weight f^2).
-            joint_weight: weight of the second moment within the joint vector.
-            bound: one of `dpmmd.bounds.BOUNDS`.
-            clip: c > 0.
+            bound: of each image's vector; that of moments (1, 2) is the joint one, (f, w f^2).
             nonnegative: whether images with negative entries contribute zero.
             shared_taps: the first so many taps go to the shared row.
         """
@@ -230,31 +223,28 @@ class PrivateSums:
                 labels,
                 valid,
                 limits,
-                moments=moments,
-                joint_weight=joint_weight,
                 bound=bound,
-                clip=clip,
                 nonnegative=nonnegative,
                 sums=self._sums,
                 shared=self._shared if shared_taps else None,
                 shared_taps=shared_taps,
             )
             return
-        width = sum(f.shape[1] for f in features) * len(moments)
+        width = sum(f.shape[1] for f in features) * len(bound.moments)
         rows = max(1, _CHUNK_ELEMENTS // max(width, 1))
         for start in range(0, labels.shape[0], rows):
             part = slice(start, start + rows)
             vectors: list[Tensor] = []
-            for moment in moments:
+            for moment in bound.moments:
                 for f in features:
                     v = f[part].double()
                     if moment == 2:
                         v = v * v
-                        if len(moments) == 2:
-                            v.mul_(joint_weight)
+                        if len(bound.moments) == 2:
+                            v.mul_(bound.weight)
                     vectors.append(v)
             integers, within = bounded_integers(
-                vectors, limits[part], bound=bound, clip=clip, nonnegative=nonnegative
+                vectors, limits[part], bound=bound, nonnegative=nonnegative
             )
             within &= valid[part]
             columns = {False: 0, True: 0}

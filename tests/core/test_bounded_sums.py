@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpmmd import _cpu, backends
-from dpmmd.bounds import BOUNDS
+from dpmmd.bounds import BOUNDS, Bound
 from dpmmd.privacy.sums import GUARD, PrivateSums
 from tests.core.test_mean_embedding import level as level
 
@@ -57,7 +57,7 @@ def both(
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Sums by a native core, and by the definition."""
-    dim = sum(f.shape[1] for f in fs) * len(options["moments"])
+    dim = sum(f.shape[1] for f in fs) * len(options["bound"].moments)
     ours = torch.zeros(k, dim, dtype=torch.int64)
     core.bounded_sums(fs, y, valid, torch.full_like(y, limit), sums=ours, **options)
     definition = PrivateSums(k, dim)
@@ -153,8 +153,7 @@ def check_limits_labels_and_validity(core: ModuleType) -> None:
     valid = torch.ones(12, dtype=torch.bool)
     valid[8] = False
     options: dict[str, Any] = {
-        "moments": (1, 2), "joint_weight": 0.5, "bound": "sphere", "clip": 1.0,
-        "nonnegative": True,
+        "bound": Bound((1, 2), joint_weight=0.5), "nonnegative": True,
     }  # fmt: skip
     ours = torch.zeros(3, 418, dtype=torch.int64)
     core.bounded_sums(fs, y, valid, limits, sums=ours, **options)
@@ -246,10 +245,7 @@ def test_the_definition_rounds_alike_on_every_device(bound: str) -> None:
         sums.add(
             fs,
             *inputs,
-            moments=(1, 2),
-            joint_weight=0.3,
-            bound=bound,
-            clip=1.7,
+            bound=Bound((1, 2), bound, 1.7, 0.3),
             nonnegative=True,
         )
     assert "div" in seen.names

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from dpmmd import backends
+from dpmmd.bounds import Bound
 from dpmmd.privacy import sums as module
 from dpmmd.privacy.sums import GRID_BITS, PrivateSums, bounded_integers, certify, factors
 
 LIMIT = 1 << 30
-OPTIONS: dict[str, Any] = {"bound": "sphere", "clip": 1.0, "nonnegative": False}
+OPTIONS: dict[str, Any] = {"bound": Bound(), "nonnegative": False}
 
 
 def certified(
@@ -81,7 +82,7 @@ def test_what_is_summed_has_passed(monkeypatch: pytest.MonkeyPatch) -> None:
     with backends.use("torch"):
         sums.add(
             [torch.ones(4, 2)], torch.zeros(4, dtype=torch.int64), torch.ones(4, dtype=torch.bool),
-            limits, moments=(1,), joint_weight=1.0, **OPTIONS,
+            limits, **OPTIONS,
         )  # fmt: skip
     assert sums.take()[0].tolist() == [[LIMIT + 3, 4]]
 
@@ -106,7 +107,7 @@ def test_the_limit_of_a_products_vector(limit: int, monkeypatch: pytest.MonkeyPa
 
     def record(_: object, limits: Tensor, **options: Any) -> tuple[list[Tensor], Tensor]:
         asked.extend(limits.tolist())
-        assert options == {"bound": "sphere", "clip": 1.0, "nonnegative": False}
+        assert options == {"bound": Bound(), "nonnegative": False}
         return [torch.zeros(1, 9, dtype=torch.int64)], torch.zeros(1, dtype=torch.bool)
 
     monkeypatch.setattr(module, "bounded_integers", record)
@@ -126,7 +127,7 @@ def test_every_image_has_its_own_limit_label_and_validity(monkeypatch: pytest.Mo
     labels = torch.randint(0, 3, (17,), generator=rng)
     valid = torch.rand(17, generator=rng) < 0.7
     limits = torch.randint(1, LIMIT, (17,), generator=rng)
-    options: dict[str, Any] = {"moments": (1, 2), "joint_weight": 0.5, **OPTIONS}
+    options: dict[str, Any] = {**OPTIONS, "bound": Bound((1, 2), joint_weight=0.5)}
 
     def summed(parts: list[slice], shared: int) -> tuple[Tensor, Tensor]:
         sums = PrivateSums(3, 2 * (8 - 3 * shared), 2 * 3 * shared)

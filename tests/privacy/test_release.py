@@ -20,7 +20,7 @@ from torch import Tensor
 
 import dpmmd
 from dpmmd import functional, reference
-from dpmmd.bounds import BOUNDS
+from dpmmd.bounds import BOUNDS, Bound
 from dpmmd.data import Batch, ImageSource
 from dpmmd.encoders.pixels import transform
 from dpmmd.privacy import Block, PrivacyError, Release, sensitivity
@@ -86,7 +86,9 @@ vectors = st.lists(
 def test_no_vector_passes_the_limit(values: list[float], bound: str, clip: float) -> None:
     v = torch.tensor([values], dtype=torch.float64)
     taps = [v[:, : len(values) // 2], v[:, len(values) // 2 :]]
-    q, within = bounded_integers(taps, LIMITS, bound=bound, clip=clip, nonnegative=False)
+    q, within = bounded_integers(
+        taps, LIMITS, bound=Bound(kind=bound, clip=clip), nonnegative=False
+    )
     numbers = [int(x) for part in q for x in part.flatten()]
     square = sum(x * x for x in numbers)  # Python integers: exact
     assert square <= LIMIT**2
@@ -104,7 +106,9 @@ def test_integers_are_the_bounded_features(bound: str) -> None:
     rng = torch.Generator().manual_seed(0)
     taps = [torch.randn(6, d, generator=rng, dtype=torch.float64) for d in (40, 7)]
     clip = 5.0
-    q, within = bounded_integers(taps, LIMITS, bound=bound, clip=clip, nonnegative=False)
+    q, within = bounded_integers(
+        taps, LIMITS, bound=Bound(kind=bound, clip=clip), nonnegative=False
+    )
     assert within.all()
     ours = torch.cat(q, dim=1).double() / LIMIT * clip
     truth = torch.cat(
@@ -116,22 +120,18 @@ def test_integers_are_the_bounded_features(bound: str) -> None:
 def test_integers_do_not_depend_on_the_batch() -> None:
     rng = torch.Generator().manual_seed(0)
     v = torch.randn(33, 1001, generator=rng, dtype=torch.float64)
-    whole, _ = bounded_integers([v], LIMITS, bound="sphere", clip=1.0, nonnegative=False)
+    whole, _ = bounded_integers([v], LIMITS, bound=Bound(), nonnegative=False)
     for i in (0, 17, 32):
-        one, _ = bounded_integers(
-            [v[i : i + 1]], LIMITS, bound="sphere", clip=1.0, nonnegative=False
-        )
+        one, _ = bounded_integers([v[i : i + 1]], LIMITS, bound=Bound(), nonnegative=False)
         assert torch.equal(one[0][0], whole[0][i])
     shuffled = torch.randperm(1001, generator=rng)
-    other, _ = bounded_integers(
-        [v[:, shuffled]], LIMITS, bound="sphere", clip=1.0, nonnegative=False
-    )
+    other, _ = bounded_integers([v[:, shuffled]], LIMITS, bound=Bound(), nonnegative=False)
     assert torch.equal(other[0], whole[0][:, shuffled])
 
 
 def test_negative_entries_fail_a_nonnegative_block() -> None:
     v = torch.tensor([[1.0, 2.0], [1.0, -1e-3]], dtype=torch.float64)
-    _, within = bounded_integers([v], LIMITS, bound="sphere", clip=1.0, nonnegative=True)
+    _, within = bounded_integers([v], LIMITS, bound=Bound(), nonnegative=True)
     assert within.tolist() == [True, False]
 
 

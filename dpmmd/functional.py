@@ -751,7 +751,7 @@ _mean_embedding_backward.register_autograd(_refuse_double_backward)
 
 def _difference(core: str) -> Callable[..., tuple[Tensor, Tensor]]:
     if core == "triton":
-        from dpmmd.kernels.difference import difference
+        from dpmmd.kernels.estimator import difference
 
         return difference
     return _cuda.difference if core == "cuda" else _cpu.difference

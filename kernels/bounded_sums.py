@@ -30,7 +30,7 @@ from torch import Tensor
 from dpmmd._cpu import _check_apart
 from dpmmd.kernels import schedule as schedules
 from dpmmd.kernels import table
-from dpmmd.kernels.difference import bits_of, number
+from dpmmd.kernels.estimator import bits_of, number
 from dpmmd.kernels.row_statistics import PARTS
 from dpmmd.kernels.schedule import class_range, clear_tiles, image_at, place_class, place_image
 from dpmmd.kernels.taps import Taps, brief, check_buffer, find_block, launch, load_tile, to_device

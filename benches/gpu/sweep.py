@@ -27,7 +27,7 @@ from benches.shapes import Case
 
 GAIN = 0.02
 BLOCKS, ROWS, WARPS, STAGES = (64, 4096), (1, 64), (1, 16), (1, 4)
-FIXED_ROWS = ("row_dots", "gradient", "difference")  # table.TILE_ROWS, or without rows
+FIXED_ROWS = ("row_dots", "gradient", "estimator")  # table.TILE_ROWS, or without rows
 
 Found = dict[tuple[str, torch.dtype], dict[int, Any]]  # columns -> Config
 
@@ -69,7 +69,7 @@ def operations(
     """Operation of the table -> calls on each set of inputs, and their last results."""
     from dpmmd.kernels.bounded_sums import bounded_sums
     from dpmmd.kernels.class_sums import class_sums_into
-    from dpmmd.kernels.difference import difference
+    from dpmmd.kernels.estimator import difference
     from dpmmd.kernels.gradient import gradient_into
     from dpmmd.kernels.row_dots import row_dots_into
     from dpmmd.kernels.row_statistics import row_statistics, row_statistics_into
@@ -128,13 +128,13 @@ def operations(
             for name in ("estimate", "first_moment", "second_moment")
         }
         state["steps"] = torch.zeros_like(counts)
-        calls["difference"] = [
+        calls["estimator"] = [
             functools.partial(
                 difference, upstream, counts, upstream * 0.9, estimator="adam", lr=1e-3,
                 **state,
             )
         ]  # fmt: skip
-        results["difference"] = lambda: list(state.values())
+        results["estimator"] = lambda: list(state.values())
     return {name: (calls[name], results[name]) for name in calls}
 
 
@@ -163,7 +163,7 @@ def results_of(
     operation: str, calls: Sequence[Call], results: Callable[[], Sequence[Tensor]]
 ) -> list[Tensor]:
     """What a call leaves, from a state of zeros where it adds to what is there."""
-    if operation in ("bounded_sums", "difference"):
+    if operation in ("bounded_sums", "estimator"):
         for tensor in results():
             tensor.zero_()
     calls[-1]()

@@ -35,7 +35,7 @@ MODULES = {
     "sums on a CUDA device, in CUDA C++: the caller": ("dpmmd._cuda",),
     "sums on a CUDA device, in Triton": (
         "dpmmd.kernels.bounded_sums",
-        "dpmmd.kernels.difference",
+        "dpmmd.kernels.estimator",
         "dpmmd.kernels.row_statistics",
         "dpmmd.kernels.schedule",
         "dpmmd.kernels.table",

@@ -28,7 +28,7 @@ from triton.runtime.jit import create_function_from_signature
 from dpmmd.kernels import (
     bounded_sums,
     class_sums,
-    difference,
+    estimator,
     gradient,
     injection,
     mean_embedding,
@@ -37,7 +37,7 @@ from dpmmd.kernels import (
     table,
 )
 
-MODULES = (bounded_sums, class_sums, difference, gradient, row_dots, row_statistics)
+MODULES = (bounded_sums, class_sums, estimator, gradient, row_dots, row_statistics)
 LARGE = ((64, 32, 32), (128, 8, 8), (64,))
 SMALL = ((32, 8, 8), (64,))
 ODD = ((3, 7, 5), (33,))
@@ -272,24 +272,24 @@ def _calls(quick: bool) -> Iterator[tuple[list[Any], Callable[[], None]]]:
                 )
 
             yield [dtype, aligned], add
-    for columns, estimator, update in itertools.product(
+    for columns, kind, update in itertools.product(
         (512,) if quick else (512, 511),
         ("adam",) if quick else ("batch", "ema", "adam"),
         (True,) if quick else (True, False),
     ):
 
-        def step(columns: int = columns, estimator: str = estimator, update: bool = update) -> None:
+        def step(columns: int = columns, kind: str = kind, update: bool = update) -> None:
             state = [torch.zeros(2, 3, columns) for _ in range(5)]
             counts, steps = torch.ones(3), torch.zeros(3)
-            difference.difference(
+            estimator.difference(
                 state[0],
                 counts,
                 state[1],
-                estimator=estimator,
-                estimate=state[2] if estimator != "batch" else None,
-                steps=steps if estimator != "batch" else None,
-                first_moment=state[3] if estimator == "adam" else None,
-                second_moment=state[4] if estimator == "adam" else None,
+                estimator=kind,
+                estimate=state[2] if kind != "batch" else None,
+                steps=steps if kind != "batch" else None,
+                first_moment=state[3] if kind == "adam" else None,
+                second_moment=state[4] if kind == "adam" else None,
                 decay=0.9,
                 lr=1e-3,
                 update=update,

@@ -22,7 +22,7 @@ else:
     from dpmmd.kernels import bounded_sums as kernels
     from dpmmd.kernels import table
     from dpmmd.kernels.bounded_sums import bounded_sums
-    from dpmmd.kernels.difference import bits_of
+    from dpmmd.kernels.estimator import bits_of
     from dpmmd.kernels.taps import Taps, launch
 
     pytestmark = pytest.mark.usefixtures("small_blocks")

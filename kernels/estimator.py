@@ -167,7 +167,7 @@ def difference_into(
         if steps is not None and update:
             steps += counts > 0
         return
-    config = table.lookup("difference", device, torch.float32, dim)
+    config = table.lookup("estimator", device, torch.float32, dim)
     values = torch.empty(triton.cdiv(dim, config.block), rows, dtype=torch.float32, device=device)
     moves = int(update and estimator != "batch")
     launch(

@@ -15,7 +15,7 @@ from tests.core.interpreted import small_blocks  # noqa: F401
 if not interpreted.ACTIVE:
     test_interpreted = interpreted.whole(__file__)
 else:
-    from dpmmd.kernels.difference import difference
+    from dpmmd.kernels.estimator import difference
 
     pytestmark = pytest.mark.usefixtures("small_blocks")
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dpmmd import _cpu, _cuda, backends
+from dpmmd import backends
+from dpmmd._cores import cpu, cuda
 from dpmmd.bounds import Bound
 
 if TYPE_CHECKING:
@@ -606,9 +607,9 @@ def _embed(
 
         return kernels.forward(features, labels, num_classes, **options)
     if core == "cuda":
-        return _cuda.forward(features, labels, num_classes, **options)  # type: ignore[arg-type]
+        return cuda.forward(features, labels, num_classes, **options)  # type: ignore[arg-type]
     nothing = features[0].new_empty(0, dtype=torch.int32)
-    return (*_cpu.forward(features, labels, num_classes, **options), nothing)  # type: ignore[arg-type]
+    return (*cpu.forward(features, labels, num_classes, **options), nothing)  # type: ignore[arg-type]
 
 
 _mean_embedding = torch.library.custom_op(
@@ -633,9 +634,9 @@ def _(
 
         length = length_of(features[0].shape[0], None if labels is None else num_classes)
     elif core == "cuda":
-        length = _cuda.schedule_size(features[0].shape[0], None if labels is None else num_classes)
+        length = cuda.schedule_size(features[0].shape[0], None if labels is None else num_classes)
     dim = sum(math.prod(f.shape[1:]) for f in features)
-    size = _cpu.statistics_shape(features, moments, bound, joint_weight)
+    size = cpu.statistics_shape(features, moments, bound, joint_weight)
     new = features[0].new_empty
     return (
         new((len(moments), num_classes, dim), dtype=torch.float32),
@@ -684,8 +685,8 @@ def _embed_backward(
         "needed": needed,
     }
     if core == "cuda":
-        return _cuda.backward(features, labels, num_classes, schedule=schedule, **options)[0]
-    return _cpu.backward(features, labels, num_classes, **options)[0]
+        return cuda.backward(features, labels, num_classes, schedule=schedule, **options)[0]
+    return cpu.backward(features, labels, num_classes, **options)[0]
 
 
 _mean_embedding_backward = torch.library.custom_op(
@@ -716,7 +717,7 @@ def _(
     core: str,
 ) -> list[Tensor]:
     return [
-        _cpu.empty_gradient(f) if wanted else f.new_empty(0)
+        cpu.empty_gradient(f) if wanted else f.new_empty(0)
         for f, wanted in zip(features, needed, strict=True)
     ]
 
@@ -754,7 +755,7 @@ def _difference(core: str) -> Callable[..., tuple[Tensor, Tensor]]:
         from dpmmd.kernels.difference import difference
 
         return difference
-    return _cuda.difference if core == "cuda" else _cpu.difference
+    return cuda.difference if core == "cuda" else cpu.difference
 
 
 def _mmd(means: Tensor, counts: Tensor, target: Tensor, core: str) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dpmmd import _cpu, backends, functional
+from dpmmd import backends, functional
+from dpmmd._cores import cpu
 from dpmmd.encoders import Encoder
 
 BACKENDS = ("auto", "torch", "cpu", "triton")
@@ -271,7 +272,7 @@ class _CpuSlot(Slot):
     a row's statistics while it is in the cache.
 
     Attributes:
-        left: what `dpmmd._cpu.rectified_gradient` needs besides f; from the embedding.
+        left: what `dpmmd._cores.cpu.rectified_gradient` needs besides f; from the embedding.
     """
 
     adds_bias = False
@@ -285,7 +286,7 @@ class _CpuSlot(Slot):
         if self.left is None:
             return super().backward(f, incoming, ceiling)
         left, self.left = self.left, None
-        return _cpu.rectified_gradient(f, incoming, ceiling, **left)
+        return cpu.rectified_gradient(f, incoming, ceiling, **left)
 
 
 class _CpuEmbedding(torch.autograd.Function):
@@ -308,7 +309,7 @@ class _CpuEmbedding(torch.autograd.Function):
             "bound": bound,
             "joint_weight": joint_weight,
         }
-        means, counts, scale, projection = _cpu.forward(
+        means, counts, scale, projection = cpu.forward(
             features, labels, num_classes, clip=clip, **options
         )
         ctx.mark_non_differentiable(counts)
@@ -322,7 +323,7 @@ class _CpuEmbedding(torch.autograd.Function):
         labels, scale, projection, *features = ctx.saved_tensors
         needed = ctx.needs_input_grad[7:]
         written = [wanted and slot is None for wanted, slot in zip(needed, ctx.slots, strict=True)]
-        gradients, coefficients = _cpu.backward(
+        gradients, coefficients = cpu.backward(
             features,
             labels,
             ctx.num_classes,
@@ -330,7 +331,7 @@ class _CpuEmbedding(torch.autograd.Function):
             projection=projection,
             upstream=grad,
             needed=written,
-            phases=_cpu.BOTH if any(written) else _cpu.DOTS,
+            phases=cpu.BOTH if any(written) else cpu.DOTS,
             **ctx.options,
         )
         factors = {"scale": scale, "projection": projection, "coefficients": coefficients}

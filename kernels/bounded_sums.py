@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpmmd._cpu import _check_apart
+from dpmmd._cores.cpu import _check_apart
 from dpmmd.kernels import schedule as schedules
 from dpmmd.kernels import table
 from dpmmd.kernels.difference import bits_of, number

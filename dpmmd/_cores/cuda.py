@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpmmd import _cpu
-from dpmmd._cpu import Pieces, _address, _check_apart, addresses, brief, gather
+from dpmmd._cores import cpu
+from dpmmd._cores.cpu import Pieces, _address, _check_apart, addresses, brief, gather
 from dpmmd.bounds import Bound
 
-_native: Any = None if _cpu.missing is not None else _cpu._native
+_native: Any = None if cpu.missing is not None else cpu._native
 DEVICE = "cuda"  # the type of device; tests run the kernels on the host
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -29,7 +29,7 @@ _loaded: set[torch.device] = set()
 def hindrance() -> str | None:
     """Why no kernel can run on this machine, and what to do about it; None if one can."""
     if _native is None:
-        return f"dpmmd._native did not load ({_cpu.missing}); install dpmmd with a C++ compiler"
+        return f"dpmmd._native did not load ({cpu.missing}); install dpmmd with a C++ compiler"
     if not _native.cuda_architectures():
         return (
             "this build is without CUDA; install dpmmd where nvcc of the CUDA toolkit (12.0 or "
@@ -64,12 +64,12 @@ def forward(
     Labels out of range stop the device with an assertion, as an index out of range does.
 
     Returns:
-        means [M, K, D], counts [K], scale and projection [N, n, B] as `dpmmd._cpu.forward` has
+        means [M, K, D], counts [K], scale and projection [N, n, B] as `cpu.forward` has
         them, all float32, and the schedule of the labels, int32 [`schedule_size`(n, K)].
     """
     pieces = gather(features, TYPES, DEVICE)
     n, device = features[0].shape[0], features[0].device
-    size = _cpu.statistics_shape(features, moments, bound, joint_weight)
+    size = cpu.statistics_shape(features, moments, bound, joint_weight)
     labels = _checked_labels(labels, n, device)
     length = schedule_size(n, None if labels is None else num_classes)
     with _ready(device) as stream:
@@ -113,7 +113,7 @@ def backward(
     """
     pieces = gather(features, TYPES, DEVICE)
     n, device = features[0].shape[0], features[0].device
-    size = _cpu.statistics_shape(features, moments, bound, joint_weight)
+    size = cpu.statistics_shape(features, moments, bound, joint_weight)
     labels = _checked_labels(labels, n, device)
     upstream = upstream.contiguous()
     length = schedule_size(n, None if labels is None else num_classes)
@@ -126,7 +126,7 @@ def backward(
         upstream = pieces.from_columns(upstream)
         coefficients = torch.empty_like(scale)
         gradients = [
-            _cpu.empty_gradient(tap) if wanted else tap.new_empty(0)
+            cpu.empty_gradient(tap) if wanted else tap.new_empty(0)
             for tap, wanted in zip(pieces.tensors, needed, strict=True)
         ]
         _embed(
@@ -199,7 +199,7 @@ def difference(
 ) -> tuple[Tensor, Tensor]:
     """Loss of a difference estimator and its gradient in ``means``; moves the state in place.
 
-    Arguments and results as of `dpmmd._cpu.difference`, on one CUDA device.
+    Arguments and results as of `cpu.difference`, on one CUDA device.
     """
     device, shape = means.device, tuple(means.shape)
     means, counts, target = means.contiguous(), counts.contiguous(), target.contiguous()
@@ -255,7 +255,7 @@ def bounded_sums(
 ) -> None:
     """Adds the bounded integer vectors of a batch to int64 class sums: `PrivateSums.add` exactly.
 
-    Arguments as of `dpmmd._cpu.bounded_sums`, on one CUDA device; float32 and bfloat16 features.
+    Arguments as of `cpu.bounded_sums`, on one CUDA device; float32 and bfloat16 features.
     What the images hold never raises, and never stops the device.
     """
     pieces = gather(features, TYPES, DEVICE, planes=False)

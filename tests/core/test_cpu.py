@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dpmmd._cores import cpu
+from dpmmd.bounds import Bound
 
 pytestmark = pytest.mark.skipif(cpu.missing is not None, reason="dpmmd._native is not built")
 
@@ -154,8 +155,7 @@ def test_bounded_sums(change: dict[str, Any], message: str) -> None:
     good: dict[str, Any] = {
         "features": GOOD, "labels": torch.zeros(3, dtype=torch.int64),
         "valid": torch.ones(3, dtype=torch.bool), "limits": torch.ones(3, dtype=torch.int64),
-        "moments": (1,), "joint_weight": 1.0, "bound": "sphere", "clip": 1.0, "nonnegative": True,
-        "sums": SUMS,
+        "bound": Bound(), "nonnegative": True, "sums": SUMS,
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
         cpu.bounded_sums(**(good | change))

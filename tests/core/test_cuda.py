@@ -13,7 +13,7 @@ from torch import Tensor
 import dpmmd
 from dpmmd import backends, functional
 from dpmmd._cores import cpu, cuda
-from dpmmd.bounds import BOUNDS
+from dpmmd.bounds import BOUNDS, Bound
 from dpmmd.nn import MMDLoss
 from dpmmd.privacy.sums import PrivateSums
 from tests.conftest import images, no_noise, nonnegative_encoder
@@ -197,10 +197,7 @@ def test_integer_sums_are_the_definition_bit_for_bit(
         limits = torch.full((N,), 2**30)
         limits[6], limits[8] = 12345, 0
         options: dict[str, Any] = {
-            "moments": moments,
-            "joint_weight": 0.7,
-            "bound": bound,
-            "clip": 1.5,
+            "bound": Bound(moments, bound, 1.5, 0.7),
             "nonnegative": True,
             "shared_taps": shared,
         }
@@ -236,7 +233,7 @@ def test_integer_sums_of_hostile_images(
     valid[[7, 9]] = False
     ours, expected = cpu_sums.both(
         fs, cpu_sums.labels(17, 3), valid, 3, core=cuda,
-        moments=moments, joint_weight=0.3, bound=bound, clip=2.5, nonnegative=True,
+        bound=Bound(moments, bound, 2.5, 0.3), nonnegative=True,
     )  # fmt: skip
     assert torch.equal(ours, expected)
     assert ours.any()
@@ -247,7 +244,7 @@ def test_integer_sums_of_extreme_joint_weights(emulated: Any, weight: float) -> 
     ours, expected = cpu_sums.both(
         cpu_sums.rows(9, [40, 3], torch.float32), cpu_sums.labels(9, 2),
         torch.ones(9, dtype=torch.bool), 2, core=cuda,
-        moments=(1, 2), joint_weight=weight, bound="sphere", clip=1.0, nonnegative=True,
+        bound=Bound((1, 2), "sphere", 1.0, weight), nonnegative=True,
     )  # fmt: skip
     assert torch.equal(ours, expected)
     assert ours.any()

@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from dpmmd import backends, functional
 from dpmmd._cores import cpu
+from dpmmd._cores.taps import rows_of
 from dpmmd.encoders import Encoder
 
 BACKENDS = ("auto", "torch", "cpu", "triton")
@@ -91,7 +92,7 @@ def mean_embedding(
             *features,
         )
     labels = functional._checked_values(labels, features[0], num_classes)
-    taps = [functional.rows_of(f) for f in features]
+    taps = [rows_of(f) for f in features]
     dtype = torch.float64 if taps[0].dtype == torch.float64 else torch.float32
     counts = functional.class_counts(labels, num_classes, dtype)
     means = functional._MeanEmbedding.apply(
@@ -135,7 +136,7 @@ class Slot:
         if bias is not None:
             x.add_(bias[:, None, None])
         x.relu_() if ceiling is None else x.clamp_(0, ceiling)
-        f = functional.rows_of(x).to(torch.promote_types(x.dtype, torch.float32))
+        f = rows_of(x).to(torch.promote_types(x.dtype, torch.float32))
         self.squares = [
             torch.linalg.vector_norm(f if m == 1 else f * f, dim=1).square() for m in self.moments
         ]
@@ -145,7 +146,7 @@ class Slot:
         total = incoming
         if self.gradient is not None:
             n, channels, height, width = f.shape
-            own = self.gradient(functional.rows_of(f))
+            own = self.gradient(rows_of(f))
             own = own.view(n, height, width, channels).permute(0, 3, 1, 2)
             total = own if incoming is None else own.add_(incoming)
             self.gradient = None

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dpmmd._cores.cpu import PLANES, layout
+from dpmmd._cores.taps import PLANES, layout
 from dpmmd.kernels import schedule as schedules
 from dpmmd.kernels.class_sums import class_sums
 from dpmmd.kernels.gradient import gradient

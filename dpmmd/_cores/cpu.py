@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from math import prod
-from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
+from dpmmd._cores.checks import address, brief, check_apart, check_buffer, check_labels, check_sums
+from dpmmd._cores.taps import Taps, empty_gradients, statistics_shape
 from dpmmd.bounds import Bound
 
 try:
@@ -39,84 +39,12 @@ _FEATURES = (torch.float32, torch.bfloat16)
 SUMMED = tuple(_TYPES)  # what `bounded_sums` takes
 _ESTIMATORS = {"batch": 0, "ema": 1, "adam": 2}
 _LABEL_OUT_OF_RANGE = 1
-
-# How the features of one image lie in memory.
-ROWS, PLANES = 0, 1  # in the order of columns; [C, H, W] where columns are [H, W, C]
-
-
-def layout(tap: Tensor) -> int | None:
-    """ROWS, PLANES, or None where an image's features are not in one piece."""
-    if tap.ndim != 4:
-        return ROWS if tap.is_contiguous() or _one_piece(tap) else None
-    if _channels_last(tap):
-        return ROWS
-    if tap.is_contiguous():
-        return PLANES
-    if _one_piece(tap.permute(0, 2, 3, 1)):
-        return ROWS
-    return PLANES if _one_piece(tap) else None
-
-
-def _channels_last(tap: Tensor) -> bool:
-    return tap.ndim == 4 and tap.is_contiguous(memory_format=torch.channels_last)
-
-
-def _one_piece(tap: Tensor) -> bool:
-    """Whether each image of a view is dense in the order of its dimensions."""
-    step = 1
-    for size, stride in zip(reversed(tap.shape[1:]), reversed(tap.stride()[1:]), strict=True):
-        if size != 1 and stride != step:
-            return False
-        step *= size
-    return True
+_CPU = torch.device("cpu")
 
 
 def _empty(size: Sequence[int]) -> Tensor:
     """What the core writes: float32 on the CPU, whatever torch's defaults are."""
     return torch.empty(size, dtype=torch.float32, device="cpu")
-
-
-def empty_gradient(tap: Tensor) -> Tensor:
-    """Uninitialised, with the tap's shape and memory format."""
-    if tap.is_contiguous() or _channels_last(tap):
-        return torch.empty_like(tap)
-    if tap.ndim == 4 and layout(tap) != PLANES:
-        return torch.empty_like(tap, memory_format=torch.channels_last)
-    return torch.empty_like(tap, memory_format=torch.contiguous_format)
-
-
-class Pieces(NamedTuple):
-    """Taps whose images are in one piece, with what is asked of each more than once.
-
-    Attributes:
-        tensors: the taps.
-        widths: columns of each.
-        planes: indices of those that lie as PLANES.
-    """
-
-    tensors: list[Tensor]
-    widths: list[int]
-    planes: list[int]
-
-    def to_columns(self, means: Tensor) -> None:
-        """Puts [M, K, D] as the taps lie into the order of columns, in place."""
-        if self.planes:
-            pieces = means.split(self.widths, dim=2)
-            for i in self.planes:
-                by_plane = pieces[i].unflatten(2, (self.tensors[i].shape[1], -1))
-                pieces[i].copy_(by_plane.transpose(2, 3).flatten(2))
-
-    def from_columns(self, upstream: Tensor) -> Tensor:
-        """[M, K, D] in the order of columns as the taps lie."""
-        if not self.planes:
-            return upstream
-        ordered = upstream.clone()
-        sources, pieces = upstream.split(self.widths, dim=2), ordered.split(self.widths, dim=2)
-        for i in self.planes:
-            channels = self.tensors[i].shape[1]
-            by_pixel = sources[i].unflatten(2, (-1, channels))
-            pieces[i].unflatten(2, (channels, -1)).copy_(by_pixel.transpose(2, 3))
-        return ordered
 
 
 def forward(
@@ -143,24 +71,24 @@ def forward(
         means [M, K, D], counts [K], and per norm, image and block of taps scale and projection
         [N, n, B], all float32. N is 1 for a joint bound, else M; B is 1, or L for per-tap bounds.
     """
-    pieces = gather(features, _FEATURES)
+    taps = Taps(features, _FEATURES, "cpu")
     n = features[0].shape[0]
-    size = statistics_shape(features, moments, bound, joint_weight)
+    size = statistics_shape(Bound(tuple(moments), bound, 1.0, joint_weight), n, len(features))
     if statistics is None:
         scale, projection = _empty(size), _empty(size)
     else:
         scale, projection = statistics
-        _check_buffer("scale", scale, size)
-        _check_buffer("projection", projection, size)
-    means = _empty((len(moments), num_classes, sum(pieces.widths)))
+        check_buffer("scale", scale, size, _CPU)
+        check_buffer("projection", projection, size, _CPU)
+    means = _empty((len(moments), num_classes, taps.dim))
     counts = _empty((num_classes,))
     labels = _checked_labels(labels, n)
     _run(
-        pieces, None, labels, num_classes, moments, bound, clip, joint_weight,
+        taps, None, labels, num_classes, moments, bound, clip, joint_weight,
         scale, projection, means, counts, None, None, phases, threads,
     )  # fmt: skip
     if phases & CLASS_SUMS:
-        pieces.to_columns(means)
+        taps.to_columns(means)
     return means, counts, scale, projection
 
 
@@ -193,28 +121,25 @@ def backward(
         One gradient per tap, with its shape, dtype and memory format (empty where not needed), and
         the coefficients.
     """
-    pieces = gather(features, _FEATURES)
+    taps = Taps(features, _FEATURES, "cpu")
     n = features[0].shape[0]
-    size = statistics_shape(features, moments, bound, joint_weight)
+    size = statistics_shape(Bound(tuple(moments), bound, 1.0, joint_weight), n, len(features))
     for name, buffer in (("scale", scale), ("projection", projection)):
-        _check_buffer(name, buffer, size)
+        check_buffer(name, buffer, size, _CPU)
     if coefficients is None:
         coefficients = _empty(size)
     else:
-        _check_buffer("coefficients", coefficients, size)
+        check_buffer("coefficients", coefficients, size, _CPU)
     if not upstream.is_contiguous():
         upstream = upstream.contiguous()
-    _check_buffer("upstream", upstream, (len(moments), num_classes, sum(pieces.widths)))
-    upstream = pieces.from_columns(upstream)
+    check_buffer("upstream", upstream, (len(moments), num_classes, taps.dim), _CPU)
+    upstream = taps.from_columns(upstream)
     if needed is None:
-        needed = [True] * len(pieces.tensors)
-    gradients = [
-        empty_gradient(tap) if wanted else tap.new_empty(0)
-        for tap, wanted in zip(pieces.tensors, needed, strict=True)
-    ]
+        needed = [True] * len(taps.tensors)
+    gradients = empty_gradients(taps.tensors, needed)
     labels = _checked_labels(labels, n)
     _run(
-        pieces, gradients, labels, num_classes, moments, bound, 1.0, joint_weight,
+        taps, gradients, labels, num_classes, moments, bound, 1.0, joint_weight,
         scale, projection, None, None, upstream, coefficients, phases, threads,
     )  # fmt: skip
     return gradients, coefficients
@@ -249,19 +174,19 @@ def rectified_gradient(
     Returns:
         A new tensor like f.
     """
-    piece = gather([tap], _FEATURES, planes=False)
+    piece = Taps([tap], _FEATURES, "cpu", planes=False)
     n, columns = tap.shape[0], piece.widths[0]
     factors = {"scale": scale, "projection": projection, "coefficients": coefficients}
     size = (1 if joint_weight is not None else len(moments), n)
     for name, buffer in factors.items():
-        _check_buffer(name, buffer, size)
-    _check_buffer("upstream", upstream, (len(moments), num_classes, columns))
+        check_buffer(name, buffer, size, _CPU)
+    check_buffer("upstream", upstream, (len(moments), num_classes, columns), _CPU)
     if ceiling is not None and not ceiling > 0:
         raise ValueError(f"ceiling={ceiling!r}: expected None or a number > 0.")
     if incoming is not None:
         if incoming.shape != tap.shape or incoming.dtype != tap.dtype:
             raise ValueError(f"incoming: {brief(incoming)}, expected it like tap: {brief(tap)}.")
-        incoming = gather([incoming], _FEATURES, planes=False).tensors[0]
+        incoming = Taps([incoming], _FEATURES, "cpu", planes=False).tensors[0]
     top = torch.tensor(float("inf") if ceiling is None else ceiling, dtype=tap.dtype).item()
     out = torch.empty_like(piece.tensors[0], memory_format=torch.preserve_format)
     _run(
@@ -272,15 +197,8 @@ def rectified_gradient(
     return out
 
 
-def statistics_shape(
-    features: Sequence[Tensor], moments: Sequence[int], bound: str, joint_weight: float | None
-) -> tuple[int, int, int]:
-    blocks = len(features) if bound.endswith("-per-tap") else 1
-    return (1 if joint_weight is not None else len(moments), features[0].shape[0], blocks)
-
-
 def _run(
-    pieces: Pieces,
+    taps: Taps,
     gradients: Sequence[Tensor] | None,
     labels: Tensor | None,
     num_classes: int,
@@ -302,10 +220,10 @@ def _run(
     status = _native.mean_embedding(
         upstream is not None,
         phases,
-        addresses(pieces, gradients),
-        _TYPES[pieces.tensors[0].dtype],
-        pieces.tensors[0].shape[0],
-        _address(labels),
+        taps.for_native(gradients),
+        _TYPES[taps.tensors[0].dtype],
+        taps.tensors[0].shape[0],
+        address(labels),
         num_classes,
         sum(moments),  # the bits of (1,), (2,) and (1, 2)
         bound.startswith("ball"),
@@ -313,14 +231,14 @@ def _run(
         joint_weight is not None,
         clip,
         1.0 if joint_weight is None else joint_weight,
-        _address(scale),
-        _address(projection),
-        _address(means),
-        _address(counts),
-        _address(upstream),
-        _address(coefficients),
+        address(scale),
+        address(projection),
+        address(means),
+        address(counts),
+        address(upstream),
+        address(coefficients),
         ceiling,
-        _address(incoming),
+        address(incoming),
         0 if incoming is None else incoming.stride(0),
         torch.get_num_threads() if threads is None else threads,
     )
@@ -362,12 +280,12 @@ def difference(
     named = {"estimate": estimate, "first_moment": first_moment, "second_moment": second_moment}
     states = {name: state for name, state in named.items() if state is not None}
     for name, buffer in (inputs | states).items():
-        _check_buffer(name, buffer, shape)
-    _check_buffer("counts", counts, shape[1:2])
+        check_buffer(name, buffer, shape, _CPU)
+    check_buffer("counts", counts, shape[1:2], _CPU)
     if steps is not None:
-        _check_buffer("steps", steps, shape[1:2])
+        check_buffer("steps", steps, shape[1:2], _CPU)
         states["steps"] = steps
-    _check_apart(states, inputs | {"counts": counts})
+    check_apart(states, inputs | {"counts": counts})
     value, gradient = _empty(()), _empty(shape)
     status = _native.difference(
         _ESTIMATORS[estimator],
@@ -375,18 +293,18 @@ def difference(
         shape[0],
         shape[1],
         shape[2],
-        _address(means),
-        _address(counts),
-        _address(target),
-        _address(estimate),
-        _address(first_moment),
-        _address(second_moment),
-        _address(steps),
+        address(means),
+        address(counts),
+        address(target),
+        address(estimate),
+        address(first_moment),
+        address(second_moment),
+        address(steps),
         decay,
         lr,
         float(means.numel() if numbers is None else numbers),
-        _address(gradient),
-        _address(value),
+        address(gradient),
+        address(value),
         torch.get_num_threads() if threads is None else threads,
     )
     _check_status(status)
@@ -421,34 +339,17 @@ def bounded_sums(
         shared: int64 [1, M (D - D')], added to whatever the label; None where ``shared_taps`` is 0.
         shared_taps: how many leading taps are shared by all classes.
     """
-    pieces = gather(features, _TYPES, planes=False)
+    taps = Taps(features, _TYPES, "cpu", planes=False)
     n = features[0].shape[0]
-    if not 0 <= shared_taps <= len(features):
-        raise ValueError(f"shared_taps={shared_taps!r}: expected 0..{len(features)}.")
-    if (shared is None) != (shared_taps == 0):
-        raise ValueError(
-            f"shared: {brief(shared)} with shared_taps={shared_taps}; give both or neither."
-        )
-    of_shared = len(bound.moments) * sum(pieces.widths[:shared_taps])
-    own = len(bound.moments) * sum(pieces.widths[shared_taps:])
-    _check_buffer("labels", labels, (n,), torch.int64)
-    _check_buffer("valid", valid, (n,), torch.bool)
-    _check_buffer("limits", limits, (n,), torch.int64)
-    _check_buffer("sums", sums, (sums.shape[0] if sums.ndim else 1, own), torch.int64)
-    outputs = {"sums": sums}
-    if shared is not None:
-        _check_buffer("shared", shared, (1, of_shared), torch.int64)
-        outputs["shared"] = shared
-    inputs = {f"features[{i}]": tap for i, tap in enumerate(features)}
-    _check_apart(outputs, inputs | {"labels": labels, "valid": valid, "limits": limits})
+    check_sums(features, taps.widths, labels, valid, limits, bound, sums, shared, shared_taps)
     status = _native.bounded_sums(
-        addresses(pieces),
+        taps.for_native(),
         _TYPES[features[0].dtype],
         n,
-        _address(labels),
+        address(labels),
         sums.shape[0],
-        _address(valid),
-        _address(limits),
+        address(valid),
+        address(limits),
         bound.bits,
         bound.ball,
         bound.per_tap,
@@ -456,154 +357,20 @@ def bounded_sums(
         bound.clip,
         bound.weight,
         shared_taps,
-        _address(sums),
-        _address(shared),
+        address(sums),
+        address(shared),
         torch.get_num_threads() if threads is None else threads,
     )
     _check_status(status)
 
 
-def gather(
-    features: Sequence[Tensor],
-    dtypes: Sequence[torch.dtype] | dict[torch.dtype, int],
-    kind: str = "cpu",
-    *,
-    planes: bool = True,
-) -> Pieces:
-    """The taps, checked; a tap whose images are not in one piece as a copy that is.
-
-    Args:
-        features: on one device, of type ``kind``.
-        dtypes: that are taken.
-        planes: whether maps may stay in that order; else they are copied to channels-last.
-    """
-    if not features:
-        raise ValueError("features: expected at least one tap.")
-    first = features[0]
-    n, dtype, device = first.shape[:1], first.dtype, first.device
-    if device.type != kind or dtype not in dtypes:
-        _refuse(features, dtypes, kind)
-    tensors, widths, of_planes = [], [], []
-    for i, tap in enumerate(features):
-        shape = tap.shape
-        if (
-            tap.dtype != dtype
-            or tap.device != device
-            or len(shape) < 2
-            or shape[:1] != n
-            or tap.layout != torch.strided
-        ):
-            _refuse(features, dtypes, kind)
-        how = layout(tap)
-        if how is None or (how == PLANES and not planes):
-            tap, how = _in_rows(tap), ROWS
-        tensors.append(tap)
-        widths.append(prod(shape[1:]))
-        if how == PLANES and widths[-1]:
-            of_planes.append(i)
-    return Pieces(tensors, widths, of_planes)
-
-
-def _in_rows(tap: Tensor) -> Tensor:
-    last = torch.channels_last if tap.ndim == 4 else torch.contiguous_format
-    return tap.contiguous(memory_format=last)
-
-
-def _refuse(
-    features: Sequence[Tensor], dtypes: Sequence[torch.dtype] | dict[torch.dtype, int], kind: str
-) -> NoReturn:
-    first = features[0]
-    for i, tap in enumerate(features):
-        if tap.device.type != kind or tap.device != first.device or tap.layout != torch.strided:
-            where = str(first.device) if first.device.type == kind else f"a {kind} device"
-            raise ValueError(f"features[{i}]: {brief(tap)}, expected a dense tensor on {where}.")
-        if tap.dtype not in dtypes or tap.dtype != first.dtype:
-            expected = first.dtype if first.dtype in dtypes else " or ".join(map(str, dtypes))
-            raise ValueError(f"features[{i}]: {brief(tap)}, expected {expected}.")
-        if tap.ndim < 2:
-            raise ValueError(f"features[{i}]: {brief(tap)}, expected [n, ...], at least 2-d.")
-        if tap.shape[0] != first.shape[0]:
-            raise ValueError(
-                f"features[{i}]: {brief(tap)}, expected n={first.shape[0]} as in features[0]."
-            )
-    raise AssertionError("taps that fit")
-
-
-def addresses(
-    pieces: Pieces, gradients: Sequence[Tensor] | None = None
-) -> list[tuple[int, int, int, int, int]]:
-    """What the native cores know of each tap: its address, step and columns, and the gradient's."""
-    tensors, widths, _ = pieces
-    if gradients is None:
-        return [
-            (tap.data_ptr(), tap.stride(0), columns, 0, 0)
-            for tap, columns in zip(tensors, widths, strict=True)
-        ]
-    return [
-        (
-            tap.data_ptr(),
-            tap.stride(0),
-            columns,
-            *((out.data_ptr(), columns) if len(out) else (0, 0)),
-        )
-        for tap, columns, out in zip(tensors, widths, gradients, strict=True)
-    ]
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def _checked_labels(labels: Tensor | None, n: int) -> Tensor | None:
     if labels is None:
         return None
-    if labels.dtype != torch.int64 or labels.shape != (n,) or labels.device.type != "cpu":
-        raise ValueError(f"labels: {brief(labels)}, expected int64 [{n}] on the CPU.")
+    check_labels(labels, n, _CPU, "the CPU")
     return labels.contiguous()
-
-
-def _check_buffer(
-    name: str, buffer: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32
-) -> None:
-    if (
-        buffer.dtype != dtype
-        or tuple(buffer.shape) != tuple(shape)
-        or buffer.device.type != "cpu"
-        or not buffer.is_contiguous()
-    ):
-        raise ValueError(
-            f"{name}: {brief(buffer)}{'' if buffer.is_contiguous() else ', not contiguous'}; "
-            f"expected {dtype} {list(shape)} on the CPU, contiguous."
-        )
-
-
-def _check_apart(outputs: dict[str, Tensor], inputs: dict[str, Tensor]) -> None:
-    """Refuses an output that shares memory with another output or an input."""
-    names = list(outputs)
-    for i, name in enumerate(names):
-        others = {n: outputs[n] for n in names[:i]} | inputs
-        begin, end = _span(outputs[name])
-        for other, tensor in others.items():
-            low, high = _span(tensor)
-            if begin < high and low < end:
-                raise ValueError(f"{name}: shares memory with {other}; pass a buffer of its own.")
-
-
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """First byte, and one past the last byte, that a tensor's elements lie in."""
-    if tensor.numel() == 0:
-        return 0, 0
-    last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-    start = tensor.data_ptr()
-    return start, start + (last + 1) * tensor.element_size()
 
 
 def _check_status(status: int) -> None:
     if status:
         raise MemoryError(f"dpmmd._native: no workspace (status {status}).")
-
-
-def brief(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"{value.dtype} {list(value.shape)} on {value.device}"
-    return type(value).__name__

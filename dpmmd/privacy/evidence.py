@@ -31,7 +31,12 @@ MODULES = {
         "dpmmd.privacy.partial",
         "dpmmd.privacy.release_file",
     ),
-    "which core sums, and its only caller": ("dpmmd._cores.cpu", "dpmmd.backends"),
+    "which core sums, and its only caller": (
+        "dpmmd._cores.checks",
+        "dpmmd._cores.cpu",
+        "dpmmd._cores.taps",
+        "dpmmd.backends",
+    ),
     "sums on a CUDA device, in CUDA C++: the caller": ("dpmmd._cores.cuda",),
     "sums on a CUDA device, in Triton": (
         "dpmmd.kernels.bounded_sums",

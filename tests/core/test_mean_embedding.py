@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dpmmd import functional, reference
 from dpmmd._cores import cpu
+from dpmmd._cores.taps import Taps
 from dpmmd.bounds import BOUNDS, MOMENTS
 
 pytestmark = pytest.mark.skipif(cpu.missing is not None, reason="dpmmd._native is not built")
@@ -175,13 +176,11 @@ def test_layouts_give_the_same_bits(layout: str, dtype: torch.dtype) -> None:
 
 def test_features_in_one_piece_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[int]] = []
-    original = cpu.addresses
+    original = Taps.for_native
     monkeypatch.setattr(
-        cpu,
-        "addresses",
-        lambda pieces, g: (
-            seen.append([t.data_ptr() for t in pieces.tensors]) or original(pieces, g)
-        ),
+        Taps,
+        "for_native",
+        lambda taps, g: seen.append([t.data_ptr() for t in taps.tensors]) or original(taps, g),
     )
     (f,) = features(4, [(3, 4, 5)], torch.float32)
     for layout in ("contiguous", "channels-last", "batch-strided"):

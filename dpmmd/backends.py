@@ -25,7 +25,7 @@ from functools import lru_cache
 
 import torch
 
-from dpmmd import _cpu, _cuda
+from dpmmd._cores import cpu, cuda
 
 BACKENDS = ("auto", "torch", "cpu", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "DPMMD_BACKEND"
@@ -57,9 +57,9 @@ def resolve(backend: str = "auto", device: str = "cpu", dtype: torch.dtype = tor
                 f"{origin}='cpu': cannot run {dtype} on {device}; it takes float32 and bfloat16 "
                 "on the CPU. Use 'auto', or convert the tensors."
             )
-        if _cpu.missing is not None:
+        if cpu.missing is not None:
             raise ValueError(
-                f"{origin}='cpu': dpmmd._native did not load ({_cpu.missing}). Install dpmmd with "
+                f"{origin}='cpu': dpmmd._native did not load ({cpu.missing}). Install dpmmd with "
                 "a C++ compiler at hand, or use 'auto'."
             )
     if backend == "triton":
@@ -75,24 +75,24 @@ def resolve(backend: str = "auto", device: str = "cpu", dtype: torch.dtype = tor
                 "'dpmmd[triton]' (builds of PyTorch for CUDA bring it), or use 'auto'."
             )
     if backend == "cuda":
-        if device != _cuda.DEVICE or dtype not in NATIVE_DTYPES:
+        if device != cuda.DEVICE or dtype not in NATIVE_DTYPES:
             raise ValueError(
                 f"{origin}='cuda': cannot run {dtype} on {device}; it takes float32 and bfloat16 "
                 "on a CUDA device. Use 'auto', or move the tensors."
             )
-        hindrance = _cuda.hindrance()
+        hindrance = cuda.hindrance()
         if hindrance is not None:
             raise ValueError(f"{origin}='cuda': {hindrance}, or use 'auto'.")
     if backend != "auto":
         return backend
     if device == "cuda" and dtype in NATIVE_DTYPES:
         return _on_cuda()
-    if fits and _cpu.missing is not None:
+    if fits and cpu.missing is not None:
         _warn_once(
-            f"dpmmd._native did not load ({_cpu.missing}): plain PyTorch runs in its place, "
+            f"dpmmd._native did not load ({cpu.missing}): plain PyTorch runs in its place, "
             "many times slower. Install dpmmd with a C++ compiler at hand."
         )
-    return "cpu" if fits and _cpu.missing is None else "torch"
+    return "cpu" if fits and cpu.missing is None else "torch"
 
 
 # What torch.compiler.assume_constant_result does, whose import would take seconds: torch.compile
@@ -132,7 +132,7 @@ def _on_cuda() -> str:
             return "torch"
     if not torch.cuda.device_count():
         return "torch"
-    core = _cuda.hindrance()
+    core = cuda.hindrance()
     if core is None:
         return "cuda"
     missing = triton_hindrance()

@@ -16,7 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dpmmd import _cpu, _cuda, backends
+from dpmmd import backends
+from dpmmd._cores import checks, cpu, cuda
+from dpmmd._cores.checks import brief
+from dpmmd._cores.taps import empty_gradients, rows_of, statistics_shape
 from dpmmd.bounds import Bound
 
 if TYPE_CHECKING:
@@ -233,7 +236,7 @@ def _core(backend: str, means: Tensor, counts: Tensor, target: Tensor, *states: 
     for name, tensor in zip(("counts", "target", *["state"] * len(states)), others, strict=True):
         if tensor.device != means.device:
             raise ValueError(
-                f"{name}: {_brief(tensor)}, expected it on {means.device}, where the means are; "
+                f"{name}: {brief(tensor)}, expected it on {means.device}, where the means are; "
                 f"move it with .to({str(means.device)!r})."
             )
     odd = [t for t in (means, *others) if t.dtype != torch.float32]
@@ -260,11 +263,11 @@ def _check(
     first = features[0]
     for i, f in enumerate(features):
         if not isinstance(f, Tensor) or not f.is_floating_point() or f.ndim < 2:
-            raise TypeError(f"features[{i}]: expected a floating tensor [n, ...], got {_brief(f)}.")
+            raise TypeError(f"features[{i}]: expected a floating tensor [n, ...], got {brief(f)}.")
         if f.shape[0] != first.shape[0] or f.dtype != first.dtype or f.device != first.device:
             raise ValueError(
-                f"features[{i}]: {_brief(f)}, expected n, dtype and device of "
-                f"features[0]: {_brief(first)}."
+                f"features[{i}]: {brief(f)}, expected n, dtype and device of "
+                f"features[0]: {brief(first)}."
             )
     if not isinstance(num_classes, int) or num_classes < 1:
         raise ValueError(f"num_classes={num_classes!r}: expected an int >= 1.")
@@ -273,24 +276,13 @@ def _check(
         if num_classes != 1:
             raise ValueError(f"labels=None: expected labels, since num_classes={num_classes}.")
     else:
-        _check_labels(labels, first)
+        checks.check_labels(labels, first.shape[0], first.device)
 
 
 def check_labels(labels: Tensor, like: Tensor, num_classes: int) -> None:
     """Refuses labels that are not int64 [n] on the device of ``like`` [n, ...], in 0..K-1."""
-    _check_labels(labels, like)
+    checks.check_labels(labels, like.shape[0], like.device)
     _checked_values(labels, like, num_classes)
-
-
-def _check_labels(labels: Tensor, like: Tensor) -> None:
-    if (
-        labels.dtype != torch.int64
-        or labels.shape != (like.shape[0],)
-        or labels.device != like.device
-    ):
-        raise ValueError(
-            f"labels: {_brief(labels)}, expected int64 [{like.shape[0]}] on {like.device}."
-        )
 
 
 def _checked_values(labels: Tensor | None, like: Tensor, num_classes: int) -> Tensor:
@@ -309,22 +301,10 @@ def _checked_values(labels: Tensor | None, like: Tensor, num_classes: int) -> Te
     return labels
 
 
-def rows_of(f: Tensor) -> Tensor:
-    """[n, ...] as [n, columns], maps [n, C, H, W] in channels-last order."""
-    f = f.permute(0, 2, 3, 1) if f.ndim == 4 else f
-    return f.reshape(f.shape[0], math.prod(f.shape[1:]))
-
-
 def class_counts(labels: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:
     """[K]; unlike torch.bincount it never makes the host wait for a device."""
     classes = torch.arange(num_classes, device=labels.device)
     return (labels[:, None] == classes).sum(dim=0).to(dtype)
-
-
-def _brief(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"{value.dtype} {list(value.shape)} on {value.device}"
-    return type(value).__name__
 
 
 class _MeanEmbedding(torch.autograd.Function):
@@ -606,9 +586,9 @@ def _embed(
 
         return kernels.forward(features, labels, num_classes, **options)
     if core == "cuda":
-        return _cuda.forward(features, labels, num_classes, **options)  # type: ignore[arg-type]
+        return cuda.forward(features, labels, num_classes, **options)  # type: ignore[arg-type]
     nothing = features[0].new_empty(0, dtype=torch.int32)
-    return (*_cpu.forward(features, labels, num_classes, **options), nothing)  # type: ignore[arg-type]
+    return (*cpu.forward(features, labels, num_classes, **options), nothing)  # type: ignore[arg-type]
 
 
 _mean_embedding = torch.library.custom_op(
@@ -633,9 +613,10 @@ def _(
 
         length = length_of(features[0].shape[0], None if labels is None else num_classes)
     elif core == "cuda":
-        length = _cuda.schedule_size(features[0].shape[0], None if labels is None else num_classes)
+        length = cuda.schedule_size(features[0].shape[0], None if labels is None else num_classes)
     dim = sum(math.prod(f.shape[1:]) for f in features)
-    size = _cpu.statistics_shape(features, moments, bound, joint_weight)
+    folded = Bound(tuple(moments), bound, clip, joint_weight)
+    size = statistics_shape(folded, features[0].shape[0], len(features))
     new = features[0].new_empty
     return (
         new((len(moments), num_classes, dim), dtype=torch.float32),
@@ -684,8 +665,8 @@ def _embed_backward(
         "needed": needed,
     }
     if core == "cuda":
-        return _cuda.backward(features, labels, num_classes, schedule=schedule, **options)[0]
-    return _cpu.backward(features, labels, num_classes, **options)[0]
+        return cuda.backward(features, labels, num_classes, schedule=schedule, **options)[0]
+    return cpu.backward(features, labels, num_classes, **options)[0]
 
 
 _mean_embedding_backward = torch.library.custom_op(
@@ -715,10 +696,7 @@ def _(
     needed: Sequence[bool],
     core: str,
 ) -> list[Tensor]:
-    return [
-        _cpu.empty_gradient(f) if wanted else f.new_empty(0)
-        for f, wanted in zip(features, needed, strict=True)
-    ]
+    return empty_gradients(features, needed)
 
 
 def _save_mean_embedding(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -754,7 +732,7 @@ def _difference(core: str) -> Callable[..., tuple[Tensor, Tensor]]:
         from dpmmd.kernels.estimator import difference
 
         return difference
-    return _cuda.difference if core == "cuda" else _cpu.difference
+    return cuda.difference if core == "cuda" else cpu.difference
 
 
 def _mmd(means: Tensor, counts: Tensor, target: Tensor, core: str) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dpmmd import _cpu, backends, functional
+from dpmmd import backends, functional
+from dpmmd._cores import cpu
+from dpmmd._cores.taps import rows_of
 from dpmmd.encoders import Encoder
 
 BACKENDS = ("auto", "torch", "cpu", "triton")
@@ -90,7 +92,7 @@ def mean_embedding(
             *features,
         )
     labels = functional._checked_values(labels, features[0], num_classes)
-    taps = [functional.rows_of(f) for f in features]
+    taps = [rows_of(f) for f in features]
     dtype = torch.float64 if taps[0].dtype == torch.float64 else torch.float32
     counts = functional.class_counts(labels, num_classes, dtype)
     means = functional._MeanEmbedding.apply(
@@ -134,7 +136,7 @@ class Slot:
         if bias is not None:
             x.add_(bias[:, None, None])
         x.relu_() if ceiling is None else x.clamp_(0, ceiling)
-        f = functional.rows_of(x).to(torch.promote_types(x.dtype, torch.float32))
+        f = rows_of(x).to(torch.promote_types(x.dtype, torch.float32))
         self.squares = [
             torch.linalg.vector_norm(f if m == 1 else f * f, dim=1).square() for m in self.moments
         ]
@@ -144,7 +146,7 @@ class Slot:
         total = incoming
         if self.gradient is not None:
             n, channels, height, width = f.shape
-            own = self.gradient(functional.rows_of(f))
+            own = self.gradient(rows_of(f))
             own = own.view(n, height, width, channels).permute(0, 3, 1, 2)
             total = own if incoming is None else own.add_(incoming)
             self.gradient = None
@@ -271,7 +273,7 @@ class _CpuSlot(Slot):
     a row's statistics while it is in the cache.
 
     Attributes:
-        left: what `dpmmd._cpu.rectified_gradient` needs besides f; from the embedding.
+        left: what `dpmmd._cores.cpu.rectified_gradient` needs besides f; from the embedding.
     """
 
     adds_bias = False
@@ -285,7 +287,7 @@ class _CpuSlot(Slot):
         if self.left is None:
             return super().backward(f, incoming, ceiling)
         left, self.left = self.left, None
-        return _cpu.rectified_gradient(f, incoming, ceiling, **left)
+        return cpu.rectified_gradient(f, incoming, ceiling, **left)
 
 
 class _CpuEmbedding(torch.autograd.Function):
@@ -308,7 +310,7 @@ class _CpuEmbedding(torch.autograd.Function):
             "bound": bound,
             "joint_weight": joint_weight,
         }
-        means, counts, scale, projection = _cpu.forward(
+        means, counts, scale, projection = cpu.forward(
             features, labels, num_classes, clip=clip, **options
         )
         ctx.mark_non_differentiable(counts)
@@ -322,7 +324,7 @@ class _CpuEmbedding(torch.autograd.Function):
         labels, scale, projection, *features = ctx.saved_tensors
         needed = ctx.needs_input_grad[7:]
         written = [wanted and slot is None for wanted, slot in zip(needed, ctx.slots, strict=True)]
-        gradients, coefficients = _cpu.backward(
+        gradients, coefficients = cpu.backward(
             features,
             labels,
             ctx.num_classes,
@@ -330,7 +332,7 @@ class _CpuEmbedding(torch.autograd.Function):
             projection=projection,
             upstream=grad,
             needed=written,
-            phases=_cpu.BOTH if any(written) else _cpu.DOTS,
+            phases=cpu.BOTH if any(written) else cpu.DOTS,
             **ctx.options,
         )
         factors = {"scale": scale, "projection": projection, "coefficients": coefficients}

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpmmd._cpu import _check_apart
+from dpmmd._cores.checks import check_apart
 from dpmmd.kernels import schedule as schedules
 from dpmmd.kernels import table
 from dpmmd.kernels.estimator import bits_of, number
@@ -481,7 +481,7 @@ def bounded_sums(
         check_buffer("shared", shared, (1, len(moments) * of_shared), device, torch.int64)
         outputs["shared"] = shared
     inputs = {f"features[{i}]": tap for i, tap in enumerate(taps.tensors)}
-    _check_apart(outputs, inputs | {"labels": labels, "valid": valid, "limits": limits})
+    check_apart(outputs, inputs | {"labels": labels, "valid": valid, "limits": limits})
     if n == 0 or taps.dim == 0 or num_classes == 0:
         return
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpmmd._cpu import _check_apart
+from dpmmd._cores.checks import check_apart
 from dpmmd.kernels import table
 from dpmmd.kernels.taps import check_buffer, launch
 
@@ -226,7 +226,7 @@ def difference(
     numbers: int | None = None,
     update: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Loss of a difference estimator and its gradient in ``means``, as `dpmmd._cpu.difference`.
+    """Loss of a difference estimator and its gradient in ``means``, as `_cores.cpu.difference`.
 
     All tensors are float32 on one device; the state (estimate, first_moment, second_moment
     [M, K, D], steps [K]) is contiguous and changed in place.
@@ -246,7 +246,7 @@ def difference(
     states = {name: state for name, state in given.items() if state is not None}
     for name, buffer in (inputs | states).items():
         check_buffer(name, buffer, shape[1:2] if name in ("counts", "steps") else shape, device)
-    _check_apart(states, inputs)
+    check_apart(states, inputs)
     value = torch.empty((), dtype=torch.float32, device=device)
     gradient = torch.empty(shape, dtype=torch.float32, device=device)
     difference_into(

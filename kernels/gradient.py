@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpmmd._cpu import empty_gradient
+from dpmmd._cores.taps import empty_gradient
 from dpmmd.kernels import table
 from dpmmd.kernels.row_dots import load_class_rows
 from dpmmd.kernels.schedule import count_tiles, image_at, tile_at

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dpmmd._cpu import PLANES, layout
+from dpmmd._cores.taps import PLANES, layout
 from dpmmd.kernels import schedule as schedules
 from dpmmd.kernels import table
 from dpmmd.kernels.class_sums import class_sums

@@ -1,4 +1,4 @@
-"""Class means of the bounded moments and their gradient, with the arguments of `dpmmd._cpu`.
+"""Class means of the bounded moments and their gradient, with the arguments of `_cores.cpu`.
 
 Launches: forward 3 (partial statistics, finish, class sums), backward 3 (partial dots, finish,
 gradient), each over all taps; one more of each that reads the features where some taps are aligned
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dpmmd._cpu import PLANES, layout
+from dpmmd._cores.taps import PLANES, layout
 from dpmmd.kernels import schedule as schedules
 from dpmmd.kernels.class_sums import class_sums
 from dpmmd.kernels.gradient import gradient
@@ -36,7 +36,7 @@ def forward(
 
     Returns:
         means [M, K, D], counts [K], per norm, image and block of taps scale and projection
-        [N, n, B], all float32 and as `dpmmd._cpu.forward` has them, and the schedule of the labels,
+        [N, n, B], all float32 and as `_cores.cpu.forward` has them, and the schedule of the labels,
         int32 [`schedule.size`(n, K)] (empty without labels), for `backward`.
     """
     taps = Taps(features)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpmmd._cpu import PLANES, layout
+from dpmmd._cores.taps import PLANES, layout
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 

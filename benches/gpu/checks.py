@@ -274,7 +274,7 @@ def bounded_sums_of(backend: str) -> Callable[..., None]:
 
         return bounded_sums
     if backend in ("cuda", "cpu"):
-        module = importlib.import_module(f"dpmmd._{backend}")
+        module = importlib.import_module(f"dpmmd._cores.{backend}")
         return module.bounded_sums
     return _definition_of_sums
 

@@ -31,8 +31,13 @@ MODULES = {
         "dpmmd.privacy.partial",
         "dpmmd.privacy.release_file",
     ),
-    "which core sums, and its only caller": ("dpmmd._cpu", "dpmmd.backends"),
-    "sums on a CUDA device, in CUDA C++: the caller": ("dpmmd._cuda",),
+    "which core sums, and its only caller": (
+        "dpmmd._cores.checks",
+        "dpmmd._cores.cpu",
+        "dpmmd._cores.taps",
+        "dpmmd.backends",
+    ),
+    "sums on a CUDA device, in CUDA C++: the caller": ("dpmmd._cores.cuda",),
     "sums on a CUDA device, in Triton": (
         "dpmmd.kernels.bounded_sums",
         "dpmmd.kernels.estimator",
@@ -138,11 +143,11 @@ def python_digest() -> str | None:
 
 def native_digest() -> str | None:
     """sha256 over the sources of the compiled module; "" where there is none and none runs."""
-    from dpmmd import _cpu
+    from dpmmd._cores import cpu
 
-    if _cpu.missing is not None:
+    if cpu.missing is not None:
         return ""
-    return getattr(_cpu._native, "sources", None)
+    return getattr(cpu._native, "sources", None)
 
 
 def record(path: Path | None = None) -> dict[str, Any] | None:

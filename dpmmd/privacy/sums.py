@@ -48,7 +48,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 import torch
 from torch import Tensor
 
-from dpmmd import _cpu, backends
+from dpmmd import backends
+from dpmmd._cores import cpu
 from dpmmd.bounds import Bound
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ GRID_BITS = 30
 GUARD = 1.0 - 2.0**-20
 _HALF = GRID_BITS // 2
 _EXACTLY = 1 << 20  # products of images summed as float64
-_ON_CUDA = {"triton": "dpmmd.kernels.bounded_sums", "cuda": "dpmmd._cuda"}
+_ON_CUDA = {"triton": "dpmmd.kernels.bounded_sums", "cuda": "dpmmd._cores.cuda"}
 _CHUNK_ELEMENTS = 1 << 19  # rows are taken so many numbers at a time: temporaries stay in cache
 
 
@@ -165,7 +166,7 @@ def _implementation(like: Tensor) -> Callable[..., None] | None:
     chosen = backends.resolve("auto", like.device.type, dtype)
     if chosen in _ON_CUDA:
         return importlib.import_module(_ON_CUDA[chosen]).bounded_sums
-    return _cpu.bounded_sums if chosen == "cpu" and like.dtype in _cpu.SUMMED else None
+    return cpu.bounded_sums if chosen == "cpu" and like.dtype in cpu.SUMMED else None
 
 
 class PrivateSums:

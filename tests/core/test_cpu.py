@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpmmd import _cpu
+from dpmmd._cores import cpu
+from dpmmd.bounds import Bound
 
-pytestmark = pytest.mark.skipif(_cpu.missing is not None, reason="dpmmd._native is not built")
+pytestmark = pytest.mark.skipif(cpu.missing is not None, reason="dpmmd._native is not built")
 
 GOOD = [torch.rand(3, 4), torch.rand(3, 2, 2, 2)]
 OPTIONS: dict[str, Any] = {"moments": (1,), "bound": "sphere", "joint_weight": None}
@@ -32,14 +33,14 @@ OPTIONS: dict[str, Any] = {"moments": (1,), "bound": "sphere", "joint_weight": N
 )
 def test_a_tap_that_does_not_fit_is_named(tap: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=rf"features\[2\]: .*{message}"):
-        _cpu.forward([*GOOD, tap], None, 1, clip=1.0, **OPTIONS)
+        cpu.forward([*GOOD, tap], None, 1, clip=1.0, **OPTIONS)
 
 
 def test_first_tap_and_no_tap() -> None:
     with pytest.raises(ValueError, match=r"features\[0\]: torch.float16"):
-        _cpu.forward([torch.rand(3, 4).half()], None, 1, clip=1.0, **OPTIONS)
+        cpu.forward([torch.rand(3, 4).half()], None, 1, clip=1.0, **OPTIONS)
     with pytest.raises(ValueError, match="features: expected at least one tap"):
-        _cpu.forward([], None, 1, clip=1.0, **OPTIONS)
+        cpu.forward([], None, 1, clip=1.0, **OPTIONS)
 
 
 @pytest.mark.parametrize(
@@ -54,12 +55,12 @@ def test_first_tap_and_no_tap() -> None:
 )
 def test_labels(labels: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        _cpu.forward(GOOD, labels, 2, clip=1.0, **OPTIONS)
+        cpu.forward(GOOD, labels, 2, clip=1.0, **OPTIONS)
 
 
 def test_strided_labels_are_read_as_they_are() -> None:
     y = torch.tensor([0, 9, 1, 9, 1, 9])[::2]
-    assert _cpu.forward(GOOD, y, 2, clip=1.0, **OPTIONS)[1].tolist() == [1, 2]
+    assert cpu.forward(GOOD, y, 2, clip=1.0, **OPTIONS)[1].tolist() == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -83,13 +84,13 @@ def test_buffers_of_backward(name: str, value: Tensor) -> None:
         "coefficients": torch.rand(1, 3, 1),
     }
     with pytest.raises(ValueError, match=f"{name}: .*expected torch.float32"):
-        _cpu.backward(GOOD, None, 1, **(buffers | {name: value}), **OPTIONS)
+        cpu.backward(GOOD, None, 1, **(buffers | {name: value}), **OPTIONS)
 
 
 def test_statistics_of_class_sums() -> None:
     with pytest.raises(ValueError, match=r"projection: .*expected"):
-        _cpu.forward(
-            GOOD, None, 1, clip=1.0, phases=_cpu.CLASS_SUMS,
+        cpu.forward(
+            GOOD, None, 1, clip=1.0, phases=cpu.CLASS_SUMS,
             statistics=(torch.rand(1, 3, 1), torch.rand(3)), **OPTIONS,
         )  # fmt: skip
 
@@ -116,7 +117,7 @@ def test_difference(change: dict[str, Tensor], message: str) -> None:
         "steps": torch.zeros(2), **STATE,
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
-        _cpu.difference(**(good | change), estimator="adam")
+        cpu.difference(**(good | change), estimator="adam")
 
 
 SUMS = torch.zeros(2, 12, dtype=torch.int64)
@@ -154,15 +155,14 @@ def test_bounded_sums(change: dict[str, Any], message: str) -> None:
     good: dict[str, Any] = {
         "features": GOOD, "labels": torch.zeros(3, dtype=torch.int64),
         "valid": torch.ones(3, dtype=torch.bool), "limits": torch.ones(3, dtype=torch.int64),
-        "moments": (1,), "joint_weight": 1.0, "bound": "sphere", "clip": 1.0, "nonnegative": True,
-        "sums": SUMS,
+        "bound": Bound(), "nonnegative": True, "sums": SUMS,
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
-        _cpu.bounded_sums(**(good | change))
+        cpu.bounded_sums(**(good | change))
 
 
 def test_level_by_environment_variable() -> None:
-    code = "from dpmmd import _native, _cpu; print(_native.level())"
+    code = "from dpmmd import _native; from dpmmd._cores import cpu; print(_native.level())"
     for level, expected in (("baseline", "baseline\n"), ("nonsense", "")):
         done = subprocess.run(
             [sys.executable, "-c", code],

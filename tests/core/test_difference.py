@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpmmd import _cpu, functional, reference
+from dpmmd import functional, reference
+from dpmmd._cores import cpu
 
-pytestmark = pytest.mark.skipif(_cpu.missing is not None, reason="dpmmd._native is not built")
+pytestmark = pytest.mark.skipif(cpu.missing is not None, reason="dpmmd._native is not built")
 
 SHAPES = [(1, 1, 7), (2, 3, 515), (2, 4, 9001)]
 ESTIMATORS = ("batch", "ema", "adam")
@@ -95,7 +96,7 @@ def test_same_bits_for_any_number_of_threads(estimator: str) -> None:
         state = {name: value.clone() for name, value in state.items()}
         for step in range(2):
             means, counts, target = problem(shape, step)
-            out = _cpu.difference(
+            out = cpu.difference(
                 means, counts, target, estimator=estimator, decay=0.9, lr=1e-2, threads=threads,
                 **state,
             )  # fmt: skip

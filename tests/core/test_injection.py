@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import dpmmd
-from dpmmd import _cpu, injection
+from dpmmd import injection
+from dpmmd._cores import cpu
 from dpmmd.bounds import BOUNDS
 from dpmmd.encoders import Encoder, Rectified, StagedBackbone
 from dpmmd.encoders.layers import Convolution, MaxPool
@@ -290,7 +291,7 @@ def test_the_cores_gradient_of_a_relu(
     labels = torch.arange(n) % 2
     upstream = torch.randn(2, 3, columns, generator=rng)
     incoming = torch.randn(shape, generator=rng).to(dtype) if arriving else None  # another layout
-    found = _cpu.rectified_gradient(
+    found = cpu.rectified_gradient(
         f, incoming, ceiling, labels, 3, moments=(1, 2), joint_weight=None, scale=scale,
         projection=projection, coefficients=coefficients, upstream=upstream,
     )  # fmt: skip
@@ -322,13 +323,13 @@ def test_the_cores_gradient_refuses_what_does_not_fit() -> None:
         ({"scale": torch.ones(2, 2)}, r"scale: .*expected torch.float32 \[1, 2\]"),
     ):
         with pytest.raises(ValueError, match=message):
-            _cpu.rectified_gradient(f, None, None, None, 1, **{**given, **changed})
+            cpu.rectified_gradient(f, None, None, None, 1, **{**given, **changed})
     with pytest.raises(ValueError, match=r"incoming: torch\.float64"):
-        _cpu.rectified_gradient(f, f.double(), None, None, 1, **given)
+        cpu.rectified_gradient(f, f.double(), None, None, 1, **given)
     with pytest.raises(ValueError, match="ceiling=0"):
-        _cpu.rectified_gradient(f, None, 0.0, None, 1, **given)
+        cpu.rectified_gradient(f, None, 0.0, None, 1, **given)
     with pytest.raises(ValueError, match=r"labels: torch.int64 \[3\]"):
-        _cpu.rectified_gradient(f, None, None, torch.zeros(3, dtype=torch.int64), 1, **given)
+        cpu.rectified_gradient(f, None, None, torch.zeros(3, dtype=torch.int64), 1, **given)
 
 
 def test_statistics_are_of_what_is_stored() -> None:

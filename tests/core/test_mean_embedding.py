@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpmmd import _cpu, functional, reference
+from dpmmd import functional, reference
+from dpmmd._cores import cpu
+from dpmmd._cores.taps import Taps
 from dpmmd.bounds import BOUNDS, MOMENTS
 
-pytestmark = pytest.mark.skipif(_cpu.missing is not None, reason="dpmmd._native is not built")
+pytestmark = pytest.mark.skipif(cpu.missing is not None, reason="dpmmd._native is not built")
 
 LEVELS = ("baseline", "avx2", "avx512")
 # [n, ...] taps; sizes below, at and above a vector, a group of vectors and a chunk of columns.
@@ -174,13 +176,11 @@ def test_layouts_give_the_same_bits(layout: str, dtype: torch.dtype) -> None:
 
 def test_features_in_one_piece_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[int]] = []
-    original = _cpu.addresses
+    original = Taps.for_native
     monkeypatch.setattr(
-        _cpu,
-        "addresses",
-        lambda pieces, g: (
-            seen.append([t.data_ptr() for t in pieces.tensors]) or original(pieces, g)
-        ),
+        Taps,
+        "for_native",
+        lambda taps, g: seen.append([t.data_ptr() for t in taps.tensors]) or original(taps, g),
     )
     (f,) = features(4, [(3, 4, 5)], torch.float32)
     for layout in ("contiguous", "channels-last", "batch-strided"):
@@ -199,8 +199,8 @@ def test_same_bits_for_any_number_of_threads(level: str, bound: str, dtype: torc
     options = {"moments": (1, 2), "bound": bound, "joint_weight": None}
     results = []
     for threads in (1, 2, 16):
-        means, _, scale, projection = _cpu.forward(fs, y, 7, clip=9.0, threads=threads, **options)
-        grads, coefficients = _cpu.backward(
+        means, _, scale, projection = cpu.forward(fs, y, 7, clip=9.0, threads=threads, **options)
+        grads, coefficients = cpu.backward(
             fs, y, 7, scale=scale, projection=projection, upstream=means.sin(), threads=threads,
             **options,
         )  # fmt: skip
@@ -216,28 +216,28 @@ def test_halves_give_what_the_fused_passes_give(bound: str, moments: tuple[int, 
     fs = features(11, SHAPES["maps"], torch.float32)
     y = labels(11, 4)
     options = {"moments": moments, "bound": bound, "joint_weight": None}
-    means, counts, scale, projection = _cpu.forward(fs, y, 4, clip=5.0, **options)
-    _, _, s, p = _cpu.forward(fs, y, 4, clip=5.0, phases=_cpu.STATISTICS, **options)
+    means, counts, scale, projection = cpu.forward(fs, y, 4, clip=5.0, **options)
+    _, _, s, p = cpu.forward(fs, y, 4, clip=5.0, phases=cpu.STATISTICS, **options)
     assert torch.equal(s, scale)
     assert torch.equal(p, projection)
-    m, c, _, _ = _cpu.forward(
-        fs, y, 4, clip=5.0, phases=_cpu.CLASS_SUMS, statistics=(s, p), **options
+    m, c, _, _ = cpu.forward(
+        fs, y, 4, clip=5.0, phases=cpu.CLASS_SUMS, statistics=(s, p), **options
     )
     assert torch.equal(m, means)
     assert torch.equal(c, counts)
     saved = {"scale": scale, "projection": projection, "upstream": means.cos(), **options}
-    grads, coefficients = _cpu.backward(fs, y, 4, **saved)
-    _, e = _cpu.backward(fs, y, 4, phases=_cpu.DOTS, **saved)
+    grads, coefficients = cpu.backward(fs, y, 4, **saved)
+    _, e = cpu.backward(fs, y, 4, phases=cpu.DOTS, **saved)
     assert torch.equal(e, coefficients)
-    g, _ = _cpu.backward(fs, y, 4, phases=_cpu.GRADIENT, coefficients=e, **saved)
+    g, _ = cpu.backward(fs, y, 4, phases=cpu.GRADIENT, coefficients=e, **saved)
     assert all(torch.equal(a, b) for a, b in zip(g, grads, strict=True))
 
 
 def test_statistics_are_those_of_the_rows() -> None:
     fs = features(6, SHAPES["maps"], torch.float32)
-    _, _, scale, projection = _cpu.forward(
+    _, _, scale, projection = cpu.forward(
         fs, None, 1, moments=(1, 2), bound="sphere", clip=3.0, joint_weight=None,
-        phases=_cpu.STATISTICS,
+        phases=cpu.STATISTICS,
     )  # fmt: skip
     whole = torch.cat([f.double().flatten(1) for f in fs], dim=1)
     norms = torch.stack([whole.norm(dim=1), (whole**2).norm(dim=1)])[..., None]
@@ -329,10 +329,10 @@ def test_a_forked_child_computes_the_same() -> None:
 
     (f,) = features(40, [(9000,)], torch.float32)
     options = {"moments": (1,), "bound": "sphere", "clip": 1.0, "joint_weight": None, "threads": 2}
-    expected = _cpu.forward([f], None, 1, **options)[0]
+    expected = cpu.forward([f], None, 1, **options)[0]
     child = os.fork()
     if child == 0:
-        same = torch.equal(_cpu.forward([f], None, 1, **options)[0], expected)
+        same = torch.equal(cpu.forward([f], None, 1, **options)[0], expected)
         os._exit(0 if same else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpmmd import _cpu
-from dpmmd._cpu import Pieces, _address, _check_apart, addresses, brief, gather
+from dpmmd._cores import cpu
+from dpmmd._cores.checks import address, check_apart, check_buffer, check_labels, check_sums
+from dpmmd._cores.taps import Taps, empty_gradients, statistics_shape
 from dpmmd.bounds import Bound
 
-_native: Any = None if _cpu.missing is not None else _cpu._native
+_native: Any = None if cpu.missing is not None else cpu._native
 DEVICE = "cuda"  # the type of device; tests run the kernels on the host
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -29,7 +30,7 @@ _loaded: set[torch.device] = set()
 def hindrance() -> str | None:
     """Why no kernel can run on this machine, and what to do about it; None if one can."""
     if _native is None:
-        return f"dpmmd._native did not load ({_cpu.missing}); install dpmmd with a C++ compiler"
+        return f"dpmmd._native did not load ({cpu.missing}); install dpmmd with a C++ compiler"
     if not _native.cuda_architectures():
         return (
             "this build is without CUDA; install dpmmd where nvcc of the CUDA toolkit (12.0 or "
@@ -64,25 +65,25 @@ def forward(
     Labels out of range stop the device with an assertion, as an index out of range does.
 
     Returns:
-        means [M, K, D], counts [K], scale and projection [N, n, B] as `dpmmd._cpu.forward` has
+        means [M, K, D], counts [K], scale and projection [N, n, B] as `cpu.forward` has
         them, all float32, and the schedule of the labels, int32 [`schedule_size`(n, K)].
     """
-    pieces = gather(features, TYPES, DEVICE)
+    taps = Taps(features, TYPES, DEVICE)
     n, device = features[0].shape[0], features[0].device
-    size = _cpu.statistics_shape(features, moments, bound, joint_weight)
+    size = statistics_shape(Bound(tuple(moments), bound, 1.0, joint_weight), n, len(features))
     labels = _checked_labels(labels, n, device)
     length = schedule_size(n, None if labels is None else num_classes)
     with _ready(device) as stream:
         new = features[0].new_empty
         scale, projection = (new(size, dtype=torch.float32) for _ in range(2))
-        means = new((len(moments), num_classes, sum(pieces.widths)), dtype=torch.float32)
+        means = new((len(moments), num_classes, taps.dim), dtype=torch.float32)
         counts = new((num_classes,), dtype=torch.float32)
         schedule = new((length,), dtype=torch.int32)
         _embed(
-            pieces, None, labels, num_classes, moments, bound, clip, joint_weight,
+            taps, None, labels, num_classes, moments, bound, clip, joint_weight,
             scale, projection, means, counts, None, None, schedule, stream,
         )  # fmt: skip
-        pieces.to_columns(means)
+        taps.to_columns(means)
     return means, counts, scale, projection, schedule
 
 
@@ -111,33 +112,30 @@ def backward(
         One gradient per tap, with its shape, dtype and memory format (empty where not needed), and
         the coefficients [N, n, B].
     """
-    pieces = gather(features, TYPES, DEVICE)
+    taps = Taps(features, TYPES, DEVICE)
     n, device = features[0].shape[0], features[0].device
-    size = _cpu.statistics_shape(features, moments, bound, joint_weight)
+    size = statistics_shape(Bound(tuple(moments), bound, 1.0, joint_weight), n, len(features))
     labels = _checked_labels(labels, n, device)
     upstream = upstream.contiguous()
     length = schedule_size(n, None if labels is None else num_classes)
-    _check_buffer("scale", scale, size, device)
-    _check_buffer("projection", projection, size, device)
-    _check_buffer("schedule", schedule, (length,), device, torch.int32)
-    _check_buffer("upstream", upstream, (len(moments), num_classes, sum(pieces.widths)), device)
+    check_buffer("scale", scale, size, device)
+    check_buffer("projection", projection, size, device)
+    check_buffer("schedule", schedule, (length,), device, torch.int32)
+    check_buffer("upstream", upstream, (len(moments), num_classes, taps.dim), device)
     needed = [True] * len(features) if needed is None else needed
     with _ready(device) as stream:
-        upstream = pieces.from_columns(upstream)
+        upstream = taps.from_columns(upstream)
         coefficients = torch.empty_like(scale)
-        gradients = [
-            _cpu.empty_gradient(tap) if wanted else tap.new_empty(0)
-            for tap, wanted in zip(pieces.tensors, needed, strict=True)
-        ]
+        gradients = empty_gradients(taps.tensors, needed)
         _embed(
-            pieces, gradients, labels, num_classes, moments, bound, 1.0, joint_weight,
+            taps, gradients, labels, num_classes, moments, bound, 1.0, joint_weight,
             scale, projection, None, None, upstream, coefficients, schedule, stream,
         )  # fmt: skip
     return gradients, coefficients
 
 
 def _embed(
-    pieces: Pieces,
+    taps: Taps,
     gradients: Sequence[Tensor] | None,
     labels: Tensor | None,
     num_classes: int,
@@ -154,14 +152,14 @@ def _embed(
     schedule: Tensor,
     stream: int,
 ) -> None:
-    first = pieces.tensors[0]
+    first = taps.tensors[0]
     allocate, _kept = _workspace(first.device)
     status = _native.cuda_mean_embedding(
         upstream is not None,
-        addresses(pieces, gradients),
+        taps.for_native(gradients),
         TYPES[first.dtype],
         first.shape[0],
-        _address(labels),
+        address(labels),
         num_classes,
         sum(moments),
         bound.startswith("ball"),
@@ -169,13 +167,13 @@ def _embed(
         joint_weight is not None,
         clip,
         1.0 if joint_weight is None else joint_weight,
-        _address(scale),
-        _address(projection),
-        _address(means),
-        _address(counts),
-        _address(upstream),
-        _address(coefficients),
-        _address(schedule),
+        address(scale),
+        address(projection),
+        address(means),
+        address(counts),
+        address(upstream),
+        address(coefficients),
+        address(schedule),
         allocate,
         stream,
     )
@@ -199,9 +197,10 @@ def difference(
 ) -> tuple[Tensor, Tensor]:
     """Loss of a difference estimator and its gradient in ``means``; moves the state in place.
 
-    Arguments and results as of `dpmmd._cpu.difference`, on one CUDA device.
+    Arguments and results as of `cpu.difference`, on one CUDA device.
     """
-    device, shape = means.device, tuple(means.shape)
+    shape = tuple(means.shape)
+    device = means.device if means.device.type == DEVICE else torch.device(DEVICE)
     means, counts, target = means.contiguous(), counts.contiguous(), target.contiguous()
     inputs = {"means": means, "counts": counts, "target": target}
     given = {
@@ -213,8 +212,8 @@ def difference(
     states = {name: state for name, state in given.items() if state is not None}
     for name, buffer in (inputs | states).items():
         size = shape[1:2] if name in ("counts", "steps") else shape
-        _check_buffer(name, buffer, size, device)
-    _check_apart(states, inputs)
+        check_buffer(name, buffer, size, device)
+    check_apart(states, inputs)
     with _ready(device) as stream:
         value, gradient = means.new_empty(()), means.new_empty(shape)
         allocate, _kept = _workspace(device)
@@ -222,18 +221,18 @@ def difference(
             _ESTIMATORS[estimator],
             update,
             *shape,
-            _address(means),
-            _address(counts),
-            _address(target),
-            _address(estimate),
-            _address(first_moment),
-            _address(second_moment),
-            _address(steps),
+            address(means),
+            address(counts),
+            address(target),
+            address(estimate),
+            address(first_moment),
+            address(second_moment),
+            address(steps),
             decay,
             lr,
             float(max(means.numel(), 1) if numbers is None else numbers),
-            _address(gradient),
-            _address(value),
+            address(gradient),
+            address(value),
             allocate,
             stream,
         )
@@ -255,40 +254,22 @@ def bounded_sums(
 ) -> None:
     """Adds the bounded integer vectors of a batch to int64 class sums: `PrivateSums.add` exactly.
 
-    Arguments as of `dpmmd._cpu.bounded_sums`, on one CUDA device; float32 and bfloat16 features.
+    Arguments as of `cpu.bounded_sums`, on one CUDA device; float32 and bfloat16 features.
     What the images hold never raises, and never stops the device.
     """
-    pieces = gather(features, TYPES, DEVICE, planes=False)
-    n, device, widths = features[0].shape[0], features[0].device, pieces.widths
-    if not 0 <= shared_taps <= len(features):
-        raise ValueError(f"shared_taps={shared_taps!r}: expected 0..{len(features)}.")
-    if (shared is None) != (shared_taps == 0):
-        raise ValueError(
-            f"shared: {brief(shared)} with shared_taps={shared_taps}; give both or neither."
-        )
-    of_shared = len(bound.moments) * sum(widths[:shared_taps])
-    own = len(bound.moments) * sum(widths[shared_taps:])
-    num_classes = sums.shape[0] if sums.ndim else 1
-    _check_buffer("labels", labels, (n,), device, torch.int64)
-    _check_buffer("valid", valid, (n,), device, torch.bool)
-    _check_buffer("limits", limits, (n,), device, torch.int64)
-    _check_buffer("sums", sums, (num_classes, own), device, torch.int64)
-    outputs = {"sums": sums}
-    if shared is not None:
-        _check_buffer("shared", shared, (1, of_shared), device, torch.int64)
-        outputs["shared"] = shared
-    inputs = {f"features[{i}]": tap for i, tap in enumerate(features)}
-    _check_apart(outputs, inputs | {"labels": labels, "valid": valid, "limits": limits})
+    taps = Taps(features, TYPES, DEVICE, planes=False)
+    n, device = taps.n, taps.device
+    check_sums(features, taps.widths, labels, valid, limits, bound, sums, shared, shared_taps)
     with _ready(device) as stream:
         allocate, _kept = _workspace(device)
         status = _native.cuda_bounded_sums(
-            addresses(pieces),
+            taps.for_native(),
             TYPES[features[0].dtype],
             n,
-            _address(labels),
-            num_classes,
-            _address(valid),
-            _address(limits),
+            address(labels),
+            sums.shape[0],
+            address(valid),
+            address(limits),
             bound.bits,
             bound.ball,
             bound.per_tap,
@@ -296,8 +277,8 @@ def bounded_sums(
             bound.clip,
             bound.weight,
             shared_taps,
-            _address(sums),
-            _address(shared),
+            address(sums),
+            address(shared),
             allocate,
             stream,
         )
@@ -347,30 +328,8 @@ def _workspace(device: torch.device) -> tuple[Callable[[int], int], list[Tensor]
 def _checked_labels(labels: Tensor | None, n: int, device: torch.device) -> Tensor | None:
     if labels is None:
         return None
-    if labels.dtype != torch.int64 or labels.shape != (n,) or labels.device != device:
-        raise ValueError(f"labels: {brief(labels)}, expected int64 [{n}] on {device}.")
+    check_labels(labels, n, device)
     return labels.contiguous()
-
-
-def _check_buffer(
-    name: str,
-    buffer: Tensor,
-    shape: Sequence[int],
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
-) -> None:
-    if (
-        device.type != DEVICE
-        or buffer.dtype != dtype
-        or tuple(buffer.shape) != tuple(shape)
-        or buffer.device != device
-        or not buffer.is_contiguous()
-    ):
-        where = device if device.type == DEVICE else f"a {DEVICE} device"
-        raise ValueError(
-            f"{name}: {brief(buffer)}{'' if buffer.is_contiguous() else ', not contiguous'}; "
-            f"expected {dtype} {list(shape)} on {where}, contiguous."
-        )
 
 
 def _check_status(status: int) -> None:

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from dpmmd import backends
 from dpmmd._cores import checks, cpu, cuda
 from dpmmd._cores.checks import brief
+from dpmmd._cores.protocol import Saved, Step
 from dpmmd._cores.taps import empty_gradients, rows_of, statistics_shape
 from dpmmd.bounds import Bound
 
@@ -584,7 +585,9 @@ def _embed(
     if core == "triton":
         from dpmmd.kernels import mean_embedding as kernels
 
-        return kernels.forward(features, labels, num_classes, **options)
+        its = Bound(tuple(moments), bound, clip, joint_weight)
+        means, counts, saved = kernels.forward(features, labels, num_classes, its)
+        return means, counts, *saved
     if core == "cuda":
         return cuda.forward(features, labels, num_classes, **options)  # type: ignore[arg-type]
     nothing = features[0].new_empty(0, dtype=torch.int32)
@@ -644,17 +647,9 @@ def _embed_backward(
     if core == "triton":
         from dpmmd.kernels import mean_embedding as kernels
 
-        return kernels.backward(
-            features,
-            labels,
-            moments=moments,
-            joint_weight=joint_weight,
-            scale=scale,
-            projection=projection,
-            schedule=schedule,
-            upstream=upstream,
-            needed=needed,
-        )
+        its = Bound(tuple(moments), bound, joint_weight=joint_weight)
+        saved = Saved(scale, projection, schedule)
+        return kernels.backward(features, labels, num_classes, its, saved, upstream, needed)
     options: dict[str, Any] = {
         "moments": moments,
         "bound": bound,
@@ -729,9 +724,9 @@ _mean_embedding_backward.register_autograd(_refuse_double_backward)
 
 def _difference(core: str) -> Callable[..., tuple[Tensor, Tensor]]:
     if core == "triton":
-        from dpmmd.kernels.estimator import difference
+        from dpmmd.kernels.estimator import estimate
 
-        return difference
+        return lambda *tensors, **step: estimate(*tensors, Step(**step))
     return cuda.difference if core == "cuda" else cpu.difference
 
 

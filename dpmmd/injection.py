@@ -25,7 +25,9 @@ from torch.autograd.function import once_differentiable
 
 from dpmmd import backends, functional
 from dpmmd._cores import cpu
+from dpmmd._cores.protocol import Saved
 from dpmmd._cores.taps import rows_of
+from dpmmd.bounds import Bound
 from dpmmd.encoders import Encoder
 
 BACKENDS = ("auto", "torch", "cpu", "triton")
@@ -187,22 +189,19 @@ class _TritonSlot(Slot):
 
     partials: Tensor | None = None
     left: tuple[Any, ...] | None = None
-    options: Mapping[str, Any] | None = None
 
     def forward(self, x: Tensor, bias: Tensor | None, ceiling: float | None) -> None:
         from dpmmd.kernels.row_statistics import rectify
 
-        self.partials = rectify(x, bias, ceiling, self.moments, self.dim)
+        self.partials = rectify(x, bias, ceiling, Bound(self.moments), self.dim)
 
     def backward(self, f: Tensor, incoming: Tensor | None, ceiling: float | None) -> Tensor | None:
         if self.left is None:
             return super().backward(f, incoming, ceiling)
         from dpmmd.kernels.gradient import rectified_gradient
 
-        (taps, column, *rest), options = self.left, self.options
-        assert options is not None
-        self.left = None
-        return rectified_gradient(taps, column, f, incoming, ceiling, *rest, **options)
+        left, self.left = self.left, None
+        return rectified_gradient(*left, f, incoming, ceiling)
 
 
 class _TritonEmbedding(torch.autograd.Function):
@@ -222,22 +221,15 @@ class _TritonEmbedding(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         from dpmmd.kernels import injection as kernels
 
-        means, counts, *statistics = kernels.forward(
-            features,
-            [None if slot is None else slot.partials for slot in slots],
-            labels,
-            num_classes,
-            moments=moments,
-            bound=bound,
-            clip=clip,
-            joint_weight=joint_weight,
-        )
+        ctx.bound = Bound(moments, bound, clip, joint_weight)
+        partials = [None if slot is None else slot.partials for slot in slots]
+        means, counts, saved = kernels.forward(features, partials, labels, num_classes, ctx.bound)
         for slot in slots:
             if slot is not None:
                 slot.partials = None
         ctx.mark_non_differentiable(counts)
-        ctx.save_for_backward(labels, *statistics, *features)
-        ctx.slots, ctx.options = slots, {"moments": moments, "joint_weight": joint_weight}
+        ctx.save_for_backward(labels, *saved, *features)
+        ctx.slots = slots
         return means, counts
 
     @staticmethod
@@ -246,23 +238,18 @@ class _TritonEmbedding(torch.autograd.Function):
         from dpmmd.kernels import injection as kernels
 
         labels, scale, projection, schedule, *features = ctx.saved_tensors
-        needed, grad = ctx.needs_input_grad[7:], grad.contiguous()
-        taps, coefficients, gradients = kernels.backward(
+        needed = ctx.needs_input_grad[7:]
+        taps, terms, gradients = kernels.backward(
             features,
             labels,
-            scale=scale,
-            projection=projection,
-            schedule=schedule,
-            upstream=grad,
-            needed=[
-                wanted and slot is None for wanted, slot in zip(needed, ctx.slots, strict=True)
-            ],
-            **ctx.options,
+            ctx.bound,
+            Saved(scale, projection, schedule),
+            grad.contiguous(),
+            [wanted and slot is None for wanted, slot in zip(needed, ctx.slots, strict=True)],
         )
         for column, slot in enumerate(ctx.slots):
             if slot is not None and needed[column]:
-                slot.left = (taps, column, schedule, scale, coefficients, grad)
-                slot.options = ctx.options
+                slot.left = (taps, column, terms)
         return None, None, None, None, None, None, None, *gradients
 
 

@@ -1,30 +1,24 @@
-"""The difference estimators: state, loss and gradient in one pass over D-sized vectors."""
+"""The estimators of target - means: state, loss and gradient in one pass over D-sized vectors."""
 
 from __future__ import annotations
 
 import math
-import struct
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpmmd._cores.checks import check_apart
+from dpmmd._cores.checks import check_apart, check_buffer
+from dpmmd._cores.protocol import Step
 from dpmmd.kernels import table
-from dpmmd.kernels.taps import check_buffer, launch
+from dpmmd.kernels.taps import bits_of, launch, number
 
 ESTIMATORS = {"batch": 0, "ema": 1, "adam": 2}
 BATCH, EMA, ADAM = (tl.constexpr(i) for i in ESTIMATORS.values())
 BETA1, BETA2, EPSILON = tl.constexpr(0.9), tl.constexpr(0.999), tl.constexpr(1e-8)
 LOG_BETA1, LOG_BETA2 = tl.constexpr(math.log(0.9)), tl.constexpr(math.log(0.999))
 VALUES = tl.constexpr(1024)
-
-
-@triton.jit
-def number(bits):
-    """The float64 whose bits an int64 has: arguments of kernels are float32 otherwise."""
-    return bits.to(tl.int64).to(tl.float64, bitcast=True)
 
 
 @triton.jit(do_not_specialize=["num_classes", "dim", "decay", "log_decay", "slope"])
@@ -142,34 +136,21 @@ def finish_step(
             tl.store(steps + at, taken + present.to(tl.float32), mask=inside)
 
 
-def difference_into(
-    means: Tensor,
-    counts: Tensor,
-    target: Tensor,
-    *,
-    estimator: str,
-    estimate: Tensor | None,
-    steps: Tensor | None,
-    first_moment: Tensor | None,
-    second_moment: Tensor | None,
-    decay: float,
-    lr: float,
-    numbers: int | None,
-    update: bool,
-    value: Tensor,
-    gradient: Tensor,
+def estimate_into(
+    means: Tensor, counts: Tensor, target: Tensor, step: Step, value: Tensor, gradient: Tensor
 ) -> None:
     """Two launches, into value (one number) and gradient [M, K, D]; moves the state in place."""
     moments, num_classes, dim = means.shape
     device, rows = means.device, moments * num_classes
     if means.numel() == 0:
         value.zero_()
-        if steps is not None and update:
-            steps += counts > 0
+        if step.steps is not None and step.update:
+            step.steps.add_(counts > 0)
         return
     config = table.lookup("estimator", device, torch.float32, dim)
     values = torch.empty(triton.cdiv(dim, config.block), rows, dtype=torch.float32, device=device)
-    moves = int(update and estimator != "batch")
+    steps = counts if step.steps is None else step.steps
+    moves = int(step.update and step.estimator != "batch")
     launch(
         step_kernel,
         tuple(values.shape),
@@ -177,19 +158,19 @@ def difference_into(
         means,
         counts,
         target,
-        means if estimate is None else estimate,
-        means if first_moment is None else first_moment,
-        means if second_moment is None else second_moment,
-        counts if steps is None else steps,
+        means if step.estimate is None else step.estimate,
+        means if step.first_moment is None else step.first_moment,
+        means if step.second_moment is None else step.second_moment,
+        steps,
         gradient,
         values,
         num_classes,
         dim,
-        bits_of(decay),
-        bits_of(math.log(decay) if decay > 0 else -math.inf),
-        lr,
-        2.0 / (means.numel() if numbers is None else numbers),
-        ESTIMATOR=ESTIMATORS[estimator],
+        bits_of(step.decay),
+        bits_of(math.log(step.decay) if step.decay > 0 else -math.inf),
+        step.lr,
+        2.0 / (means.numel() if step.numbers is None else step.numbers),
+        ESTIMATOR=ESTIMATORS[step.estimator],
         UPDATE=moves,
         VECTOR=4 if dim % 4 == 0 else 1,
         BLOCK=config.block,
@@ -202,7 +183,7 @@ def difference_into(
         device,
         values,
         counts,
-        counts if steps is None else steps,
+        steps,
         value,
         values.numel(),
         num_classes,
@@ -211,22 +192,8 @@ def difference_into(
     )
 
 
-def difference(
-    means: Tensor,
-    counts: Tensor,
-    target: Tensor,
-    *,
-    estimator: str = "batch",
-    estimate: Tensor | None = None,
-    steps: Tensor | None = None,
-    first_moment: Tensor | None = None,
-    second_moment: Tensor | None = None,
-    decay: float = 0.0,
-    lr: float = 0.0,
-    numbers: int | None = None,
-    update: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """Loss of a difference estimator and its gradient in ``means``, as `_cores.cpu.difference`.
+def estimate(means: Tensor, counts: Tensor, target: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+    """Loss of an estimator of target - means and its gradient in ``means``.
 
     All tensors are float32 on one device; the state (estimate, first_moment, second_moment
     [M, K, D], steps [K]) is contiguous and changed in place.
@@ -237,38 +204,13 @@ def difference(
     device, shape = means.device, tuple(means.shape)
     means, counts, target = means.contiguous(), counts.contiguous(), target.contiguous()
     inputs = {"means": means, "target": target, "counts": counts}
-    given = {
-        "estimate": estimate,
-        "first_moment": first_moment,
-        "second_moment": second_moment,
-        "steps": steps,
-    }
+    names = ("estimate", "first_moment", "second_moment", "steps")
+    given = {name: getattr(step, name) for name in names}
     states = {name: state for name, state in given.items() if state is not None}
     for name, buffer in (inputs | states).items():
         check_buffer(name, buffer, shape[1:2] if name in ("counts", "steps") else shape, device)
     check_apart(states, inputs)
     value = torch.empty((), dtype=torch.float32, device=device)
     gradient = torch.empty(shape, dtype=torch.float32, device=device)
-    difference_into(
-        means,
-        counts,
-        target,
-        estimator=estimator,
-        estimate=estimate,
-        steps=steps,
-        first_moment=first_moment,
-        second_moment=second_moment,
-        decay=decay,
-        lr=lr,
-        numbers=numbers,
-        update=update,
-        value=value,
-        gradient=gradient,
-    )
+    estimate_into(means, counts, target, step, value, gradient)
     return value, gradient
-
-
-def bits_of(value: float) -> int:
-    """What `number` takes."""
-    bits: int = struct.unpack("<q", struct.pack("<d", value))[0]
-    return bits

@@ -31,6 +31,16 @@ class Config:
     num_stages: int
     registers: int
 
+    @property
+    def options(self) -> dict[str, int]:
+        """What a launch is given of it."""
+        return {
+            "ROWS": self.rows,
+            "BLOCK": self.block,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
 
 ARCHITECTURES = (80, 90, 100)
 

@@ -40,8 +40,6 @@ MODULES = {
     "sums on a CUDA device, in CUDA C++: the caller": ("dpmmd._cores.cuda",),
     "sums on a CUDA device, in Triton": (
         "dpmmd.kernels.bounded_sums",
-        "dpmmd.kernels.estimator",
-        "dpmmd.kernels.row_statistics",
         "dpmmd.kernels.schedule",
         "dpmmd.kernels.table",
         "dpmmd.kernels.taps",

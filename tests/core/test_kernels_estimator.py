@@ -1,4 +1,4 @@
-"""Triton's difference estimators against plain torch in float64."""
+"""Triton's estimators against plain torch in float64."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from dpmmd import functional
+from dpmmd._cores.protocol import Step
 from tests.core import interpreted
 from tests.core.interpreted import small_blocks  # noqa: F401
 
 if not interpreted.ACTIVE:
     test_interpreted = interpreted.whole(__file__)
 else:
-    from dpmmd.kernels.estimator import difference
+    from dpmmd.kernels.estimator import estimate
 
     pytestmark = pytest.mark.usefixtures("small_blocks")
 
@@ -69,7 +70,7 @@ else:
             options: dict[str, Any] = {"decay": decay, "lr": 1e-2, "update": step < 2}
             if estimator == "adam":
                 options["numbers"] = 1000
-            value, grad = difference(means, counts, target, estimator=estimator, **ours, **options)
+            value, grad = estimate(means, counts, target, Step(estimator, **ours, **options))
             rough_value, rough_grad = truth(
                 estimator, means, counts, target, rough, torch.float32, **options
             )
@@ -89,9 +90,8 @@ else:
     def test_no_columns() -> None:
         tensors = state("ema", (1, 3, 0), torch.float32)
         nothing = torch.zeros(1, 3, 0)
-        value, grad = difference(
-            nothing, COUNTS[0], nothing.clone(), estimator="ema", decay=0.5, **tensors
-        )
+        step = Step("ema", decay=0.5, **tensors)
+        value, grad = estimate(nothing, COUNTS[0], nothing.clone(), step)
         assert value == 0
         assert grad.shape == (1, 3, 0)
         assert tensors["steps"].tolist() == [1.0, 0.0, 1.0]
@@ -99,16 +99,9 @@ else:
     def test_refusals() -> None:
         means = torch.zeros(1, 3, 4)
         with pytest.raises(ValueError, match=r"target: torch.float32 \[1, 3, 5\]"):
-            difference(means, COUNTS[0], torch.zeros(1, 3, 5))
+            estimate(means, COUNTS[0], torch.zeros(1, 3, 5), Step())
         with pytest.raises(ValueError, match=r"means: torch.float64"):
-            difference(means.double(), COUNTS[0], means)
+            estimate(means.double(), COUNTS[0], means, Step())
+        its_own = Step("ema", estimate=means, steps=torch.zeros(3), decay=0.5)
         with pytest.raises(ValueError, match="estimate: shares memory with means"):
-            difference(
-                means,
-                COUNTS[0],
-                means.clone(),
-                estimator="ema",
-                estimate=means,
-                steps=torch.zeros(3),
-                decay=0.5,
-            )
+            estimate(means, COUNTS[0], means.clone(), its_own)

@@ -110,3 +110,18 @@ def check_sums(
         outputs["shared"] = shared
     inputs = {f"features[{i}]": tap for i, tap in enumerate(features)}
     check_apart(outputs, inputs | {"labels": labels, "valid": valid, "limits": limits})
+
+
+def check_estimate(
+    means: Tensor,
+    counts: Tensor,
+    target: Tensor,
+    state: Mapping[str, Tensor],
+    device: torch.device,
+) -> None:
+    """Refuses arguments of `Core.estimate` that a core could not take by their addresses."""
+    shape = tuple(means.shape)
+    inputs = {"means": means, "counts": counts, "target": target}
+    for name, buffer in {**inputs, **state}.items():
+        check_buffer(name, buffer, shape[1:2] if name in ("counts", "steps") else shape, device)
+    check_apart(state, inputs)

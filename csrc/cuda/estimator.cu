@@ -1,4 +1,4 @@
-// The difference estimators in two launches; the formulas stand in csrc/cpu/difference.cpp.
+// The difference estimators in two launches; the formulas stand in csrc/cpu/estimator.cpp.
 //
 //   step         state, gradient and a block's part of the loss   means, target, state in and out
 //   finish_step  the loss, in float64 and a fixed order; steps += 1 for classes that are present

@@ -239,18 +239,21 @@ class _TritonEmbedding(torch.autograd.Function):
 
         labels, scale, projection, schedule, *features = ctx.saved_tensors
         needed = ctx.needs_input_grad[7:]
+        written = [wanted and slot is None for wanted, slot in zip(needed, ctx.slots, strict=True)]
         taps, terms, gradients = kernels.backward(
             features,
             labels,
             ctx.bound,
             Saved(scale, projection, schedule),
             grad.contiguous(),
-            [wanted and slot is None for wanted, slot in zip(needed, ctx.slots, strict=True)],
+            written,
         )
         for column, slot in enumerate(ctx.slots):
             if slot is not None and needed[column]:
                 slot.left = (taps, column, terms)
-        return None, None, None, None, None, None, None, *gradients
+        return *([None] * 7), *[
+            g if need else None for g, need in zip(gradients, written, strict=True)
+        ]
 
 
 class _CpuSlot(Slot):

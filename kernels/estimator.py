@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpmmd._cores.checks import check_apart, check_buffer
+from dpmmd._cores.checks import check_estimate
 from dpmmd._cores.protocol import Step
 from dpmmd.kernels import table
 from dpmmd.kernels.taps import bits_of, launch, number
@@ -201,16 +201,8 @@ def estimate(means: Tensor, counts: Tensor, target: Tensor, step: Step) -> tuple
     Returns:
         A scalar and [M, K, D].
     """
-    device, shape = means.device, tuple(means.shape)
     means, counts, target = means.contiguous(), counts.contiguous(), target.contiguous()
-    inputs = {"means": means, "target": target, "counts": counts}
-    names = ("estimate", "first_moment", "second_moment", "steps")
-    given = {name: getattr(step, name) for name in names}
-    states = {name: state for name, state in given.items() if state is not None}
-    for name, buffer in (inputs | states).items():
-        check_buffer(name, buffer, shape[1:2] if name in ("counts", "steps") else shape, device)
-    check_apart(states, inputs)
-    value = torch.empty((), dtype=torch.float32, device=device)
-    gradient = torch.empty(shape, dtype=torch.float32, device=device)
+    check_estimate(means, counts, target, step.state(), means.device)
+    value, gradient = means.new_empty(()), torch.empty_like(means)
     estimate_into(means, counts, target, step, value, gradient)
     return value, gradient

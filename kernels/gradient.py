@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dpmmd._cores.checks import brief
 from dpmmd._cores.protocol import Saved
-from dpmmd._cores.taps import empty_gradient
+from dpmmd._cores.taps import empty_gradient, empty_gradients
 from dpmmd.bounds import Bound
 from dpmmd.kernels import table
 from dpmmd.kernels.row_dots import load_class_rows
@@ -234,11 +234,9 @@ def _launch(
         )
 
 
-def gradient(taps: Taps, terms: Terms, needed: Sequence[bool]) -> list[Tensor | None]:
-    """New gradients with the taps' shapes, dtype and memory formats; None where not needed."""
-    gradients = [
-        empty_gradient(tap) if wanted else None
-        for tap, wanted in zip(taps.tensors, needed, strict=True)
-    ]
-    gradient_into(taps, terms, gradients)
+def gradient(taps: Taps, terms: Terms, needed: Sequence[bool]) -> list[Tensor]:
+    """New gradients with the taps' shapes, dtype and memory formats; empty where not needed."""
+    gradients = empty_gradients(taps.tensors, needed)
+    into = [g if wanted else None for g, wanted in zip(gradients, needed, strict=True)]
+    gradient_into(taps, terms, into)
     return gradients

@@ -58,7 +58,7 @@ def backward(
     saved: Saved,
     upstream: Tensor,
     needed: Sequence[bool],
-) -> tuple[Taps, Terms, list[Tensor | None]]:
+) -> tuple[Taps, Terms, list[Tensor]]:
     """What `rectified_gradient` takes of all taps, and the gradients of those that need one here.
 
     The taps returned hold no tensor: each lives as long as its own ReLU needs it.

@@ -68,8 +68,7 @@ def backward(
     check_saved(taps, labels, num_classes, bound, saved)
     upstream = taps.from_columns(upstream)
     coefficients = row_dots(taps, labels, bound, saved, upstream)
-    gradients = gradient(taps, Terms(bound, saved, coefficients, upstream), needed)
-    return [features[0].new_empty(0) if g is None else g for g in gradients]
+    return gradient(taps, Terms(bound, saved, coefficients, upstream), needed)
 
 
 def _checked_labels(labels: Tensor | None, taps: Taps) -> Tensor | None:

@@ -174,6 +174,14 @@ def gradient_into(taps: Taps, terms: Terms, gradients: Sequence[Tensor | None]) 
     _launch(taps, terms, gradients)
 
 
+def gradient(taps: Taps, terms: Terms, needed: Sequence[bool]) -> list[Tensor]:
+    """New gradients with the taps' shapes, dtype and memory formats; empty where not needed."""
+    gradients = empty_gradients(taps.tensors, needed)
+    into = [g if wanted else None for g, wanted in zip(gradients, needed, strict=True)]
+    gradient_into(taps, terms, into)
+    return gradients
+
+
 def rectified_gradient(
     taps: Taps,
     column: int,
@@ -247,11 +255,3 @@ def _launch(
             RECTIFIED=rectified,
             **config.options,
         )
-
-
-def gradient(taps: Taps, terms: Terms, needed: Sequence[bool]) -> list[Tensor]:
-    """New gradients with the taps' shapes, dtype and memory formats; empty where not needed."""
-    gradients = empty_gradients(taps.tensors, needed)
-    into = [g if wanted else None for g, wanted in zip(gradients, needed, strict=True)]
-    gradient_into(taps, terms, into)
-    return gradients

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+import typer.main
 from PIL import Image
 
 import dpmmd
@@ -1032,7 +1033,7 @@ def test_a_run_whose_evaluation_would_be_refused_is_refused_before_privacy_is_sp
 
 
 def process(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "dpmmd.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "dpmmd", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
 
 
@@ -1051,7 +1052,7 @@ def test_exit_codes_of_real_processes(tmp_path: Path) -> None:
 def test_ctrl_c_in_a_real_process(folder: Path) -> None:
     text = (folder / "mine.toml").read_text()
     (folder / "mine.toml").write_text(text.replace("steps = 6", "steps = 100000"))
-    command = [sys.executable, "-m", "dpmmd.cli", "run", "mine.toml", "--out", "run"]
+    command = [sys.executable, "-m", "dpmmd", "run", "mine.toml", "--out", "run"]
     running = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
     assert running.stderr is not None
     seen = ""
@@ -1081,7 +1082,7 @@ def test_every_option_is_explained(call: Call, command: str) -> None:
     result = call(command, "--help")
     assert result.code == 0
     assert "--json" in result.out
-    group = cli.typer.main.get_command(cli.app)
+    group = typer.main.get_command(cli.app)
     for parameter in group.commands[command].params:  # type: ignore[attr-defined]
         assert getattr(parameter, "help", None), parameter.name
 

@@ -1,0 +1,5 @@
+"""The command line."""
+
+from dpmmd.cli.console import app, main
+
+__all__ = ["app", "main"]

@@ -20,13 +20,13 @@ from dpmmd import (
     privacy,
     train,
 )
+from dpmmd._version import __version__
 from dpmmd.privacy import PrivacyError, Release, release
-
-__version__ = "0.1.0"
 
 __all__ = [
     "PrivacyError",
     "Release",
+    "__version__",
     "align",
     "backends",
     "data",

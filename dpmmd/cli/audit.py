@@ -1,7 +1,5 @@
 """The command `audit`."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
@@ -150,7 +148,7 @@ def _refuse(names: set[str], how: str) -> None:
         )
 
 
-def _print_audit(result: Audit, *, quiet: bool, as_json: bool) -> None:
+def _print_audit(result: "Audit", *, quiet: bool, as_json: bool) -> None:
     from dpmmd.privacy.printed import down, up
 
     def shown(name: str, value: Any) -> str:
@@ -213,7 +211,7 @@ def _audit_source(
         )
 
 
-def _print_checks(result: SourceAudit) -> None:
+def _print_checks(result: "SourceAudit") -> None:
     from rich.text import Text
 
     rows: list[tuple[str | Text, ...]] = []

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from dpmmd._memory import keep_freed_memory
 from dpmmd._version import __version__
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ def _print_version(wanted: bool) -> None:
 
 
 @app.callback()
-def _options(
+def _before_a_command(
     version: Annotated[
         bool,
         typer.Option(
@@ -67,7 +66,9 @@ def _options(
         ),
     ] = False,
 ) -> None:
-    """The options that stand before a command."""
+    from dpmmd._memory import keep_freed_memory
+
+    keep_freed_memory()
 
 
 class Adjacency(str, Enum):
@@ -154,7 +155,6 @@ def print_table(
 def main() -> None:
     """Entry point: 0 done, 2 wrong use or refused input, 130 interrupted."""
     warnings.showwarning = lambda message, *_: say(f"warning: {message}")
-    keep_freed_memory()
     code = 0
     try:
         app(standalone_mode=True)

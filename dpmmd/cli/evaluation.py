@@ -1,7 +1,5 @@
 """The command `evaluate`, and how its figures are printed."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -131,7 +129,7 @@ def evaluate(
         print_figures(result)
 
 
-def _classifiers(names: str, num_train: int | None, seeds: str) -> EvaluateSection:
+def _classifiers(names: str, num_train: int | None, seeds: str) -> "EvaluateSection":
     from dpmmd import recipe as recipes
     from dpmmd import run as runs
 
@@ -147,7 +145,7 @@ def _classifiers(names: str, num_train: int | None, seeds: str) -> EvaluateSecti
     return found
 
 
-def _comparison(features: str, weights: Sequence[str], most: int) -> MetricsSection:
+def _comparison(features: str, weights: Sequence[str], most: int) -> "MetricsSection":
     from dpmmd import recipe as recipes
 
     files = {name: path for name, _, path in (pair.partition("=") for pair in weights)}

@@ -1,7 +1,5 @@
 """Commands about what is promised: `calibrate` and `privacy`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any
 

@@ -1,7 +1,5 @@
 """Commands that read private images: `release` and `inspect`."""
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 from typing import Annotated

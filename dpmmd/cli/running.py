@@ -1,7 +1,5 @@
 """Commands about recipes and their runs: `run`, `plan`, `summarise` and `recipes`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """Commands that see a release alone: `train` and `sample`."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -108,7 +106,7 @@ def train(
         say(f"trained {trained.step} steps: {checkpoint}")
 
 
-def _settings(recipe: str, changes: Sequence[str]) -> Recipe:
+def _settings(recipe: str, changes: Sequence[str]) -> "Recipe":
     """The recipe with some of its keys set anew, which must be some that training uses."""
     from dpmmd import recipe as recipes
 

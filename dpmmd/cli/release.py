@@ -234,9 +234,10 @@ def inspect(
 
     Example: `dpmmd inspect scans/ --num-classes 2`
     """
-    from dpmmd.data import inspect as inspection
+    from dpmmd.data import inspect as inspecting
+    from dpmmd.data import inspection
 
-    found = inspection.inspect(
+    found = inspecting.inspect(
         source,
         everything=everything,
         progress=not quiet,

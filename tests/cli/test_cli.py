@@ -436,6 +436,29 @@ def test_a_run_with_changes_says_so_in_its_recipe(call: Call, folder: Path) -> N
     assert not (folder / "new").exists()
 
 
+def test_training_takes_keys_of_its_recipe_anew(
+    call: Call, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def train(*_: object, **options: Any) -> None:
+        seen.update(options)
+        raise ValueError("seen")
+
+    monkeypatch.setattr(training, "train", train)
+    assert call(*release_arguments(folder)).code == 0
+    command = ["train", folder / "r.safetensors", "--recipe", folder / "mine.toml", "--out", "t"]
+    changes = ["--set", "train.memory=8GiB", "--set", "generator.base_channels=5"]
+    refused(call(*command, *changes, "--set", "train.steps=2", "--steps", 3), "seen")
+    assert (seen["settings"].memory, seen["settings"].batch_size) == ("8GiB", 12)
+    assert seen["settings"].steps == 3  # an option of its own counts more
+    assert seen["generator_settings"].base_channels == 5
+    seen.clear()
+    for bad in ("train.step=3", "train", "release.epsilon=2", "encoder.image_size=8"):
+        refused(call(*command, "--set", bad), bad.partition("=")[0])
+    assert not seen
+
+
 def test_images_are_aligned_with_released_moments(call: Call, folder: Path) -> None:
     out = folder / "run"
     command = ["run", folder / "mine.toml", "--set", "release.pixel_moments=8", "--epsilon", "inf"]

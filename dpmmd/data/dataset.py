@@ -19,8 +19,9 @@ from dpmmd.data.draws import Draws, callers_streams
 from dpmmd.data.items import ItemSource, Refused
 from dpmmd.data.labels import as_labels, check_label_range, groups_at, one_label
 from dpmmd.data.once import refuse_repeated_items
-from dpmmd.data.pixels import Unusable, from_item, is_interrupt, quiet
+from dpmmd.data.pixels import Unusable, from_item, is_interrupt
 from dpmmd.data.request import Request
+from dpmmd.data.silence import quiet
 from dpmmd.data.source import ImageSource, source_identity
 
 # torchvision data sets that hold everything in .data: class name -> (source name, labels).

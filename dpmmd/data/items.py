@@ -21,10 +21,10 @@ from dpmmd.data.pixels import (
     decode,
     header_shape,
     is_interrupt,
-    quiet,
     reason_of,
 )
 from dpmmd.data.request import Request
+from dpmmd.data.silence import quiet
 from dpmmd.data.source import (
     Batch,
     ImageSource,

@@ -25,8 +25,9 @@ from dpmmd.data.folder import FolderSource
 from dpmmd.data.heads import FIRST, Head, beginning, head_of, plain_head
 from dpmmd.data.items import EncodedSource
 from dpmmd.data.look import first_look
-from dpmmd.data.pixels import Encoded, Unusable, quiet, reason_of
+from dpmmd.data.pixels import Encoded, Unusable, reason_of
 from dpmmd.data.remote import opened
+from dpmmd.data.silence import quiet
 from dpmmd.data.source import ImageSource
 from dpmmd.data.tars import TarSource
 

@@ -19,6 +19,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from dpmmd._version import __version__
+
 if TYPE_CHECKING:
     from dpmmd.encoders import Encoder
     from dpmmd.privacy import Release
@@ -284,10 +286,8 @@ def require_alike(
     Raises:
         RuntimeError: torch.distributed has no initialised process group.
     """
-    import dpmmd
-
     require_group()
-    require_same("version", dpmmd.__version__, group)
+    require_same("version", __version__, group)
     require_same("release", release.metadata.array_sha256, group)
     require_same("encoder", encoder.spec(), group)
     for what, value in more.items():

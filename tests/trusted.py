@@ -30,8 +30,10 @@ INSIDE = {
     "dpmmd._cores.plain": "means and losses of generated images; sums nothing",
     "dpmmd._cores.protocol": "what a core provides: names and types",
     "dpmmd._cores.slot": "ReLUs of a generator's training; sums nothing",
+    "dpmmd._lazy": "imports what a package offers when it is first used",
     "dpmmd._memory": "asks the C library to return freed memory",
     "dpmmd._torchvision": "imports torchvision, whose models are encoders",
+    "dpmmd._version": "a constant",
     "dpmmd.bounds": "names of bounds, and what arguments are refused",
     "dpmmd.files": "writes released files whole or not at all",
     "dpmmd.data": "sources: one image's pixels are a function of that image alone, in silence",
@@ -47,7 +49,7 @@ INSIDE = {
     "dpmmd.kernels.row_dots": "gradients of generated images",
     "dpmmd.kernels.row_statistics": "means of generated images",
     "dpmmd.privacy": "names of public functions",
-    "dpmmd.privacy.audit": "attacks releases of made-up images; a release never calls it",
+    "dpmmd.privacy.canaries": "attacks releases of made-up images; a release never calls it",
     "dpmmd.privacy.evidence": "what the report says of tests; sees nothing private",
     "dpmmd.privacy.pipeline": "checks the data holder's pipeline; a release never calls it",
     "dpmmd.privacy.printed": "writes released numbers for people, rounded outward",
@@ -55,6 +57,7 @@ INSIDE = {
 }
 # Modules that could import what no name in them shows, and what they import or look for.
 DYNAMIC = {
+    "dpmmd._lazy": "imports what the packages that use it name in constants",
     "dpmmd.privacy.evidence": "looks for the files of the modules above",
     "dpmmd._torchvision": "imports torchvision, a constant",
     "dpmmd.backends": "looks for triton, a constant",
@@ -109,7 +112,7 @@ def _resolved(name: str, attribute: str) -> frozenset[str]:
         return frozenset({name, whole})
     path = path_of(name)
     if path is not None and path.name == "__init__.py":  # a name that the package imports itself
-        for node in _executed(ast.parse(path.read_text())):
+        for node in ast.walk(ast.parse(path.read_text())):  # TYPE_CHECKING: what it has lazily
             if isinstance(node, ast.ImportFrom) and any(
                 (alias.asname or alias.name) == attribute for alias in node.names
             ):

@@ -15,6 +15,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dpmmd._version import __version__
+
 # What (epsilon, delta) of one release rests on, by part: Python modules.
 MODULES = {
     "the mechanism": (
@@ -152,8 +154,6 @@ def native_digest() -> str | None:
 
 def record(path: Path | None = None) -> dict[str, Any] | None:
     """What evidence.json says, if it is of exactly the code that is installed; else None."""
-    import dpmmd
-
     try:
         found = json.loads((path or RECORD).read_text(encoding="ascii"))
         tests = {str(test): int(passed) for test, passed in found["tests"].items()}
@@ -168,7 +168,7 @@ def record(path: Path | None = None) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     same = (
-        result["version"] == dpmmd.__version__
+        result["version"] == __version__
         and result["python_sha256"] == python_digest()
         and native_digest() in ("", result["native_sha256"])
         and all(tests.get(test, 0) > 0 for _, test in EVIDENCE)
@@ -183,12 +183,10 @@ def facts(version: str) -> dict[str, Any]:
         ``tested``: one line that says which run is on record, or that none is; ``evidence``: what
         each test shows, its name and how often it passed; empty where no run is on record.
     """
-    import dpmmd
-
-    if version != dpmmd.__version__:
+    if version != __version__:
         return {
             "tested": f"This release was made by dpmmd {version!r}, and this is dpmmd "
-            f"{dpmmd.__version__!r}: no run of the tests is on record here for the code that made "
+            f"{__version__!r}: no run of the tests is on record here for the code that made "
             "it. Install that version to see its own.",
             "evidence": [],
         }

@@ -71,6 +71,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from dpmmd._version import __version__
 from dpmmd.data.identifiers import folded, unmarked, without_zeros
 from dpmmd.files import expanded
 from dpmmd.privacy import accounting
@@ -662,9 +663,7 @@ def _parsed(text: bytes, where: str) -> _Header | _Spend | _Released:
 
 def _append(file: FileIO, record: dict[str, Any], previous: str) -> str:
     """Adds one line, whole and on disk or not at all; returns its hash."""
-    import dpmmd
-
-    data = {**record, "version": dpmmd.__version__, "previous": previous}
+    data = {**record, "version": __version__, "previous": previous}
     data["hash"] = _hash(data)
     line = _canonical(data) + b"\n"
     size = file.seek(0, os.SEEK_END)

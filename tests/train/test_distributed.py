@@ -179,7 +179,7 @@ def what_differs_is_refused_everywhere(rank: int, world: int) -> None:
     with pytest.raises(ValueError, match=rf"loss: rank {last} has estimator='no', rank 0 has"):
         made(30, encoder, estimator="no" if odd else "ema")  # refused by one, and so by all
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dpmmd, "__version__", "0.0.9" if odd else dpmmd.__version__)
+        patch.setattr(distributed, "__version__", "0.0.9" if odd else dpmmd.__version__)
         with pytest.raises(ValueError, match=f"version: rank {last} has '0.0.9', rank 0 has"):
             made(30, encoder)
     spec = dpmmd.encoders.Encoder.spec

@@ -62,7 +62,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.special import betaincinv, gammaincinv, ndtri
 from torch import Tensor, nn
 
 from dpmmd.privacy import accounting
@@ -247,6 +246,8 @@ def lower_bound_by_means(
 
     Between 0 and 10^4 (reported also where there is no noise at all).
     """
+    from scipy.special import gammaincinv, ndtri
+
     n1, n0 = len(with_canary), len(without)
     if min(n1, n0) < 2:
         return 0.0
@@ -272,6 +273,8 @@ def lower_bound_by_thresholds(
 
     The thresholds must not be chosen by the scores.
     """
+    from scipy.special import betaincinv, ndtri
+
     n1, n0 = len(with_canary), len(without)
     if min(n1, n0) < 1:
         return 0.0

@@ -26,6 +26,10 @@ TRUSTED = frozenset(name for names in MODULES.values() for name in names)
 # a name ending in a dot stands for a package. What each of these must keep to is said here.
 INSIDE = {
     "dpmmd": "names of public modules; the trusted code takes __version__ of it and nothing else",
+    "dpmmd._cores": "a docstring",
+    "dpmmd._cores.plain": "means and losses of generated images; sums nothing",
+    "dpmmd._cores.protocol": "what a core provides: names and types",
+    "dpmmd._cores.slot": "ReLUs of a generator's training; sums nothing",
     "dpmmd._memory": "asks the C library to return freed memory",
     "dpmmd._torchvision": "imports torchvision, whose models are encoders",
     "dpmmd.bounds": "names of bounds, and what arguments are refused",
@@ -35,6 +39,13 @@ INSIDE = {
     "dpmmd.encoders": "one image's features are a function of that image alone",
     "dpmmd.encoders.": "the same; whatever they compute is certified before it counts",
     "dpmmd.kernels": "a docstring",
+    "dpmmd.kernels.class_sums": "means of generated images; the sums of a release are others",
+    "dpmmd.kernels.estimator": "losses of generated images",
+    "dpmmd.kernels.gradient": "gradients of generated images",
+    "dpmmd.kernels.injection": "means and gradients of generated images",
+    "dpmmd.kernels.mean_embedding": "the same",
+    "dpmmd.kernels.row_dots": "gradients of generated images",
+    "dpmmd.kernels.row_statistics": "means of generated images",
     "dpmmd.privacy": "names of public functions",
     "dpmmd.privacy.audit": "attacks releases of made-up images; a release never calls it",
     "dpmmd.privacy.evidence": "what the report says of tests; sees nothing private",
@@ -44,10 +55,10 @@ INSIDE = {
 }
 # Modules that could import what no name in them shows, and what they import or look for.
 DYNAMIC = {
-    "dpmmd.privacy.sums": "imports the names in _ON_CUDA, which are constants",
     "dpmmd.privacy.evidence": "looks for the files of the modules above",
     "dpmmd._torchvision": "imports torchvision, a constant",
     "dpmmd.backends": "looks for triton, a constant",
+    "dpmmd._cores.triton": "the same",
     "dpmmd.data.named": "imports torchvision's data sets, and looks for a package: constants",
     "dpmmd.encoders.weights": "looks for packages that carry weights: constants",
 }

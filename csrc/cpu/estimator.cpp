@@ -1,4 +1,4 @@
-// The difference estimator: one pass over D-sized vectors moves its state by the batch's difference
+// The estimators: one pass over D-sized vectors moves its state by the batch's difference
 // d = target - means and gives the loss and its gradient with respect to the means.
 //
 //   batch  v = d                      loss |d|^2    gradient -2 d
@@ -14,13 +14,13 @@
 namespace dpmmd::DPMMD_LEVEL {
 namespace {
 
-using Estimator = Difference::Estimator;
+using Kind = Estimator::Kind;
 
 constexpr double beta1 = 0.9, beta2 = 0.999;
 constexpr float epsilon = 1e-8F;
 
 struct Plan {
-    const Difference& e;
+    const Estimator& e;
     Tap tap;
     std::int64_t num_chunks;
     int threads;
@@ -28,8 +28,8 @@ struct Plan {
     Chunk* chunks;
     double* values;  // [moments, num_classes, chunks]
 
-    Plan(const Difference& difference, std::byte* base)
-        : e(difference),
+    Plan(const Estimator& estimator, std::byte* base)
+        : e(estimator),
           tap{nullptr, 0, e.columns, nullptr, 0},
           num_chunks(count_chunks(&tap, 1)),
           threads(static_cast<int>(smaller(
@@ -44,8 +44,8 @@ struct Plan {
 double power(double base, double exponent) { return __builtin_pow(base, exponent); }
 
 // One chunk of one class that is in the batch; returns its part of the loss.
-template <Estimator estimator>
-double step(const Difference& e, std::int64_t at, std::int64_t count, double steps) {
+template <Kind kind>
+double step(const Estimator& e, std::int64_t at, std::int64_t count, double steps) {
     constexpr std::int64_t piece = 512;  // stays in the first level of cache between the two loops
     const auto slope = static_cast<float>(2 / e.numbers);
     const auto rate1 = static_cast<float>(1 - beta1), rate2 = static_cast<float>(1 - beta2);
@@ -63,7 +63,7 @@ double step(const Difference& e, std::int64_t at, std::int64_t count, double ste
         float* __restrict gradient = e.gradient + from;
         float difference[piece];
         for (std::int64_t i = 0; i < size; ++i) difference[i] = target[i] - means[i];
-        if (estimator == Estimator::batch) {
+        if (kind == Kind::batch) {
             for (std::int64_t i = 0; i < size; ++i) gradient[i] = -2 * difference[i];
             double sums[2];
             row_dots<1>(difference, difference, nullptr, size, sums);
@@ -71,7 +71,7 @@ double step(const Difference& e, std::int64_t at, std::int64_t count, double ste
             continue;
         }
         float* __restrict v = e.estimate + from;
-        if (estimator == Estimator::ema) {
+        if (kind == Kind::ema) {
             if (e.update) {
                 for (std::int64_t i = 0; i < size; ++i) {
                     const float change = difference[i] - v[i];
@@ -99,10 +99,10 @@ double step(const Difference& e, std::int64_t at, std::int64_t count, double ste
     return value;
 }
 
-template <Estimator estimator>
+template <Kind kind>
 void work(void* argument, const Worker& worker) {
     const Plan& p = *static_cast<const Plan*>(argument);
-    const Difference& e = p.e;
+    const Estimator& e = p.e;
     const std::int64_t first =
         first_chunk(p.chunks, p.num_chunks, e.columns, worker.thread, worker.threads);
     const std::int64_t last =
@@ -116,7 +116,7 @@ void work(void* argument, const Worker& worker) {
                 double& value = p.values[row * p.num_chunks + u];
                 if (e.counts[k] > 0) {
                     const double steps = e.steps ? e.steps[k] : 0;
-                    value = step<estimator>(e, at, chunk.columns, steps);
+                    value = step<kind>(e, at, chunk.columns, steps);
                 } else {
                     value = 0;
                     __builtin_memset(
@@ -130,18 +130,18 @@ void work(void* argument, const Worker& worker) {
 
 }  // namespace
 
-std::size_t difference_workspace(const Difference& e) { return Plan(e, nullptr).bytes; }
+std::size_t estimator_workspace(const Estimator& e) { return Plan(e, nullptr).bytes; }
 
-Status difference(const Difference& e) {
+Status estimator(const Estimator& e) {
     Plan plan(e, e.workspace);
     if (plan.bytes > e.workspace_bytes) return Status::workspace_too_small;
     cut_chunks(&plan.tap, 1, plan.chunks);
-    if (e.estimator != Estimator::batch && e.update) {
+    if (e.kind != Kind::batch && e.update) {
         for (std::int64_t k = 0; k < e.num_classes; ++k) e.steps[k] += e.counts[k] > 0;
     }
     void (*const bodies[3])(void*, const Worker&) = {
-        work<Estimator::batch>, work<Estimator::ema>, work<Estimator::adam>};
-    run_team(plan.threads, bodies[static_cast<int>(e.estimator)], &plan);
+        work<Kind::batch>, work<Kind::ema>, work<Kind::adam>};
+    run_team(plan.threads, bodies[static_cast<int>(e.kind)], &plan);
     double value = 0;
     const std::int64_t values = e.moments * e.num_classes * plan.num_chunks;
     for (std::int64_t i = 0; i < values; ++i) value += plan.values[i];

@@ -1,4 +1,4 @@
-// The difference estimators in two launches; the formulas stand in csrc/cpu/estimator.cpp.
+// The estimators in two launches; the formulas stand in csrc/cpu/estimator.cpp.
 //
 //   step         state, gradient and a block's part of the loss   means, target, state in and out
 //   finish_step  the loss, in float64 and a fixed order; steps += 1 for classes that are present
@@ -9,7 +9,7 @@
 namespace dpmmd::cuda {
 namespace {
 
-using Estimator = Difference::Estimator;
+using Kind = Estimator::Kind;
 
 constexpr int columns_a_block = threads * 4;
 constexpr double beta1 = 0.9, beta2 = 0.999;
@@ -22,7 +22,7 @@ struct Step {
     Index rows, num_classes, columns, blocks;
     double decay, log_decay, log_beta1, log_beta2;
     float rate, slope;
-    Estimator estimator;
+    Kind kind;
     bool update, aligned;
 };
 
@@ -38,7 +38,7 @@ __device__ inline float step_of(const Step& p, Index row, Index column, Correcti
     load_floats<aligned>(p.means + at, column, p.columns, means);
     load_floats<aligned>(p.target + at, column, p.columns, target);
     float value = 0;
-    if (p.estimator == Estimator::batch) {
+    if (p.kind == Kind::batch) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const float d = target[i] - means[i];
@@ -50,7 +50,7 @@ __device__ inline float step_of(const Step& p, Index row, Index column, Correcti
     }
     load_floats<aligned>(p.estimate + at, column, p.columns, v);
     if (p.update) {
-        if (p.estimator == Estimator::ema) {
+        if (p.kind == Kind::ema) {
             const auto keep = static_cast<float>(p.decay);
             const auto follow = static_cast<float>(1 - p.decay);
 #pragma unroll
@@ -79,7 +79,7 @@ __device__ inline float step_of(const Step& p, Index row, Index column, Correcti
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        if (p.estimator == Estimator::ema) v[i] /= correction.first;
+        if (p.kind == Kind::ema) v[i] /= correction.first;
         gradient[i] = -v[i];
         // Past the last column all are 0.
         value += v[i] * (target[i] - means[i]);
@@ -96,11 +96,11 @@ __global__ void __launch_bounds__(threads) step(const __grid_constant__ Step p) 
     for (Index row = blockIdx.y; row < p.rows; row += gridDim.y) {
         const Index k = row % p.num_classes;
         const bool present = p.counts[k] > 0;
-        if (threadIdx.x == 0 && present && p.estimator != Estimator::batch) {
+        if (threadIdx.x == 0 && present && p.kind != Kind::batch) {
             // finish_step counts this step only after all blocks have read the number.
             const double steps = static_cast<double>(p.steps[k]) + (p.update ? 1 : 0);
             const double taken = steps > 1 ? steps : 1;
-            if (p.estimator == Estimator::ema) {
+            if (p.kind == Kind::ema) {
                 correction.first = static_cast<float>(-expm1(taken * p.log_decay));
             } else {
                 correction.first = static_cast<float>(-expm1(taken * p.log_beta1));
@@ -152,20 +152,20 @@ __global__ void __launch_bounds__(threads) finish_step(const __grid_constant__ S
     }
 }
 
-Index count_values(const Difference& e) {
+Index count_values(const Estimator& e) {
     return e.moments * e.num_classes * blocks_of(e.columns, columns_a_block);
 }
 
 }  // namespace
 
-std::size_t difference_workspace(const Difference& e) {
+std::size_t estimator_workspace(const Estimator& e) {
     Arrays arrays(nullptr);
     arrays.take<double>(count_values(e));
     return arrays.used();
 }
 
-int difference(const Difference& e, Stream stream) {
-    if (e.workspace_bytes < difference_workspace(e)) {
+int estimator(const Estimator& e, Stream stream) {
+    if (e.workspace_bytes < estimator_workspace(e)) {
         return static_cast<int>(Status::workspace_too_small);
     }
     const auto address = [](const void* p) { return reinterpret_cast<std::uintptr_t>(p); };
@@ -193,15 +193,15 @@ int difference(const Difference& e, Stream stream) {
     p.log_beta2 = std::log(beta2);
     p.rate = static_cast<float>(e.rate);
     p.slope = static_cast<float>(2 / e.numbers);
-    p.estimator = e.estimator;
-    p.update = e.update && e.estimator != Estimator::batch;
+    p.kind = e.kind;
+    p.update = e.update && e.kind != Kind::batch;
     p.aligned = (off & 15) == 0 && e.columns % 4 == 0;
     const dim3 grid(static_cast<unsigned>(p.blocks), grid_of(p.rows));
     if (const int error = launch(step, grid, threads, stream, p)) return error;
     return launch(finish_step, dim3(1), threads, stream, p);
 }
 
-int load_difference() {
+int load_estimator() {
     const int error = load_kernel(step);
     return error ? error : load_kernel(finish_step);
 }

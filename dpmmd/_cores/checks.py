@@ -6,6 +6,7 @@ The messages name the argument, say what it is, and what was expected of it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -55,6 +56,21 @@ def check_labels(labels: Tensor, n: int, device: torch.device, place: str | None
     """Refuses labels that are not int64 [n] on a device, which messages call ``place``."""
     if labels.dtype != torch.int64 or labels.shape != (n,) or labels.device != device:
         raise ValueError(f"labels: {brief(labels)}, expected int64 [{n}] on {place or device}.")
+
+
+def check_values(labels: Tensor, num_classes: int) -> None:
+    """Refuses labels out of 0..K-1; on another device than the CPU it is the device that does."""
+    if labels.device.type != "cpu":  # reading the values here would wait for it
+        torch._assert_async(((labels >= 0) & (labels < num_classes)).all())
+    elif labels.numel() and not (int(labels.min()) >= 0 and int(labels.max()) < num_classes):
+        refuse_values(labels, num_classes)
+
+
+def refuse_values(labels: Tensor, num_classes: int) -> NoReturn:
+    raise ValueError(
+        f"labels: values from {int(labels.min())} to {int(labels.max())}, "
+        f"expected 0..{num_classes - 1} (num_classes={num_classes})."
+    )
 
 
 def check_apart(outputs: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> None:

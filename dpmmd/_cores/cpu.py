@@ -9,12 +9,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
+from math import prod
 
 import torch
 from torch import Tensor
 
-from dpmmd._cores.checks import address, brief, check_apart, check_buffer, check_labels, check_sums
-from dpmmd._cores.taps import Taps, empty_gradients, statistics_shape
+from dpmmd._cores import arguments
+from dpmmd._cores.arguments import Buffers
+from dpmmd._cores.checks import (
+    address,
+    brief,
+    check_buffer,
+    check_estimate,
+    check_labels,
+    check_sums,
+    refuse_values,
+)
+from dpmmd._cores.protocol import Core, Saved, Step
+from dpmmd._cores.slot import Slot, written
+from dpmmd._cores.taps import DTYPES, Taps, empty_gradients, statistics_shape
 from dpmmd.bounds import Bound
 
 try:
@@ -34,115 +48,201 @@ STATISTICS = DOTS = 1
 CLASS_SUMS = GRADIENT = 2
 BOTH = 3
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
-_FEATURES = (torch.float32, torch.bfloat16)
-SUMMED = tuple(_TYPES)  # what `bounded_sums` takes
-_ESTIMATORS = {"batch": 0, "ema": 1, "adam": 2}
 _LABEL_OUT_OF_RANGE = 1
 _CPU = torch.device("cpu")
+_NO_RELU = 0.0, 0, 0
 
 
-def _empty(size: Sequence[int]) -> Tensor:
-    """What the core writes: float32 on the CPU, whatever torch's defaults are."""
-    return torch.empty(size, dtype=torch.float32, device="cpu")
+class Native(Core):
+    """The native core; ``threads`` is None for PyTorch's number wherever it is asked for."""
 
+    name = "cpu"
+    summed = tuple(arguments.TYPES)
 
-def forward(
-    features: Sequence[Tensor],
-    labels: Tensor | None,
-    num_classes: int,
-    *,
-    moments: Sequence[int],
-    bound: str,
-    clip: float,
-    joint_weight: float | None,
-    statistics: tuple[Tensor, Tensor] | None = None,
-    phases: int = BOTH,
-    threads: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Class means of bounded moments; see `dpmmd.functional.mean_embedding`.
+    def check(self, origin: str, device: str, dtype: torch.dtype) -> None:
+        if device != "cpu" or dtype not in DTYPES:
+            raise ValueError(
+                f"{origin}='cpu': cannot run {dtype} on {device}; it takes float32 and bfloat16 "
+                "on the CPU. Use 'auto', or convert the tensors."
+            )
+        if missing is not None:
+            raise ValueError(
+                f"{origin}='cpu': dpmmd._native did not load ({missing}). Install dpmmd with "
+                "a C++ compiler at hand, or use 'auto'."
+            )
 
-    Args:
-        statistics: scale and projection, for ``phases=CLASS_SUMS``.
-        phases: STATISTICS leaves means and counts undefined.
-        threads: None for PyTorch's number.
+    def forward(
+        self,
+        features: Sequence[Tensor],
+        labels: Tensor | None,
+        num_classes: int,
+        bound: Bound,
+        slots: Sequence[Slot | None] | None = None,
+        *,
+        statistics: tuple[Tensor, Tensor] | None = None,
+        phases: int = BOTH,
+        threads: int | None = None,
+    ) -> tuple[Tensor, Tensor, Saved]:
+        """As `Core.forward`.
 
-    Returns:
-        means [M, K, D], counts [K], and per norm, image and block of taps scale and projection
-        [N, n, B], all float32. N is 1 for a joint bound, else M; B is 1, or L for per-tap bounds.
-    """
-    taps = Taps(features, _FEATURES, "cpu")
-    n = features[0].shape[0]
-    size = statistics_shape(Bound(tuple(moments), bound, 1.0, joint_weight), n, len(features))
-    if statistics is None:
-        scale, projection = _empty(size), _empty(size)
-    else:
-        scale, projection = statistics
-        check_buffer("scale", scale, size, _CPU)
-        check_buffer("projection", projection, size, _CPU)
-    means = _empty((len(moments), num_classes, taps.dim))
-    counts = _empty((num_classes,))
-    labels = _checked_labels(labels, n)
-    _run(
-        taps, None, labels, num_classes, moments, bound, clip, joint_weight,
-        scale, projection, means, counts, None, None, phases, threads,
-    )  # fmt: skip
-    if phases & CLASS_SUMS:
-        taps.to_columns(means)
-    return means, counts, scale, projection
+        Args:
+            statistics: scale and projection, for ``phases=CLASS_SUMS``.
+            phases: STATISTICS leaves means and counts undefined.
+        """
+        taps = Taps(features, DTYPES, "cpu")
+        size = statistics_shape(bound, taps.n, len(features))
+        if statistics is None:
+            scale, projection = _empty(size), _empty(size)
+        else:
+            scale, projection = statistics
+            check_buffer("scale", scale, size, _CPU)
+            check_buffer("projection", projection, size, _CPU)
+        means = _empty((len(bound.moments), num_classes, taps.dim))
+        counts = _empty((num_classes,))
+        labels = _checked_labels(labels, taps.n)
+        buffers = Buffers(scale, projection, means, counts)
+        images = arguments.images(taps, labels, num_classes)
+        _embed(False, phases, images, bound, buffers, labels, threads)
+        if phases & CLASS_SUMS:
+            taps.to_columns(means)
+        return means, counts, Saved(scale, projection, features[0].new_empty(0, dtype=torch.int32))
 
+    def backward(
+        self,
+        features: Sequence[Tensor],
+        labels: Tensor | None,
+        num_classes: int,
+        bound: Bound,
+        saved: Saved,
+        upstream: Tensor,
+        needed: Sequence[bool],
+        slots: Sequence[Slot | None] | None = None,
+    ) -> list[Tensor]:
+        writes = written(needed, slots)
+        phases = BOTH if slots is None or any(writes) else DOTS
+        gradients, coefficients = self.gradients(
+            features, labels, num_classes, bound, saved, upstream, writes, phases=phases
+        )
+        if slots is not None:
+            factors = saved.scale, saved.projection, coefficients
+            pieces = upstream.split([prod(f.shape[1:]) for f in features], dim=2)
+            for column, (slot, wanted) in enumerate(zip(slots, needed, strict=True)):
+                if slot is None or not wanted:
+                    continue
+                block = column if bound.per_tap else 0
+                scale, projection, own = (f[:, :, block].contiguous() for f in factors)
+                buffers = Buffers(
+                    scale, projection, upstream=pieces[column].contiguous(), coefficients=own
+                )
+                slot.left = partial(
+                    rectified_gradient,
+                    labels=labels,
+                    num_classes=num_classes,
+                    bound=bound,
+                    buffers=buffers,
+                )
+        return gradients
 
-def backward(
-    features: Sequence[Tensor],
-    labels: Tensor | None,
-    num_classes: int,
-    *,
-    moments: Sequence[int],
-    bound: str,
-    joint_weight: float | None,
-    scale: Tensor,
-    projection: Tensor,
-    upstream: Tensor,
-    needed: Sequence[bool] | None = None,
-    coefficients: Tensor | None = None,
-    phases: int = BOTH,
-    threads: int | None = None,
-) -> tuple[list[Tensor], Tensor]:
-    """Gradients of `forward`'s means with respect to the features.
+    def gradients(
+        self,
+        features: Sequence[Tensor],
+        labels: Tensor | None,
+        num_classes: int,
+        bound: Bound,
+        saved: Saved,
+        upstream: Tensor,
+        needed: Sequence[bool],
+        *,
+        coefficients: Tensor | None = None,
+        phases: int = BOTH,
+        threads: int | None = None,
+    ) -> tuple[list[Tensor], Tensor]:
+        """The gradients of `backward`, and the coefficients.
 
-    Args:
-        scale, projection: from `forward`.
-        upstream: float32 [M, K, D], gradient with respect to the means.
-        needed: for which taps; None for all.
-        coefficients: [N, n, B], for ``phases=GRADIENT``.
-        phases: DOTS leaves the gradients undefined.
-
-    Returns:
-        One gradient per tap, with its shape, dtype and memory format (empty where not needed), and
-        the coefficients.
-    """
-    taps = Taps(features, _FEATURES, "cpu")
-    n = features[0].shape[0]
-    size = statistics_shape(Bound(tuple(moments), bound, 1.0, joint_weight), n, len(features))
-    for name, buffer in (("scale", scale), ("projection", projection)):
-        check_buffer(name, buffer, size, _CPU)
-    if coefficients is None:
-        coefficients = _empty(size)
-    else:
-        check_buffer("coefficients", coefficients, size, _CPU)
-    if not upstream.is_contiguous():
+        Args:
+            coefficients: [N, n, B], for ``phases=GRADIENT``.
+            phases: DOTS leaves the gradients undefined.
+        """
+        taps = Taps(features, DTYPES, "cpu")
+        size = statistics_shape(bound, taps.n, len(features))
+        check_buffer("scale", saved.scale, size, _CPU)
+        check_buffer("projection", saved.projection, size, _CPU)
+        if coefficients is None:
+            coefficients = _empty(size)
+        else:
+            check_buffer("coefficients", coefficients, size, _CPU)
         upstream = upstream.contiguous()
-    check_buffer("upstream", upstream, (len(moments), num_classes, taps.dim), _CPU)
-    upstream = taps.from_columns(upstream)
-    if needed is None:
-        needed = [True] * len(taps.tensors)
-    gradients = empty_gradients(taps.tensors, needed)
-    labels = _checked_labels(labels, n)
-    _run(
-        taps, gradients, labels, num_classes, moments, bound, 1.0, joint_weight,
-        scale, projection, None, None, upstream, coefficients, phases, threads,
-    )  # fmt: skip
-    return gradients, coefficients
+        check_buffer("upstream", upstream, (len(bound.moments), num_classes, taps.dim), _CPU)
+        upstream = taps.from_columns(upstream)
+        gradients = empty_gradients(taps.tensors, needed)
+        labels = _checked_labels(labels, taps.n)
+        buffers = Buffers(
+            saved.scale, saved.projection, upstream=upstream, coefficients=coefficients
+        )
+        images = arguments.images(taps, labels, num_classes, gradients)
+        _embed(True, phases, images, bound, buffers, labels, threads)
+        return gradients, coefficients
+
+    def estimate(
+        self,
+        means: Tensor,
+        counts: Tensor,
+        target: Tensor,
+        step: Step,
+        threads: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        means, counts, target = means.contiguous(), counts.contiguous(), target.contiguous()
+        check_estimate(means, counts, target, step.state(), _CPU)
+        value, gradient = _empty(()), _empty(means.shape)
+        told = arguments.estimator(means, counts, target, step, gradient, value)
+        _check_status(_native.estimator(*told, _number(threads)))
+        return value, gradient
+
+    def bounded_sums(
+        self,
+        features: Sequence[Tensor],
+        labels: Tensor,
+        valid: Tensor,
+        limits: Tensor,
+        *,
+        bound: Bound,
+        nonnegative: bool,
+        sums: Tensor,
+        shared: Tensor | None = None,
+        shared_taps: int = 0,
+        threads: int | None = None,
+    ) -> None:
+        taps = Taps(features, self.summed, "cpu", planes=False)
+        check_sums(features, taps.widths, labels, valid, limits, bound, sums, shared, shared_taps)
+        status = _native.bounded_sums(
+            arguments.images(taps, labels, sums.shape[0]),
+            arguments.numbers(bound),
+            nonnegative,
+            shared_taps,
+            tuple(map(address, (valid, limits, sums, shared))),
+            _number(threads),
+        )
+        _check_status(status)
+
+    def slot(self, bound: Bound, dim: int) -> NativeSlot:
+        return NativeSlot(bound, dim)
+
+
+class NativeSlot(Slot):
+    """The slot of the native core, which acts in backward: one pass over f and its gradient.
+
+    Forward is torch's: its convolutions add the bias as they write, and the core's class sums take
+    a row's statistics while it is in the cache.
+    """
+
+    adds_bias = False
+
+    def forward(self, x: Tensor, bias: Tensor | None, ceiling: float | None) -> None:
+        assert bias is None
+        x.relu_() if ceiling is None else x.clamp_(0, ceiling)
+
+
+CORE = Native()
 
 
 def rectified_gradient(
@@ -151,217 +251,75 @@ def rectified_gradient(
     ceiling: float | None,
     labels: Tensor | None,
     num_classes: int,
-    *,
-    moments: Sequence[int],
-    joint_weight: float | None,
-    scale: Tensor,
-    projection: Tensor,
-    coefficients: Tensor,
-    upstream: Tensor,
+    bound: Bound,
+    buffers: Buffers,
     threads: int | None = None,
 ) -> Tensor:
     """Gradient of the input of the ReLU that a tap f comes from: (incoming + E) [0 < f < ceiling].
 
-    E is what `backward` would write for this tap.
+    E is what `Native.backward` would write for this tap.
 
     Args:
         tap: f, [n, C, H, W], channels-last.
         incoming: what reaches f from elsewhere, with its shape and dtype; None: nothing.
         ceiling: of the ReLU; None: it has none.
-        scale, projection, coefficients: [N, n], from `forward` and from ``phases=DOTS``.
-        upstream: [M, K, C H W], this tap's columns of the gradient with respect to the means.
+        buffers: scale, projection and coefficients [N, n]; upstream [M, K, C H W], this tap's
+            columns of the gradient with respect to the means.
 
     Returns:
         A new tensor like f.
     """
-    piece = Taps([tap], _FEATURES, "cpu", planes=False)
-    n, columns = tap.shape[0], piece.widths[0]
-    factors = {"scale": scale, "projection": projection, "coefficients": coefficients}
-    size = (1 if joint_weight is not None else len(moments), n)
-    for name, buffer in factors.items():
-        check_buffer(name, buffer, size, _CPU)
-    check_buffer("upstream", upstream, (len(moments), num_classes, columns), _CPU)
+    taps = Taps([tap], DTYPES, "cpu", planes=False)
+    for name in ("scale", "projection", "coefficients"):
+        check_buffer(name, getattr(buffers, name), (bound.norms, taps.n), _CPU)
+    size = len(bound.moments), num_classes, taps.dim
+    check_buffer("upstream", buffers.upstream, size, _CPU)  # type: ignore[arg-type]
     if ceiling is not None and not ceiling > 0:
         raise ValueError(f"ceiling={ceiling!r}: expected None or a number > 0.")
     if incoming is not None:
         if incoming.shape != tap.shape or incoming.dtype != tap.dtype:
             raise ValueError(f"incoming: {brief(incoming)}, expected it like tap: {brief(tap)}.")
-        incoming = Taps([incoming], _FEATURES, "cpu", planes=False).tensors[0]
+        incoming = Taps([incoming], DTYPES, "cpu", planes=False).tensors[0]
     top = torch.tensor(float("inf") if ceiling is None else ceiling, dtype=tap.dtype).item()
-    out = torch.empty_like(piece.tensors[0], memory_format=torch.preserve_format)
-    _run(
-        piece, [out], _checked_labels(labels, n), num_classes, moments, "sphere", 1.0,
-        joint_weight, scale, projection, None, None, upstream, coefficients, GRADIENT, threads,
-        top, incoming,
-    )  # fmt: skip
+    out = torch.empty_like(taps.tensors[0], memory_format=torch.preserve_format)
+    labels = _checked_labels(labels, taps.n)
+    images = arguments.images(taps, labels, num_classes, [out])
+    relu = top, address(incoming), 0 if incoming is None else incoming.stride(0)
+    _embed(True, GRADIENT, images, bound, buffers, labels, threads, relu)
     return out
 
 
-def _run(
-    taps: Taps,
-    gradients: Sequence[Tensor] | None,
-    labels: Tensor | None,
-    num_classes: int,
-    moments: Sequence[int],
-    bound: str,
-    clip: float,
-    joint_weight: float | None,
-    scale: Tensor,
-    projection: Tensor,
-    means: Tensor | None,
-    counts: Tensor | None,
-    upstream: Tensor | None,
-    coefficients: Tensor | None,
+def _embed(
+    is_backward: bool,
     phases: int,
+    images: arguments.Images,
+    bound: Bound,
+    buffers: Buffers,
+    labels: Tensor | None,
     threads: int | None,
-    ceiling: float = 0.0,
-    incoming: Tensor | None = None,
+    relu: tuple[float, int, int] = _NO_RELU,
 ) -> None:
     status = _native.mean_embedding(
-        upstream is not None,
+        is_backward,
         phases,
-        taps.for_native(gradients),
-        _TYPES[taps.tensors[0].dtype],
-        taps.tensors[0].shape[0],
-        address(labels),
-        num_classes,
-        sum(moments),  # the bits of (1,), (2,) and (1, 2)
-        bound.startswith("ball"),
-        bound.endswith("-per-tap"),
-        joint_weight is not None,
-        clip,
-        1.0 if joint_weight is None else joint_weight,
-        address(scale),
-        address(projection),
-        address(means),
-        address(counts),
-        address(upstream),
-        address(coefficients),
-        ceiling,
-        address(incoming),
-        0 if incoming is None else incoming.stride(0),
-        torch.get_num_threads() if threads is None else threads,
+        images,
+        arguments.numbers(bound),
+        buffers.addresses(),
+        relu,
+        _number(threads),
     )
     if status == _LABEL_OUT_OF_RANGE and labels is not None:
-        raise ValueError(
-            f"labels: values from {int(labels.min())} to {int(labels.max())}, "
-            f"expected 0..{num_classes - 1} (num_classes={num_classes})."
-        )
+        refuse_values(labels, images[-1])
     _check_status(status)
 
 
-def difference(
-    means: Tensor,
-    counts: Tensor,
-    target: Tensor,
-    *,
-    estimator: str = "batch",
-    estimate: Tensor | None = None,
-    steps: Tensor | None = None,
-    first_moment: Tensor | None = None,
-    second_moment: Tensor | None = None,
-    decay: float = 0.0,
-    lr: float = 0.0,
-    numbers: int | None = None,
-    update: bool = True,
-    threads: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Loss of a difference estimator and its gradient in ``means``; moves the state in place.
-
-    See `dpmmd.functional.mmd_loss`, `ema_loss` and `adam_loss`. All tensors are float32 and
-    contiguous: means, target, estimate, first_moment, second_moment [M, K, D]; counts, steps [K].
-
-    Returns:
-        A scalar and [M, K, D].
-    """
-    shape = tuple(means.shape)
-    means, counts, target = means.contiguous(), counts.contiguous(), target.contiguous()
-    inputs = {"means": means, "target": target}
-    named = {"estimate": estimate, "first_moment": first_moment, "second_moment": second_moment}
-    states = {name: state for name, state in named.items() if state is not None}
-    for name, buffer in (inputs | states).items():
-        check_buffer(name, buffer, shape, _CPU)
-    check_buffer("counts", counts, shape[1:2], _CPU)
-    if steps is not None:
-        check_buffer("steps", steps, shape[1:2], _CPU)
-        states["steps"] = steps
-    check_apart(states, inputs | {"counts": counts})
-    value, gradient = _empty(()), _empty(shape)
-    status = _native.difference(
-        _ESTIMATORS[estimator],
-        update,
-        shape[0],
-        shape[1],
-        shape[2],
-        address(means),
-        address(counts),
-        address(target),
-        address(estimate),
-        address(first_moment),
-        address(second_moment),
-        address(steps),
-        decay,
-        lr,
-        float(means.numel() if numbers is None else numbers),
-        address(gradient),
-        address(value),
-        torch.get_num_threads() if threads is None else threads,
-    )
-    _check_status(status)
-    return value, gradient
+def _empty(size: Sequence[int]) -> Tensor:
+    """What the core writes: float32 on the CPU, whatever torch's defaults are."""
+    return torch.empty(size, dtype=torch.float32, device="cpu")
 
 
-def bounded_sums(
-    features: Sequence[Tensor],
-    labels: Tensor,
-    valid: Tensor,
-    limits: Tensor,
-    *,
-    bound: Bound,
-    nonnegative: bool,
-    sums: Tensor,
-    shared: Tensor | None = None,
-    shared_taps: int = 0,
-    threads: int | None = None,
-) -> None:
-    """Adds the bounded integer vectors of a batch to int64 class sums: `PrivateSums.add` exactly.
-
-    What the images hold never raises: rows that are not valid, whose label is not in 0..K-1, whose
-    limit is not in 1..2^30 or which fail the certificate add nothing.
-
-    Args:
-        features: L tensors [n, ...], float32, bfloat16 or float64.
-        labels: int64 [n].
-        valid: bool [n].
-        limits: int64 [n], greatest norm of each image's vector in grid units.
-        bound, nonnegative: as `dpmmd.privacy.sums.PrivateSums.add`.
-        sums: int64 [K, M D'], D' the columns of the taps that are not shared; added to.
-        shared: int64 [1, M (D - D')], added to whatever the label; None where ``shared_taps`` is 0.
-        shared_taps: how many leading taps are shared by all classes.
-    """
-    taps = Taps(features, _TYPES, "cpu", planes=False)
-    n = features[0].shape[0]
-    check_sums(features, taps.widths, labels, valid, limits, bound, sums, shared, shared_taps)
-    status = _native.bounded_sums(
-        taps.for_native(),
-        _TYPES[features[0].dtype],
-        n,
-        address(labels),
-        sums.shape[0],
-        address(valid),
-        address(limits),
-        bound.bits,
-        bound.ball,
-        bound.per_tap,
-        nonnegative,
-        bound.clip,
-        bound.weight,
-        shared_taps,
-        address(sums),
-        address(shared),
-        torch.get_num_threads() if threads is None else threads,
-    )
-    _check_status(status)
+def _number(threads: int | None) -> int:
+    return torch.get_num_threads() if threads is None else threads
 
 
 def _checked_labels(labels: Tensor | None, n: int) -> Tensor | None:

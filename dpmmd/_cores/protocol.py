@@ -79,6 +79,7 @@ class Core(Protocol):
 
     def check(self, origin: str, device: str, dtype: torch.dtype) -> None:
         """Raises a ValueError, which starts with ``origin``, if it cannot run such tensors."""
+        return
 
     def forward(
         self,

@@ -23,15 +23,16 @@ class Slot:
     Attributes:
         adds_bias: whether `forward` adds the bias of the layer before, or gets it added.
         squares: for each moment the sums of f^2 or f^4, [n]; from the ReLU.
-        gradient: rows of f [n, d] -> E [n, d]; from the mean embedding's backward.
+        left: what makes the gradient of x from the arguments of `backward`; from the mean
+            embedding's backward, None where there was none.
     """
 
     adds_bias = True
+    left: Callable[[Tensor, Tensor | None, float | None], Tensor] | None = None
 
     def __init__(self, bound: Bound, dim: int) -> None:
         self.bound, self.dim = bound, dim
         self.squares: list[Tensor] = []
-        self.gradient: Callable[[Tensor], Tensor] | None = None
 
     def __call__(self, x: Tensor, bias: Tensor | None, ceiling: float | None) -> Tensor:
         """f = min(max(x + bias, 0), ceiling), in the place of x."""
@@ -52,17 +53,16 @@ class Slot:
 
     def backward(self, f: Tensor, incoming: Tensor | None, ceiling: float | None) -> Tensor | None:
         """The gradient of x: (incoming + E) where f is in (0, ceiling)."""
-        total = incoming
-        if self.gradient is not None:
-            n, channels, height, width = f.shape
-            own = self.gradient(rows_of(f))
-            own = own.view(n, height, width, channels).permute(0, 3, 1, 2)
-            total = own if incoming is None else own.add_(incoming)
-            self.gradient = None
-        if total is None:
-            return None
-        passes = f > 0 if ceiling is None else (f > 0) & (f < ceiling)
-        return torch.where(passes, total, 0).to(f.dtype)
+        if self.left is not None:
+            left, self.left = self.left, None
+            return left(f, incoming, ceiling)
+        return None if incoming is None else gated(incoming, f, ceiling)
+
+
+def gated(total: Tensor, f: Tensor, ceiling: float | None) -> Tensor:
+    """``total`` where f is in (0, ceiling), else 0; in the dtype of f."""
+    passes = f > 0 if ceiling is None else (f > 0) & (f < ceiling)
+    return torch.where(passes, total, 0).to(f.dtype)
 
 
 class _Rectify(torch.autograd.Function):

@@ -17,6 +17,8 @@ from torch import Tensor
 from dpmmd._cores.checks import brief
 from dpmmd.bounds import Bound
 
+DTYPES = (torch.float32, torch.bfloat16)  # of the features that all cores but plain torch take
+
 # How the features of one image lie in memory.
 ROWS, PLANES = 0, 1  # in the order of columns; [C, H, W] where columns are [H, W, C]
 

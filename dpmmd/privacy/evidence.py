@@ -32,6 +32,7 @@ MODULES = {
         "dpmmd.privacy.release_file",
     ),
     "which core sums, and its only caller": (
+        "dpmmd._cores.arguments",
         "dpmmd._cores.checks",
         "dpmmd._cores.cpu",
         "dpmmd._cores.taps",
@@ -39,6 +40,7 @@ MODULES = {
     ),
     "sums on a CUDA device, in CUDA C++: the caller": ("dpmmd._cores.cuda",),
     "sums on a CUDA device, in Triton": (
+        "dpmmd._cores.triton",
         "dpmmd.kernels.bounded_sums",
         "dpmmd.kernels.schedule",
         "dpmmd.kernels.table",

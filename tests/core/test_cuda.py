@@ -13,6 +13,7 @@ from torch import Tensor
 import dpmmd
 from dpmmd import backends, functional
 from dpmmd._cores import cpu, cuda
+from dpmmd._cores.protocol import Step
 from dpmmd._cores.taps import empty_gradient
 from dpmmd.bounds import BOUNDS, Bound
 from dpmmd.nn import MMDLoss
@@ -162,18 +163,20 @@ def test_the_same_bits_each_time(emulated: Any) -> None:  # noqa: F811
 @pytest.mark.parametrize("estimator", ["batch", "ema", "adam"])
 @pytest.mark.parametrize("dim", [1, 33, 2048])
 @pytest.mark.parametrize("update", [True, False])
-def test_difference(emulated: Any, estimator: str, dim: int, update: bool) -> None:  # noqa: F811
+def test_estimator(emulated: Any, estimator: str, dim: int, update: bool) -> None:  # noqa: F811
     rng = torch.Generator().manual_seed(0)
     new = [torch.randn(2, 3, dim, generator=rng) for _ in range(5)]
     counts, steps = torch.tensor([2.0, 0.0, 5.0]), torch.tensor([3.0, 1.0, 0.0])
     state: dict[str, Any] = {"estimate": new[2], "steps": steps} if estimator != "batch" else {}
     if estimator == "adam":
         state |= {"first_moment": new[3], "second_moment": new[4].square()}
-    options = {"estimator": estimator, "decay": 0.9, "lr": 1e-2, "update": update}
+    options = {"decay": 0.9, "lr": 1e-2, "update": update}
     ours, theirs = copy.deepcopy(state), copy.deepcopy(state)
     for _ in range(2):
-        found = cuda.difference(new[0], counts, new[1], **options, **ours)
-        expected = cpu.difference(new[0], counts, new[1], **options, **theirs)
+        found, expected = (
+            core.estimate(new[0], counts, new[1], Step(estimator, **options, **own))
+            for core, own in ((cuda.CORE, ours), (cpu.CORE, theirs))
+        )
         torch.testing.assert_close(found, expected, rtol=2e-5, atol=1e-5)
     torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=1e-6)
 
@@ -210,7 +213,7 @@ def test_integer_sums_are_the_definition_bit_for_bit(
             truth.add(fs, labels, valid, limits, **options)
         sums = torch.zeros(4, columns[0], dtype=torch.int64)
         row = torch.zeros(1, columns[1], dtype=torch.int64) if shared else None
-        cuda.bounded_sums(fs, labels, valid, limits, sums=sums, shared=row, **options)
+        cuda.CORE.bounded_sums(fs, labels, valid, limits, sums=sums, shared=row, **options)
         expected, expected_row = truth.take()
         assert expected.any()
         assert torch.equal(sums, expected)
@@ -233,7 +236,7 @@ def test_integer_sums_of_hostile_images(
     valid = torch.ones(17, dtype=torch.bool)
     valid[[7, 9]] = False
     ours, expected = cpu_sums.both(
-        fs, cpu_sums.labels(17, 3), valid, 3, core=cuda,
+        fs, cpu_sums.labels(17, 3), valid, 3, core=cuda.CORE,
         bound=Bound(moments, bound, 2.5, 0.3), nonnegative=True,
     )  # fmt: skip
     assert torch.equal(ours, expected)
@@ -244,7 +247,7 @@ def test_integer_sums_of_hostile_images(
 def test_integer_sums_of_extreme_joint_weights(emulated: Any, weight: float) -> None:  # noqa: F811
     ours, expected = cpu_sums.both(
         cpu_sums.rows(9, [40, 3], torch.float32), cpu_sums.labels(9, 2),
-        torch.ones(9, dtype=torch.bool), 2, core=cuda,
+        torch.ones(9, dtype=torch.bool), 2, core=cuda.CORE,
         bound=Bound((1, 2), "sphere", 1.0, weight), nonnegative=True,
     )  # fmt: skip
     assert torch.equal(ours, expected)
@@ -252,7 +255,7 @@ def test_integer_sums_of_extreme_joint_weights(emulated: Any, weight: float) -> 
 
 
 def test_integer_sums_by_limit_label_and_validity(emulated: Any) -> None:  # noqa: F811
-    cpu_sums.check_limits_labels_and_validity(cuda)
+    cpu_sums.check_limits_labels_and_validity(cuda.CORE)
 
 
 def test_a_whole_release_has_the_same_integers(emulated: Any) -> None:  # noqa: F811
@@ -388,7 +391,6 @@ def test_first_use_where_it_cannot_be(
 
 def test_bad_arguments_never_reach_a_kernel(emulated: Any) -> None:  # noqa: F811
     fs = features(EVEN, n=4)
-    kind: dict[str, Any] = {"moments": (1,), "bound": "sphere", "clip": 1.0, "joint_weight": None}
     meta = torch.zeros(4, 64, device="meta")
     for bad, phrase in (
         ([], "expected at least one tap"),
@@ -400,21 +402,18 @@ def test_bad_arguments_never_reach_a_kernel(emulated: Any) -> None:  # noqa: F81
         ([fs[0][:, 0, 0, 0]], "at least 2-d"),
     ):
         with pytest.raises(ValueError, match=phrase):
-            cuda.forward(bad, None, 1, **kind)
+            cuda.CORE.forward(bad, None, 1, Bound())
     for labels in (torch.zeros(3, dtype=torch.int64), torch.zeros(4), LABELS[:4].to("meta")):
         with pytest.raises(ValueError, match=r"labels: .*expected int64"):
-            cuda.forward(fs, labels, 4, **kind)
+            cuda.CORE.forward(fs, labels, 4, Bound())
     x = torch.zeros(1, 2, 3)
     with pytest.raises(ValueError, match=r"target: .*expected torch.float32"):
-        cuda.difference(x, torch.ones(2), x.double())
+        cuda.CORE.estimate(x, torch.ones(2), x.double(), Step())
+    y, steps, turned = x.clone(), torch.zeros(2), torch.zeros(1, 3, 2).transpose(1, 2)
     with pytest.raises(ValueError, match="estimate: shares memory with target"):
-        cuda.difference(x, torch.ones(2), y := x.clone(), estimator="ema", estimate=y,
-                         steps=torch.zeros(2))  # fmt: skip
+        cuda.CORE.estimate(x, torch.ones(2), y, Step("ema", y, steps))
     with pytest.raises(ValueError, match="not contiguous"):
-        cuda.difference(
-            x, torch.ones(2), x, estimator="ema", estimate=torch.zeros(1, 3, 2).transpose(1, 2),
-            steps=torch.zeros(2),
-        )  # fmt: skip
+        cuda.CORE.estimate(x, torch.ones(2), x, Step("ema", turned, steps))
 
 
 def test_two_devices_are_told_apart() -> None:
@@ -434,6 +433,5 @@ def test_a_kernel_that_cannot_be_launched(emulated: Any, monkeypatch: pytest.Mon
         cuda_mean_embedding = staticmethod(lambda *_: -719)
 
     monkeypatch.setattr(cuda, "_native", Failing)
-    kind: dict[str, Any] = {"moments": (1,), "bound": "sphere", "clip": 1.0, "joint_weight": None}
     with pytest.raises(RuntimeError, match=r"unspecified launch failure \(CUDA error 719\)"):
-        cuda.forward(features(EVEN), None, 1, **kind)
+        cuda.CORE.forward(features(EVEN), None, 1, Bound())

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dpmmd import functional, reference
 from dpmmd._cores import cpu
+from dpmmd._cores.protocol import Step
 
 pytestmark = pytest.mark.skipif(cpu.missing is not None, reason="dpmmd._native is not built")
 
@@ -96,10 +97,8 @@ def test_same_bits_for_any_number_of_threads(estimator: str) -> None:
         state = {name: value.clone() for name, value in state.items()}
         for step in range(2):
             means, counts, target = problem(shape, step)
-            out = cpu.difference(
-                means, counts, target, estimator=estimator, decay=0.9, lr=1e-2, threads=threads,
-                **state,
-            )  # fmt: skip
+            moved = Step(estimator, decay=0.9, lr=1e-2, **state)
+            out = cpu.CORE.estimate(means, counts, target, moved, threads=threads)
         results.append([*out, *state.values()])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

@@ -24,15 +24,16 @@ RECTIFIED, WITH_INCOMING, WITH_CEILING = 1, 2, 4
 
 
 @triton.jit
-def load_norms(scale, coefficients, norm, live, NORMS: tl.constexpr):
-    """s_1, e_1, s_2 and e_2 of images [ROWS]; one norm for both moments, or two ``norm`` apart."""
-    one = tl.load(scale, mask=live, other=0.0)
-    e_one = tl.load(coefficients, mask=live, other=0.0)
+def load_norms(scale, coefficients, at, n, blocks, live, NORMS: tl.constexpr):
+    """s_1, e_1, s_2 and e_2 at entries [ROWS] of the first norm; the moments may share one."""
+    one = tl.load(scale + at, mask=live, other=0.0)
+    e_one = tl.load(coefficients + at, mask=live, other=0.0)
     two = one
     e_two = e_one
     if NORMS == 2:
-        two = tl.load(scale + norm, mask=live, other=0.0)
-        e_two = tl.load(coefficients + norm, mask=live, other=0.0)
+        at += n.to(tl.int64) * blocks
+        two = tl.load(scale + at, mask=live, other=0.0)
+        e_two = tl.load(coefficients + at, mask=live, other=0.0)
     return one, e_one, two, e_two
 
 
@@ -101,8 +102,7 @@ def gradient_kernel(
         images = image_at(schedule, first + row, live, LABELLED).to(tl.int64)
         at = images * blocks + number * PER_TAP
         share = 1.0 / count.to(tl.float32)
-        norm = n.to(tl.int64) * blocks
-        one, e_one, two, e_two = load_norms(scale + at, coefficients + at, norm, live, NORMS)
+        one, e_one, two, e_two = load_norms(scale, coefficients, at, n, blocks, live, NORMS)
         used = (one != 0) | (two != 0)
         if RECTIFIED:
             value = load_tile(pointer, stride, images, live, rest, BLOCK)

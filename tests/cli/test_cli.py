@@ -509,7 +509,7 @@ def test_a_run_spends_once(call: Call, folder: Path) -> None:
 def test_an_interrupted_run_resumes_to_the_same_set(
     call: Call, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, advance = folder / "run", training._Run.advance
+    out, advance = folder / "run", training.state.Run.advance
     text = (folder / "mine.toml").read_text().replace("[evaluate]", "")
     (folder / "mine.toml").write_text(text)
 
@@ -519,7 +519,7 @@ def test_an_interrupted_run_resumes_to_the_same_set(
         return advance(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training._Run, "advance", interrupted)
+        patch.setattr(training.state.Run, "advance", interrupted)
         result = call("run", folder / "mine.toml", "--out", out, "--json")
     assert result.code == 130
     assert result.out == ""

@@ -192,11 +192,11 @@ def release(
     replace-one --num-classes 2 --image-size 64 --encoder-size 64`
     """
     import dpmmd
+    from dpmmd.devices import choose_device
     from dpmmd.distributed import join
     from dpmmd.files import expanded, refuse_existing
     from dpmmd.privacy import Ledger
     from dpmmd.privacy.report import facts
-    from dpmmd.run import choose_device
 
     out = expanded(out)
     refuse_existing(out)
@@ -341,8 +341,8 @@ def train(
     import dpmmd
     from dpmmd import recipe as recipes
     from dpmmd import train as training
+    from dpmmd.devices import choose_device
     from dpmmd.distributed import join
-    from dpmmd.run import choose_device
 
     where = choose_device(device)
     settings, _ = recipes.read(recipe)
@@ -425,6 +425,7 @@ def sample(
     from dpmmd import export
     from dpmmd import run as runs
     from dpmmd import train as training
+    from dpmmd.devices import choose_device
     from dpmmd.files import expanded, refuse_unwritable
 
     out, checkpoint = expanded(out), expanded(checkpoint)
@@ -436,7 +437,7 @@ def sample(
     picture, card = out.with_suffix(".png"), out.with_suffix(".md")
     for path in (out, picture, card):
         refuse_unwritable(path, overwrite=overwrite)
-    where = runs.choose_device(device)
+    where = choose_device(device)
     trained = training.load_generator(checkpoint)
     origin = runs.release_of(checkpoint, release)
     trained.generator.to(where)
@@ -543,10 +544,12 @@ def evaluate(
     """
     from dpmmd import recipe as recipes
     from dpmmd import run as runs
+    from dpmmd.devices import choose_device
+    from dpmmd.evaluate import check_classifiers
 
     if num_classes is None and features is None:
         raise ValueError("give --num-classes, to train classifiers, or --features, or both.")
-    where = runs.choose_device(device)
+    where = choose_device(device)
     options = {
         "image_size": image_size,
         "channels": channels,
@@ -561,7 +564,7 @@ def evaluate(
             "seeds": _integers("--seeds", seeds),
         },
     )
-    runs.check_classifiers(settings.classifiers)
+    check_classifiers(settings.classifiers)
     compared = None
     against: tuple[str, ...] = ()
     if features is not None:
@@ -684,7 +687,7 @@ def plan(
     """
     from dpmmd import plan as planning
     from dpmmd import recipe as recipes
-    from dpmmd.run import choose_device
+    from dpmmd.devices import choose_device
 
     where = choose_device(device)
     settings, _ = recipes.read(recipe)
@@ -993,8 +996,8 @@ def _audit_source(
     **options: Any,
 ) -> None:
     import dpmmd
+    from dpmmd.devices import choose_device
     from dpmmd.privacy.pipeline import NOTICE
-    from dpmmd.run import choose_device
 
     where = choose_device(device)
     loaded = dpmmd.encoders.load(encoder, image_size=encoder_size, weights=weights).to(where)

@@ -23,6 +23,7 @@ import dpmmd
 from dpmmd import cli
 from dpmmd import run as runs
 from dpmmd import train as training
+from dpmmd.devices import choose_device
 from dpmmd.privacy import Release
 from dpmmd.privacy.printed import up
 
@@ -864,7 +865,7 @@ def test_bad_input_is_refused_before_private_data_are_opened(
     def opened(*_: object, **__: object) -> None:
         raise AssertionError("private data were opened")
 
-    monkeypatch.setattr(runs, "open_source", opened)
+    monkeypatch.setattr(runs.job, "open_source", opened)
     text = (folder / "mine.toml").read_text()
     assert old in text
     if "'unbiased'" in phrases[0]:
@@ -1120,10 +1121,10 @@ def test_a_device_that_cannot_be_used_is_refused_first(
 
 
 def test_a_named_device_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert runs.choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-    assert runs.choose_device("cpu").type == "cpu"
+    assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert choose_device("cpu").type == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert runs.choose_device("auto").type == "cuda"
+    assert choose_device("auto").type == "cuda"
 
 
 def test_wrong_use_is_told_in_a_few_lines(call: Call) -> None:

@@ -71,7 +71,7 @@ def one(pixels: int, batch: int, budget: int, steps: int) -> dict[str, Any]:
         make = plan.make
         plan.make = lambda *a, **k: made.append(make(*a, **k)) or made[-1]  # type: ignore[func-returns-value]
     else:
-        generator = dpmmd.train.build_generator(look, None)
+        generator = dpmmd.generators.build(**look.arguments(), num_classes=None)
         statement = {key: getattr(release.metadata, key) for key in plan.STATEMENT}
         guess = plan.make("1TiB", encoder, generator, statement, settings).whole
         row["predicted"] = {"peak": guess[0], "seconds": guess[1]}

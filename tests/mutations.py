@@ -39,7 +39,6 @@ ITEMS = "dpmmd/data/items.py"
 DATASET = "dpmmd/data/dataset.py"
 DRAWS = "dpmmd/data/draws.py"
 PIXELS = "dpmmd/data/pixels.py"
-TRAIN = "dpmmd/train/state.py"
 CHECKPOINT = "dpmmd/train/checkpoint.py"
 PARTIAL = "dpmmd/privacy/partial.py"
 _RANKS = "tests/privacy/test_ranks.py"
@@ -1289,7 +1288,13 @@ MUTATIONS = (
     Mutation(
         "stamp-lost-in-the-checkpoint",
         "the checkpoint of a release stamped NOT PRIVATE says that it is private",
-        (Edit(TRAIN, '"private": self.metadata.private,', '"private": True,'),),
+        (
+            Edit(
+                CHECKPOINT,
+                '"private": _Field(lambda task, _: task.release.metadata.private)',
+                '"private": _Field(lambda task, _: True)',
+            ),
+        ),
         ("tests/train/test_train.py::test_the_stamp_is_carried_on",),
     ),
     Mutation(

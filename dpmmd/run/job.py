@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpmmd import encoders, metrics, plan, recipe, train
+from dpmmd import encoders, generators, metrics, plan, recipe, train
 from dpmmd.data import open_source
-from dpmmd.devices import choose_device
+from dpmmd.devices import choose_device, device_of
 from dpmmd.encoders import Encoder
 from dpmmd.errors import RunError
 from dpmmd.evaluate import check_classifiers
@@ -88,8 +88,12 @@ def run(
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{out}: exists and is not a run folder; choose another with --out.")
     _check_before_release(settings, where)
-    encoder = load_encoder(settings.encoder).to(where)
-    selection = None if settings.selection is None else load_encoder(settings.selection).to(where)
+    encoder = encoders.load(**settings.encoder.arguments()).to(where)
+    selection = (
+        None
+        if settings.selection is None
+        else encoders.load(**settings.selection.arguments()).to(where)
+    )
     extractors = []
     if settings.metrics is not None and not (out / "report.json").exists():
         extractors = load_extractors(
@@ -138,18 +142,6 @@ def _check_before_release(settings: recipe.Recipe, device: torch.device) -> None
     check_classifiers(settings.evaluate.classifiers)
 
 
-def load_encoder(settings: recipe.EncoderSection) -> Encoder:
-    """The encoder that a recipe's ``[encoder]`` section describes."""
-    return encoders.load(
-        settings.name,
-        image_size=settings.image_size,
-        taps=settings.taps,
-        pool=settings.pool,
-        weights=settings.weights,
-        precision=settings.precision,
-    )
-
-
 def _release(
     settings: recipe.Recipe,
     encoder: Encoder,
@@ -188,9 +180,11 @@ def _release(
                     "the key or leave it out."
                 )
             generator = settings.generator.completed(source.image_shape)
-            model = train.build_generator(generator, data.num_classes)  # before privacy is spent
+            model = generators.build(
+                **generator.arguments(), num_classes=data.num_classes
+            )  # before privacy is spent
             if (budget := settings.train.memory) is not None:
-                model = model.to(next(p.device for p in encoder.parameters()))
+                model = model.to(device_of(encoder))
                 plan.before_release(settings, budget, encoder, model, source.image_shape[0])
             del model
             side = generator.image_size

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from dpmmd import align, export
+from dpmmd.devices import device_of
 from dpmmd.files import write_atomically
 from dpmmd.privacy import Release
 from dpmmd.train import Trained, sample, sample_grid, save_png
@@ -41,7 +42,7 @@ def write_samples(
         batch_size=batch_size,
         temperature=temperature,
     )
-    device = next(trained.generator.parameters()).device
+    device = device_of(trained.generator)
     classes = trained.class_names
     if classes is None and release is not None:  # trained by a version that kept no names
         classes = release.metadata.class_names

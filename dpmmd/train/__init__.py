@@ -3,8 +3,6 @@
 from dpmmd.train.checkpoint import (
     CHECKPOINT,
     CheckpointError,
-    Trained,
-    build_generator,
     load_checkpoint,
     load_generator,
 )
@@ -12,13 +10,13 @@ from dpmmd.train.graph import is_graphed
 from dpmmd.train.loop import train
 from dpmmd.train.pictures import sample_grid, save_png, tile
 from dpmmd.train.sampling import balanced_labels, sample
+from dpmmd.train.state import Trained
 
 __all__ = [
     "CHECKPOINT",
     "CheckpointError",
     "Trained",
     "balanced_labels",
-    "build_generator",
     "is_graphed",
     "load_checkpoint",
     "load_generator",

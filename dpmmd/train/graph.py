@@ -1,11 +1,12 @@
-"""A whole step as a CUDA graph."""
+"""A whole step as a CUDA graph: where it can be one, how it is captured, what stands against it."""
 
 from __future__ import annotations
 
 import contextlib
 import random
+import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,11 @@ from torch import nn
 from dpmmd.distributed import Team
 from dpmmd.generators import ConvGenerator, DCGANGenerator, ResNetGenerator
 from dpmmd.recipe import TrainSection
+from dpmmd.train.state import State, Task, adam, take_over
+from dpmmd.train.step import Stepper
 
 _GRAPHED_ON = ("cuda",)
+_WARM_UP_STEPS = 3
 
 
 def is_graphed(
@@ -24,6 +28,8 @@ def is_graphed(
     device: torch.device,
     team: Team | None = None,
     generator: nn.Module | None = None,
+    *,
+    planned: bool = False,
 ) -> bool:
     """Whether a step is to be a CUDA graph: if asked for, or with a generator of the package's.
 
@@ -31,6 +37,7 @@ def is_graphed(
 
     Args:
         generator: None, or one of the caller's.
+        planned: whether a memory plan is given, instead of ``settings.memory``.
 
     Raises:
         ValueError: ``settings.graph`` is True where it cannot be.
@@ -45,23 +52,134 @@ def is_graphed(
             f"with the encoder on {device}: only CUDA devices have graphs; move the encoder there, "
             "or leave graph out."
         )
-    elif settings.memory is not None:
+    elif planned or settings.memory is not None:
+        given = "a plan" if planned else f"settings.memory={settings.memory!r}"
         why = (
-            f"with settings.memory={settings.memory!r}: micro-batches are cut on the host, which a "
-            "graph leaves out; choose one of the two."
+            f"with {given}: micro-batches are cut on the host, which a graph leaves out; choose "
+            "one of the two."
         )
     else:
-        return is_ours(generator) if settings.graph is None else settings.graph
+        return _is_ours(generator) if settings.graph is None else settings.graph
     if settings.graph:
         raise ValueError(f"settings.graph=True {why}")
     return False
 
 
-def is_ours(generator: nn.Module | None) -> bool:
+def _is_ours(generator: nn.Module | None) -> bool:
     return generator is None or type(generator) in (ConvGenerator, DCGANGenerator, ResNetGenerator)
 
 
-def state_of_host(module: nn.Module) -> dict[tuple[str, int], Any]:
+def graphed_stepper(task: Task, state: State, model: nn.Module) -> Stepper:
+    """A stepper that replays one graph.
+
+    Where it was not asked for and cannot be, an ordinary one with an ordinary Adam, and a warning.
+
+    Raises:
+        RuntimeError: it was asked for and cannot be.
+    """
+    try:
+        return GraphedStepper(task, state, model)
+    except _CannotCapture as failed:
+        why, cause = failed.why, failed.__cause__
+    if task.settings.graph:
+        raise RuntimeError(
+            f"settings.graph=True: a step cannot be a CUDA graph ({why}). Leave "
+            "nothing of the generator's forward pass to the host, or leave graph out."
+        ) from cause
+    moved = state.optimizer.state_dict()
+    state.optimizer = adam(state.generator, task.settings, task.team.device, graphed=False)
+    take_over(state.optimizer, moved)
+    warnings.warn(
+        f"settings.graph: a step cannot be a CUDA graph ({why}). Its kernels are launched one "
+        "by one, with the same result, but it may take several times as long; graph=False "
+        "silences this.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return Stepper(task, state, model)
+
+
+class _CannotCapture(Exception):
+    def __init__(self, why: str) -> None:
+        super().__init__(why)
+        self.why = why
+
+
+class GraphedStepper(Stepper):
+    """Steps whose work is one graph, recorded when it is made; warming up leaves no trace."""
+
+    def __init__(self, task: Task, state: State, model: nn.Module) -> None:
+        super().__init__(task, state, model)
+        self._replay = self._captured()
+
+    def _run(self) -> None:
+        self._replay()
+        self.state.averaged.n_averaged += 1
+
+    def _average(self) -> None:
+        self.state.averaged.update_on_device(self.state.generator)
+
+    def _captured(self) -> Callable[[], None]:
+        """`_work` as one graph."""
+        device, generator = self.z.device, self.state.generator
+        forget, before = _trace(self.state), _state_of_host(generator)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            warm_up(self._work, device, _WARM_UP_STEPS)
+            try:
+                if not _is_ours(generator):
+                    self._rehearse(device, before)
+                forget()
+                return record(self._work, device)
+            except Exception as error:
+                forget()
+                raise _CannotCapture(_reason(error)) from error
+
+    def _rehearse(self, device: torch.device, before: Mapping[Any, Any]) -> None:
+        """One more step, which raises a RuntimeError if the host takes part in it.
+
+        A replay would leave the host's part out: what it waits for cannot be captured, and what it
+        counts, assigns or draws would stay as it was, without an error.
+
+        Args:
+            before: `_state_of_host` before the warm-up.
+        """
+        with _waiting_refused(device):
+            warm_up(self._work, device, 1)
+        now = _state_of_host(self.state.generator)
+        for key in now.keys() | before.keys():
+            if now.get(key) != before.get(key):
+                raise RuntimeError(f"a forward pass changes {key[0]}")
+
+
+def _trace(state: State) -> Callable[[], None]:
+    """What sets back everything that steps move, in place, but torch's random states."""
+    generator, averaged, optimizer = state.generator, state.averaged.module, state.optimizer
+    held = [
+        *generator.parameters(),
+        *generator.buffers(),
+        *averaged.parameters(),
+        *averaged.buffers(),
+        *state.estimate().values(),
+    ]
+    before = [t.detach().clone() for t in held]
+    moments = {p: {k: v.clone() for k, v in optimizer.state[p].items()} for p in optimizer.state}
+    drawn = random.getstate(), np.random.get_state()  # noqa: NPY002
+
+    @torch.no_grad()
+    def forget() -> None:
+        for tensor, value in zip(held, before, strict=True):
+            tensor.copy_(value)
+        for p, values in optimizer.state.items():
+            for key, tensor in values.items():
+                tensor.copy_(moments[p][key] if p in moments else torch.zeros_like(tensor))
+        optimizer.zero_grad(set_to_none=True)
+        random.setstate(drawn[0])
+        np.random.set_state(drawn[1])  # noqa: NPY002
+
+    return forget
+
+
+def _state_of_host(module: nn.Module) -> dict[tuple[str, int], Any]:
     """Attributes of the modules that are no tensors' values, and where random generators are.
 
     Of numbers, flags and strings the value, of parameters and buffers which they are.
@@ -82,6 +200,15 @@ def state_of_host(module: nn.Module) -> dict[tuple[str, int], Any]:
     return found
 
 
+def _reason(error: BaseException) -> str:
+    """The first error's first line, and where it was; others follow it when a capture ends."""
+    while error.__context__ is not None:
+        error = error.__context__
+    text = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    places = [p for p in traceback.extract_tb(error.__traceback__)[-1:] if p.filename != __file__]
+    return ", ".join([text, *(f"{place.filename}:{place.lineno}" for place in places)])
+
+
 def warm_up(work: Callable[[], None], device: torch.device, steps: int) -> None:
     """Runs steps on a side stream: libraries choose kernels and allocate then."""
     side = torch.cuda.Stream(device)
@@ -94,7 +221,7 @@ def warm_up(work: Callable[[], None], device: torch.device, steps: int) -> None:
 
 
 @contextlib.contextmanager
-def waiting_refused(device: torch.device) -> Iterator[None]:
+def _waiting_refused(device: torch.device) -> Iterator[None]:
     """Within the block operations of PyTorch that wait for a GPU raise a RuntimeError."""
     if device.type != "cuda":
         yield

@@ -17,19 +17,23 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from dpmmd import plan
-from dpmmd.distributed import Team, require_alike
+from dpmmd import plan as planning
+from dpmmd.devices import device_of
+from dpmmd.distributed import Team, replicated, require_alike
 from dpmmd.encoders import Encoder
 from dpmmd.files import expanded, refuse_unwritable
+from dpmmd.generators import build
 from dpmmd.nn import MMDLoss
+from dpmmd.plan import Limits, Plan, Target
 from dpmmd.privacy.release_file import Release
 from dpmmd.recipe import GeneratorSection, TrainSection
-from dpmmd.train.checkpoint import CHECKPOINT, Trained, build_generator, load_checkpoint
-from dpmmd.train.graph import is_graphed
+from dpmmd.train.checkpoint import CHECKPOINT, load_checkpoint, restore, save
+from dpmmd.train.graph import graphed_stepper, is_graphed
 from dpmmd.train.pictures import sample_grid
 from dpmmd.train.sampling import seeded
 from dpmmd.train.selection import Selection
-from dpmmd.train.state import Run, adam, rate, seeded_state
+from dpmmd.train.state import State, Task, Trained, adam
+from dpmmd.train.step import Stepper, rate
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -48,6 +52,7 @@ def train(
     out: str | Path | None = None,
     process_group: ProcessGroup | None = None,
     elastic: bool = False,
+    plan: Plan | None = None,
     progress: bool = True,
 ) -> Trained:
     """Trains a generator to match a release.
@@ -71,6 +76,8 @@ def train(
             gradients go over the whole batch. The first process writes ``out``; the others need not
             see that folder.
         elastic: go on from a checkpoint that another number of processes has written.
+        plan: how a step is done within a memory budget, for a process's part of the batch. None:
+            `dpmmd.plan.make` makes one if there is ``settings.memory``.
         progress: show a progress bar on standard error.
 
     Returns:
@@ -79,75 +86,102 @@ def train(
     Raises:
         CheckpointError: the checkpoint in ``out`` cannot be used.
         ValueError: ``settings.graph=True`` elsewhere than on a CUDA device, over several processes
-            or with ``settings.memory``, a batch of fewer images than processes, or processes that
+            or with a memory budget, a batch of fewer images than processes, or processes that
             were not started alike.
         TypeError: ``generator`` has no attribute ``z_dim``.
         PrivacyError: release and encoder do not belong together.
-        PlanError: ``settings.memory`` is not enough for a step.
+        PlanError: ``settings.memory`` is not enough for a step, or ``plan`` is one for another
+            batch size or device.
         KeyboardInterrupt: after a checkpoint has been written.
     """
     settings = settings or TrainSection()
-    generator_settings = (generator_settings or GeneratorSection()).completed(
-        release.metadata.image_shape
-    )
-    device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
-    team = Team(process_group, device)
-    _check_team(team, release, encoder, settings, generator_settings, selection_encoder)
-    graphed = is_graphed(settings, device, team, generator)
-    num_classes = release.num_classes if release.metadata.labelled else None
-    rng = torch.Generator().manual_seed(settings.seed)
-    if generator is None:
-        with seeded(settings.seed):
-            generator = build_generator(generator_settings, num_classes)
-        record: dict[str, Any] = generator_settings.model_dump(mode="json")
-    else:
-        if not isinstance(getattr(generator, "z_dim", None), int):
-            raise TypeError(
-                f"generator: {type(generator).__qualname__} has no integer attribute z_dim, the "
-                "size of the latent vectors that it takes; set it."
-            )
-        record = {"name": type(generator).__qualname__}
-    generator = generator.to(device).train()
-    planned: dict[str, Any] = {}
-    if settings.memory is not None:
-        statement = {key: getattr(release.metadata, key) for key in plan.STATEMENT}
-        own = settings.model_copy(update={"batch_size": settings.batch_size // team.size})
-        budget, model = settings.memory, generator
-        chosen = team.each(lambda: plan.make(budget, encoder, model, statement, own))
-        if progress and team.rank == 0:
-            print(chosen, file=sys.stderr)
-        planned = {"micro_batch": chosen.micro_batch, "state": chosen.state}
-        if chosen.recompute:
-            generator.recompute = True  # type: ignore[assignment]
+    look = (generator_settings or GeneratorSection()).completed(release.metadata.image_shape)
+    team = Team(process_group, device_of(encoder))
+    _check_team(team, release, encoder, settings, look, selection_encoder)
+    graphed = is_graphed(settings, team.device, team, generator, planned=plan is not None)
+    generator, record = _made(generator, look, release, settings.seed)
+    generator = generator.to(team.device).train()
+    plan = _planned(plan, team, release, encoder, generator, settings)
+    if plan is not None and progress and team.rank == 0:
+        print(plan, file=sys.stderr)
+    limits = Limits.of(plan)
+    if limits.recompute:
+        generator.recompute = True  # type: ignore[assignment]
     loss = MMDLoss(
         release,
         encoder,
         estimator=settings.estimator,
         decay=settings.estimator_decay,
         lr=settings.estimator_lr,
+        micro_batch=limits.encoded,
+        state=limits.state,
         inject=settings.inject,
         process_group=process_group,
-        **planned,
     ).train()
-    optimizer = adam(generator, settings, device, graphed)
+    optimizer = adam(generator, settings, team.device, graphed)
     selection = None
     if selection_encoder is not None:
-        selection = Selection(release, selection_encoder, device)
-        if "micro_batch" in planned:
-            selection.at_once = min(selection.at_once, planned["micro_batch"])
-    run = Run(generator, optimizer, loss, rng, settings, release, record, selection, team, graphed)
+        selection = Selection(release, selection_encoder, team.device, limits)
+    task = Task(release, settings, record, selection is not None, team)
+    state = State(generator, optimizer, loss, settings, team.device)
     folder = None if out is None else expanded(out) / "checkpoints"
     if folder is not None:
-        state = team.from_first(lambda: _found(folder / CHECKPOINT))
-        if state is not None:
-            run.restore(state, elastic=elastic)
-    if run.step < settings.steps:
+        content = team.from_first(lambda: _found(folder / CHECKPOINT))
+        if content is not None:
+            restore(content, task, state, elastic=elastic)
+    if state.step < settings.steps:
         if folder is not None:
             team.from_first(lambda: refuse_unwritable(folder / CHECKPOINT, overwrite=True))
-        run.spread()
         with _compiled([generator, encoder.backbone] if settings.compile else []):
-            _loop(run, device, num_classes, folder, progress)
-    return run.result()
+            _loop(_stepper(task, state, graphed), selection, limits, folder, progress)
+    return state.result(task, limits)
+
+
+def _made(
+    generator: nn.Module | None, look: GeneratorSection, release: Release, seed: int
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The caller's generator, or one built by its settings; and the record of it."""
+    if generator is None:
+        num_classes = release.num_classes if release.metadata.labelled else None
+        with seeded(seed):
+            return build(**look.arguments(), num_classes=num_classes), look.model_dump(mode="json")
+    if not isinstance(getattr(generator, "z_dim", None), int):
+        raise TypeError(
+            f"generator: {type(generator).__qualname__} has no integer attribute z_dim, the "
+            "size of the latent vectors that it takes; set it."
+        )
+    return generator, {"name": type(generator).__qualname__}
+
+
+def _planned(
+    given: Plan | None,
+    team: Team,
+    release: Release,
+    encoder: Encoder,
+    generator: nn.Module,
+    settings: TrainSection,
+) -> Plan | None:
+    """The plan that was given, if it is one for this training, else one for the settings."""
+    own = settings.model_copy(update={"batch_size": settings.batch_size // team.size})
+    if given is not None:
+        team.each(lambda: given.check(own.batch_size, team.device))
+        return given
+    if settings.memory is None:
+        return None
+    budget, target = settings.memory, Target.of(release.metadata)
+    return team.each(lambda: planning.make(budget, encoder, generator, target, own))
+
+
+def _stepper(task: Task, state: State, graphed: bool) -> Stepper:
+    """What does the steps; a capture counts as training."""
+    started, model = perf_counter(), state.generator
+    if (group := task.team.group) is not None:
+        with state.seeded():  # DistributedDataParallel may draw
+            model = replicated(state.generator, group)
+    make = graphed_stepper if graphed else Stepper
+    stepper = make(task, state, model)
+    state.seconds += perf_counter() - started
+    return stepper
 
 
 def _check_team(
@@ -193,48 +227,51 @@ def _compiled(modules: list[nn.Module]) -> Iterator[None]:
 
 
 def _loop(
-    run: Run,
-    device: torch.device,
-    num_classes: int | None,
+    stepper: Stepper,
+    selection: Selection | None,
+    limits: Limits,
     folder: Path | None,
     progress: bool,
 ) -> None:
-    settings, team = run.settings, run.team
+    task, state = stepper.task, stepper.state
+    settings, team = task.settings, task.team
     if team.rank:  # the first process alone writes
         folder, progress = None, False
-    logs = _Logs(None if folder is None else folder.parent / "tensorboard", run.step)
-    started, before = perf_counter(), run.seconds
+    logs = _Logs(None if folder is None else folder.parent / "tensorboard", state.step)
+    started, before = perf_counter(), state.seconds
     bar = tqdm(
         total=settings.steps,
-        initial=run.step,
+        initial=state.step,
         desc="train",
         unit="step",
         disable=not progress,
     )
-    run.prepare(device, num_classes)
-    with bar, logs, seeded_state(run), _deferred_interrupt() as interrupted:
+    with bar, logs, state.seeded(), _deferred_interrupt() as interrupted:
         if team.rank:  # each its own, for dropout in a user's generator
-            torch.manual_seed(settings.seed + 1_000_003 * team.rank + run.step)
+            torch.manual_seed(settings.seed + 1_000_003 * team.rank + state.step)
         stop = False
-        while run.step < settings.steps and not stop:
-            value = run.advance()
+        while state.step < settings.steps and not stop:
+            value = stepper.advance()
             bar.update()
-            due = run.step == settings.steps or run.step % settings.checkpoint_every == 0
+            due = state.step == settings.steps or state.step % settings.checkpoint_every == 0
             # Processes stop at the same step, or those left would wait for the others.
-            if team.size == 1 or run.step % _AGREE_EVERY == 0 or due:
+            if team.size == 1 or state.step % _AGREE_EVERY == 0 or due:
                 stop = team.any(bool(interrupted))
-            if run.step % settings.log_every == 0:
+            generator = state.averaged.module
+            if state.step % settings.log_every == 0:
                 number = value.item()
                 bar.set_postfix(loss=f"{number:.4f}", refresh=False)
-                logs.scalars(run.step, loss=number, lr=rate(settings, run.step - 1))
-            if run.step % settings.grid_every == 0 and logs.active:
-                at_once = settings.batch_size if settings.memory is not None else None
-                logs.grid(run.step, sample_grid(run.averaged.module, num_classes, device, at_once))
-            run.seconds = before + perf_counter() - started
-            if due and run.selection is not None:
-                logs.scalars(run.step, selection=run.compare())
+                logs.scalars(state.step, loss=number, lr=rate(settings, state.step - 1))
+            if state.step % settings.grid_every == 0 and logs.active:
+                grid = sample_grid(generator, task.num_classes, team.device, limits.generated)
+                logs.grid(state.step, grid)
+            state.seconds = before + perf_counter() - started
+            if due and selection is not None:
+                score = selection.score(generator)
+                state.consider(score)
+                logs.scalars(state.step, selection=score)
             if folder is not None and (due or stop):
-                run.save(folder)
+                save(folder, task, state)
     team.wait()  # for the checkpoint
     if stop:
         raise KeyboardInterrupt

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dpmmd.devices import device_of
+from dpmmd.recipe import GENERATED_AT_ONCE
+
 
 @torch.no_grad()
 def sample(
@@ -17,7 +20,7 @@ def sample(
     num_images: int,
     num_classes: int | None,
     *,
-    batch_size: int = 500,
+    batch_size: int = GENERATED_AT_ONCE,
     temperature: float = 1.0,
     alignment: nn.Module | None = None,
     seed: int = 0,
@@ -38,7 +41,7 @@ def sample(
         images uint8 [n, C, H, W] and labels int64 [n] (None if unlabelled).
     """
     rng = torch.Generator().manual_seed(seed)
-    device = next(generator.parameters()).device
+    device = device_of(generator)
     generator.eval()
     parts = []
     bar = tqdm(total=num_images, desc="sample", unit="image", disable=not progress)

@@ -8,21 +8,27 @@ from torch import nn
 from dpmmd.encoders import Encoder
 from dpmmd.functional import mean_embedding
 from dpmmd.nn import check_encoder
+from dpmmd.plan import Limits
 from dpmmd.privacy.release_file import Release
 from dpmmd.train.sampling import sample
+
+_AT_ONCE = 250
 
 
 class Selection:
     """Squared MMD between generated images and the release's noised selection block."""
 
-    def __init__(self, release: Release, encoder: Encoder, device: torch.device) -> None:
+    def __init__(
+        self, release: Release, encoder: Encoder, device: torch.device, limits: Limits
+    ) -> None:
         check_encoder(release, encoder, selection=True)
         target = release.selection_target
         assert target is not None
         self.target, self.encoder = target[None].to(device), encoder  # [1, K, D']
         self.num_classes = release.num_classes
         self.labelled = release.metadata.labelled
-        self.at_once = 250  # images through the encoder; twice as many through the generator
+        # Images through the encoder; twice as many through the generator.
+        self.at_once = min(_AT_ONCE, limits.encoded or _AT_ONCE)
 
     @torch.no_grad()
     def score(self, generator: nn.Module, per_class: int = 200) -> float:

@@ -26,6 +26,7 @@ from dpmmd import train as training
 from dpmmd.devices import choose_device
 from dpmmd.privacy import Release
 from dpmmd.privacy.printed import up
+from dpmmd.train.step import Stepper
 
 pytest.importorskip("sklearn")
 
@@ -510,17 +511,17 @@ def test_a_run_spends_once(call: Call, folder: Path) -> None:
 def test_an_interrupted_run_resumes_to_the_same_set(
     call: Call, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, advance = folder / "run", training.state.Run.advance
+    out, advance = folder / "run", Stepper.advance
     text = (folder / "mine.toml").read_text().replace("[evaluate]", "")
     (folder / "mine.toml").write_text(text)
 
     def interrupted(self: Any, *arguments: Any) -> Any:
-        if self.step == 2:
+        if self.state.step == 2:
             os.kill(os.getpid(), signal.SIGINT)
         return advance(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.state.Run, "advance", interrupted)
+        patch.setattr(Stepper, "advance", interrupted)
         result = call("run", folder / "mine.toml", "--out", out, "--json")
     assert result.code == 130
     assert result.out == ""

@@ -133,7 +133,7 @@ def generator_is_that_of_the_whole_batch(rank: int, world: int) -> None:
     assert dist.group.WORLD is not None
     wrapped = DistributedDataParallel(
         distributed.synchronise_batch_norm(together, dist.group.WORLD),
-        **training.state._BUFFERS_STAY,
+        **distributed.BUFFERS_STAY,
     )
     z, y = torch.randn(N, 5, dtype=torch.float64), torch.arange(N) % 3
     MMDLoss(release, encoder, backend="torch").double()(alone(z, y), y).backward()

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 import dpmmd
 from benches import memory as bench
 from dpmmd import generators, plan
+from dpmmd.bounds import Bound
 from dpmmd.cli import app
 from dpmmd.generators.layers import recomputed
 from dpmmd.plan import PlanError, parse
@@ -25,15 +26,7 @@ from dpmmd.recipe import GeneratorSection, RecipeError, TrainSection, revised
 from tests.conftest import images, no_noise, small_encoder
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-STATEMENT = {
-    "moments": (1, 2),
-    "bound": "sphere",
-    "clip": 1.0,
-    "joint_weight": None,
-    "num_classes": 3,
-    "labelled": True,
-    "shared_taps": 0,
-}
+TARGET = plan.Target(Bound((1, 2)), num_classes=3, labelled=True, shared_taps=0)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +142,7 @@ def test_dropout_in_a_recomputed_block_draws_the_same() -> None:
 
 def small_plan(memory: str, **options: Any) -> plan.Plan:
     settings = TrainSection(batch_size=12, **options)
-    return plan.make(memory, small_encoder(), make_generator(), STATEMENT, settings)
+    return plan.make(memory, small_encoder(), make_generator(), TARGET, settings)
 
 
 @linux
@@ -158,7 +151,7 @@ def test_the_batch_in_one_piece_where_it_fits_and_the_least_where_not() -> None:
     before = {k: v.clone() for k, v in generator.state_dict().items()}
     state = torch.get_rng_state()
     settings = TrainSection(batch_size=12, estimator="adam")
-    roomy = plan.make("1TiB", encoder, generator, STATEMENT, settings)
+    roomy = plan.make("1TiB", encoder, generator, TARGET, settings)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(v, before[k]) for k, v in generator.state_dict().items())
     assert all(p.grad is None for p in generator.parameters())
@@ -168,7 +161,7 @@ def test_the_batch_in_one_piece_where_it_fits_and_the_least_where_not() -> None:
     assert "predicted peak" in str(roomy)
     assert json.loads(json.dumps(roomy.facts()))["whole"]["peak"] == roomy.whole[0]
     with pytest.raises(PlanError, match=r"memory='10MiB': 10 MiB on cpu; the least .* needs is"):
-        plan.make("10MiB", encoder, generator, STATEMENT, settings)
+        plan.make("10MiB", encoder, generator, TARGET, settings)
 
 
 @linux
@@ -298,12 +291,12 @@ release = dpmmd.release((x, np.arange(20) % classes), encoder, epsilon=1.0, delt
                         shared_taps=shared, progress=False)
 look = GeneratorSection(name="resnet", image_size=px, channels=3, base_channels=16)
 make, found, meter = plan.make, [], Meter(torch.device("cpu"))
-def made(memory, encoder, generator, statement, settings):
+def made(memory, encoder, generator, target, settings):
     for _ in range(2):  # what the first leaves behind counts as in use
-        roomy = make("1TiB", encoder, generator, statement, settings)
+        roomy = make("1TiB", encoder, generator, target, settings)
     # Between the least, measured anew and not to the last page, and the batch in one piece.
     budget = 1.02 * roomy.least + float(part) * (roomy.whole[0] - roomy.least)
-    chosen = make(f"{budget / 2**30:.6f}GiB", encoder, generator, statement, settings)
+    chosen = make(f"{budget / 2**30:.6f}GiB", encoder, generator, target, settings)
     meter.settle()
     found.append((chosen, meter.used()))
     meter._reset()

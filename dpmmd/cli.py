@@ -423,6 +423,7 @@ def sample(
     An .npz has x uint8 [n, C, H, W] and y; a folder has a folder of PNGs for each class.
     """
     from dpmmd import export
+    from dpmmd import recipe as recipes
     from dpmmd import run as runs
     from dpmmd import train as training
     from dpmmd.devices import choose_device
@@ -444,14 +445,11 @@ def sample(
     runs.write_samples(
         trained,
         out,
-        num_images,
-        trained.num_classes,
+        recipes.SampleSection(num_images=num_images, temperature=temperature, seed=seed),
         picture=picture,
         card=card,
         release=origin,
         format=chosen,
-        temperature=temperature,
-        seed=seed,
         overwrite=overwrite,
         progress=not quiet,
     )

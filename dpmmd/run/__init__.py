@@ -8,10 +8,10 @@ The folder: ``recipe.toml``, ``release.safetensors``, ``privacy.json``, ``checkp
 from dpmmd.errors import RunError
 from dpmmd.run.evaluation import accuracies, compared, load_extractors, read_sets
 from dpmmd.run.folder import encoders_of, release_of
-from dpmmd.run.job import no_noise, run
+from dpmmd.run.job import run
+from dpmmd.run.noiseless import NO_NOISE_EPSILON, no_noise
 from dpmmd.run.report import (
     EVALUATION_NOTE,
-    NO_NOISE_EPSILON,
     accuracy_rows,
     metric_rows,
     summarise,

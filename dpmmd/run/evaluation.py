@@ -33,6 +33,22 @@ def load_extractors(
     ]
 
 
+def extractors_of(settings: recipe.Recipe, device: torch.device) -> list[metrics.Extractor]:
+    """`load_extractors` for a recipe with a section [metrics]."""
+    if settings.metrics is None:
+        return []
+    # As far as the recipe tells; else the side of the images that the encoder sees.
+    size = settings.generator.image_size or settings.data.image_size or settings.encoder.image_size
+    side = size if isinstance(size, int) else max(size)
+    return load_extractors(settings.metrics, trained_against(settings), side, device)
+
+
+def trained_against(settings: recipe.Recipe) -> tuple[str, ...]:
+    """Names of the encoders that a recipe's generator is trained and selected by."""
+    both = (settings.encoder, settings.selection)
+    return tuple(section.name for section in both if section is not None)
+
+
 def read_sets(
     synthetic: str | Path,
     *,
@@ -131,7 +147,7 @@ def sets_of(settings: recipe.Recipe, synthetic: Path) -> tuple[sets.Sets, str]:
     data = settings.data
     labelled = settings.evaluate is not None
     options = {
-        "test": test_of(settings),
+        "test": real_test(settings),
         "num_classes": data.num_classes if labelled else None,
         **data.options(),
     }
@@ -145,7 +161,7 @@ def sets_of(settings: recipe.Recipe, synthetic: Path) -> tuple[sets.Sets, str]:
         return read_sets(synthetic, real=None, **options), str(error)
 
 
-def test_of(settings: recipe.Recipe) -> tuple[str, str]:
+def real_test(settings: recipe.Recipe) -> tuple[str, str]:
     """Source and split of the real test images."""
     data = settings.data
     return data.test_source or data.source, data.test_split
@@ -153,7 +169,7 @@ def test_of(settings: recipe.Recipe) -> tuple[str, str]:
 
 def check_test(settings: recipe.Recipe, source: ImageSource) -> None:
     """Opens the test images before privacy is spent, and refuses what evaluation would."""
-    where, split = test_of(settings)
+    where, split = real_test(settings)
     test = open_source(where, split=split, **settings.data.options())
     if test.image_shape != source.image_shape:
         raise RunError(

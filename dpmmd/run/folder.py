@@ -1,16 +1,43 @@
-"""A run's folder: what was measured of its stages, and the release that is in it."""
+"""A run's folder: whether a recipe may use it, what was measured, the release that is in it."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
 
+from dpmmd import recipe
 from dpmmd._memory import peak_memory, return_freed_memory
 from dpmmd.errors import RunError
 from dpmmd.files import write_atomically
 from dpmmd.privacy import Release
+from dpmmd.recipe import Recipe
 from dpmmd.train import CHECKPOINT, load_checkpoint
+
+
+def is_new(folder: Path, settings: Recipe) -> bool:
+    """Whether a run in the folder begins, rather than goes on.
+
+    Raises:
+        RunError: the folder holds another recipe's run, or something else.
+    """
+    kept = folder / "recipe.toml"
+    if kept.exists():
+        if recipe.parse(kept.read_text("utf-8"), str(kept)) != settings:
+            raise RunError(
+                f"{folder}: holds a run of another recipe ({kept}). Choose another folder with "
+                "--out, or go on with that recipe."
+            )
+        return False
+    if folder.is_symlink() and not folder.exists():
+        raise RunError(
+            f"{folder}: a link to a folder that is not there; choose another with --out."
+        )
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunError(f"{folder}: exists and is not a run folder; choose another with --out.")
+    return True
 
 
 def release_of(checkpoint: Path, given: Path | None) -> Release | None:
@@ -47,8 +74,13 @@ class Measured:
             kept = json.loads(path.read_text("utf-8"))
             self.seconds, self._peak = kept["seconds"], kept["peak_rss_bytes"]
 
-    def stage(self, name: str) -> _Stage:
-        return _Stage(self, name)
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Times the block, unless it raises."""
+        started = perf_counter()
+        yield
+        self.seconds[name] = perf_counter() - started
+        self.write()
 
     def peak(self) -> int | None:
         """Bytes; None where the system does not tell."""
@@ -60,16 +92,3 @@ class Measured:
         return_freed_memory()  # a stage is done: the next asks for other blocks
         data = {"seconds": self.seconds, "peak_rss_bytes": self.peak()}
         write_atomically(self.path, (json.dumps(data) + "\n").encode(), overwrite=True)
-
-
-class _Stage:
-    def __init__(self, measured: Measured, name: str) -> None:
-        self.measured, self.name = measured, name
-
-    def __enter__(self) -> None:
-        self.started = perf_counter()
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            self.measured.seconds[self.name] = perf_counter() - self.started
-            self.measured.write()

@@ -13,20 +13,13 @@ from dpmmd.errors import RunError
 from dpmmd.files import expanded
 from dpmmd.privacy import Release
 from dpmmd.run.folder import Measured
+from dpmmd.run.noiseless import stated_epsilon
 
 EVALUATION_NOTE = (
     "Accuracies, metrics, run times and memory come from real images: they are not covered by "
     "(epsilon, delta), and publishing them says something about those images."
 )
 _FIGURES = ("frechet_distance", "kid", "precision", "recall", "density", "coverage")
-# What a release without noise is calibrated to: accounting takes nothing larger. It is stamped NOT
-# PRIVATE like every release made with test noise, and its report promises nothing.
-NO_NOISE_EPSILON = 9999.0
-
-
-def stated_epsilon(m: Any) -> float:
-    """The epsilon of a release's metadata; inf where there is no noise."""
-    return math.inf if not m.private and m.epsilon == NO_NOISE_EPSILON else m.epsilon
 
 
 def make_report(
@@ -38,7 +31,7 @@ def make_report(
 ) -> dict[str, Any]:
     m = released.metadata
     privacy = {key: getattr(m, key) for key in ("epsilon", "delta", "mu", "adjacency", "unit")}
-    if math.isinf(stated_epsilon(m)):
+    if math.isinf(stated_epsilon(released)):
         privacy |= {"epsilon": None, "mu": None}  # no noise: there is no number
     return {
         "private": m.private,

@@ -9,6 +9,7 @@ from dpmmd import align, export
 from dpmmd.devices import device_of
 from dpmmd.files import write_atomically
 from dpmmd.privacy import Release
+from dpmmd.recipe import SampleSection
 from dpmmd.train import Trained, sample, sample_grid, save_png
 
 _FITTED = 20_000  # images that an alignment is fitted to
@@ -17,16 +18,12 @@ _FITTED = 20_000  # images that an alignment is fitted to
 def write_samples(
     trained: Trained,
     path: Path,
-    num_images: int,
-    num_classes: int | None,
+    settings: SampleSection,
     *,
     picture: Path,
     card: Path | None = None,
     release: Release | None = None,
     format: str = "npz",
-    batch_size: int = 500,
-    temperature: float = 1.0,
-    seed: int = 0,
     overwrite: bool = False,
     progress: bool = True,
 ) -> None:
@@ -34,12 +31,18 @@ def write_samples(
 
     The card says what ``release`` promises; without it there is none. If it holds moments of
     pixels, the images are aligned with them.
+
+    Args:
+        settings: how many images, and how; a plan that was trained by sets how many at a time at
+            most.
     """
+    at_once = min(settings.batch_size, trained.limits.generated or settings.batch_size)
+    temperature, seed = settings.temperature, settings.seed
     draw = partial(
         sample,
         trained.generator,
-        num_classes=num_classes,
-        batch_size=batch_size,
+        num_classes=trained.num_classes,
+        batch_size=at_once,
         temperature=temperature,
     )
     device = device_of(trained.generator)
@@ -49,12 +52,12 @@ def write_samples(
     alignment = None
     if release is not None and release.pixels is not None:
         alignment = align.fit(release, *draw(_FITTED, seed=seed + 1)).to(device)
-    images, labels = draw(num_images, alignment=alignment, seed=seed, progress=progress)
+    images, labels = draw(settings.num_images, alignment=alignment, seed=seed, progress=progress)
     grid = sample_grid(
         trained.generator,
-        num_classes,
+        trained.num_classes,
         device,
-        batch_size,
+        at_once,
         temperature=temperature,
         alignment=alignment,
     )

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 import dpmmd
 from benches import memory as bench
 from dpmmd import generators, plan
+from dpmmd import run as runs
 from dpmmd.bounds import Bound
 from dpmmd.cli import app
 from dpmmd.generators.layers import recomputed
@@ -215,6 +216,37 @@ def test_training_within_a_plan_is_training(
         torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-3)
 
 
+@linux
+def test_a_plan_that_is_given_is_not_measured_again(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, released: dpmmd.Release
+) -> None:
+    encoder = small_encoder()
+    settings = TrainSection(steps=1, batch_size=12, memory="1TiB")
+    look = GeneratorSection(name="resnet", image_size=32, channels=1, z_dim=5, base_channels=2)
+    generator = generators.build(**look.arguments(), num_classes=3)
+    target = plan.Target.of(released.metadata)
+    made = plan.make("1TiB", encoder, generator, target, settings)
+    made = dataclasses.replace(made, micro_batch=5, recompute=True)
+
+    def measured(*_: Any, **__: Any) -> plan.Plan:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(plan, "make", measured)
+    trained = dpmmd.train.train(
+        released, encoder, generator, settings, plan=made, selection_encoder=None
+    )
+    assert "memory: 5 of 12 images at a time" in capsys.readouterr().err
+    assert trained.limits == plan.Limits(5, 12, recompute=True)
+    assert generator.recompute is True
+    for changes in ({"batch_size": 10}, {"device": "cuda:3"}):
+        other = dataclasses.replace(made, **changes)
+        with pytest.raises(PlanError, match=r"plan: made for batches of .*this process trains"):
+            dpmmd.train.train(released, encoder, generator, settings, plan=other, progress=False)
+    plain = TrainSection(steps=1, batch_size=12)
+    trained = dpmmd.train.train(released, encoder, generator, plain, plan=made, progress=False)
+    assert trained.limits.generated == 12
+
+
 RECIPE = """
 [data]
 source = "nowhere"
@@ -232,6 +264,13 @@ adjacency = "replace-one"
 batch_size = 8
 {train}
 """
+
+
+RUN = """[generator]
+image_size = 8
+base_channels = 2
+[encoder]
+image_size = 16"""
 
 
 def command(tmp_path: Path, *options: str, data: str = "", train: str = "") -> Any:
@@ -308,6 +347,26 @@ trained = dpmmd.train.train(release, encoder, settings=settings, generator_setti
 chosen, before = found[0]
 print(json.dumps([chosen.facts(), meter.peak() - before, trained.seconds / 3]))
 """
+
+
+@linux
+def test_a_run_measures_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = images(30)
+    np.savez(tmp_path / "x.npz", x=x, y=y)
+    text = RECIPE.format(data="", train='steps = 2\nmemory = "1TiB"\n[sample]\nnum_images = 4')
+    text = text.replace('"nowhere"', f'"{tmp_path}/x.npz"').replace("[encoder]", RUN)
+    (tmp_path / "mine.toml").write_text(text)
+    make, made = plan.make, []
+
+    def counted(*arguments: Any, **options: Any) -> plan.Plan:
+        made.append(make(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(plan, "make", counted)
+    said: list[str] = []
+    runs.run(tmp_path / "mine.toml", tmp_path / "run", say=said.append, progress=False)
+    assert len(made) == 1
+    assert (tmp_path / "run" / "synthetic.npz").exists()
 
 
 def test_the_documented_table_is_the_committed_one() -> None:

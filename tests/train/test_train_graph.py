@@ -165,6 +165,8 @@ def test_a_graph_needs_cuda(released: Release) -> None:
 def test_a_graph_has_no_micro_batches(released: Release, played: Played) -> None:
     with pytest.raises(ValueError, match=r"settings.memory='8GiB': micro-batches are cut on the"):
         run(released, quick(graph=True, memory="8GiB"))
+    with pytest.raises(ValueError, match=r"settings.graph=True with a plan: micro-batches are"):
+        training.is_graphed(quick(graph=True), torch.device("cpu"), planned=True)
 
 
 def test_a_graph_is_the_default_where_it_can_be() -> None:

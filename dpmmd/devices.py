@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from dpmmd.errors import RunError
+from dpmmd.errors import RunError, first_line
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -26,7 +26,7 @@ def choose_device(name: str) -> torch.device:
         device, reason = torch.device(name), "integer sums and float64 run on CPUs and CUDA"
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        device, reason = None, (str(error).splitlines() or [""])[0]
+        device, reason = None, first_line(error)
     if device is None or device.type not in ("cpu", "cuda"):
         raise RunError(
             f"device={name!r}: cannot be used here ({reason}); expected 'auto', 'cpu', 'cuda' or "

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from dpmmd.errors import first_line
 from dpmmd.files import expanded
 from dpmmd.generators import build
 from dpmmd.recipe import GeneratorSection
@@ -192,10 +193,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
                 raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a parser of damaged bytes may raise anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{path}: not a readable checkpoint ({reason}); remove it to start training again "
-            "from the release, which costs no privacy."
+            f"{path}: not a readable checkpoint ({first_line(error)}); remove it to "
+            "start training again from the release, which costs no privacy."
         ) from None
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         raise CheckpointError(

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from dpmmd.distributed import Team
+from dpmmd.errors import first_line
 from dpmmd.generators import ConvGenerator, DCGANGenerator, ResNetGenerator
 from dpmmd.recipe import TrainSection
 from dpmmd.train.state import State, Task, adam, take_over
@@ -204,7 +205,7 @@ def _reason(error: BaseException) -> str:
     """The first error's first line, and where it was; others follow it when a capture ends."""
     while error.__context__ is not None:
         error = error.__context__
-    text = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    text = first_line(error).rstrip(".")
     places = [p for p in traceback.extract_tb(error.__traceback__)[-1:] if p.filename != __file__]
     return ", ".join([text, *(f"{place.filename}:{place.lineno}" for place in places)])
 

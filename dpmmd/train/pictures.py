@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 
+from dpmmd.export import png
 from dpmmd.files import expanded, write_atomically
 from dpmmd.train.sampling import seeded
 
@@ -61,8 +60,5 @@ def tile(images: np.ndarray, columns: int) -> np.ndarray:
 
 def save_png(path: str | Path, picture: np.ndarray, scale: int = 2) -> None:
     """Writes uint8 [1 or 3, H, W] as a PNG, each pixel ``scale`` x ``scale``."""
-    array = picture[0] if picture.shape[0] == 1 else picture.transpose(1, 2, 0)
-    array = array.repeat(scale, axis=0).repeat(scale, axis=1)
-    data = io.BytesIO()
-    Image.fromarray(array).save(data, format="PNG")
-    write_atomically(expanded(path), data.getvalue(), overwrite=True)
+    large = picture.repeat(scale, axis=1).repeat(scale, axis=2)
+    write_atomically(expanded(path), png(large), overwrite=True)

@@ -66,32 +66,33 @@ def one(pixels: int, batch: int, budget: int, steps: int) -> dict[str, Any]:
         memory=f"{budget}GiB" if budget else None,
     )
     look = GeneratorSection(name="resnet", image_size=pixels, channels=3)
-    made: list[plan.Plan] = []
-    if budget:
-        make = plan.make
-        plan.make = lambda *a, **k: made.append(make(*a, **k)) or made[-1]  # type: ignore[func-returns-value]
-    else:
-        generator = dpmmd.train.build_generator(look, None)
-        statement = {key: getattr(release.metadata, key) for key in plan.STATEMENT}
-        guess = plan.make("1TiB", encoder, generator, statement, settings).whole
-        row["predicted"] = {"peak": guess[0], "seconds": guess[1]}
-        if guess[0] > ROOM:
-            return {**row, "note": "not run: needs more memory than there is"}
-        del generator
-        keep_freed_memory()  # as the command line does
     meter = Meter(device)
     meter.settle()
     meter._reset()
+    generator = dpmmd.generators.build(**look.arguments(), num_classes=None)
+    target = plan.Target.of(release.metadata)
     try:
-        trained = dpmmd.train.train(
-            release, encoder, settings=settings, generator_settings=look, progress=False
-        )
+        made = plan.make(settings.memory or "1TiB", encoder, generator, target, settings)
     except plan.PlanError as error:
         return {**row, "note": f"refused: {error}"}
+    del generator
+    if not budget:
+        row["predicted"] = dict(zip(("peak", "seconds"), made.whole, strict=True))
+        if made.whole[0] > ROOM:
+            return {**row, "note": "not run: needs more memory than there is"}
+        keep_freed_memory()  # as the command line does
+        meter.settle()
+        meter._reset()
+    trained = dpmmd.train.train(
+        release,
+        encoder,
+        settings=settings,
+        generator_settings=look,
+        plan=made if budget else None,
+        progress=False,
+    )
     row |= {"peak": meter.peak(), "seconds": trained.seconds / steps, "steps": steps}
-    if made:
-        row["plan"] = made[0].facts()
-    return row
+    return row | ({"plan": made.facts()} if budget else {})
 
 
 def main() -> None:

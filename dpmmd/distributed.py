@@ -8,6 +8,7 @@ DistributedDataParallel, FSDP and Lightning do.
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -18,12 +19,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.parallel import DistributedDataParallel
 
 from dpmmd._version import __version__
+from dpmmd.devices import device_of
 
 if TYPE_CHECKING:
     from dpmmd.encoders import Encoder
     from dpmmd.privacy import Release
+
+# Every process computes the same running statistics. PyTorch 2.13 gave the argument a new name.
+BUFFERS_STAY: dict[str, Any] = (
+    {"forward_sync_buffers": False}
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    else {"broadcast_buffers": False}
+)
 
 
 def reduce_means(means: Tensor, counts: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
@@ -143,7 +153,7 @@ def synchronise_batch_norm(module: nn.Module, group: dist.ProcessGroup) -> nn.Mo
         ValueError: not on CUDA, and with a batch norm that is not two-dimensional.
     """
     require_group()
-    device = next((p.device.type for p in module.parameters()), "cpu")
+    device = device_of(module).type
     if device == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(module, group)
     for name, layer in module.named_modules():
@@ -156,6 +166,12 @@ def synchronise_batch_norm(module: nn.Module, group: dist.ProcessGroup) -> nn.Mo
             layer.__class__ = _SyncedBatchNorm2d
             layer.group = group  # type: ignore[assignment]
     return module
+
+
+def replicated(module: nn.Module, group: dist.ProcessGroup) -> nn.Module:
+    """A module of equal weights in every process, as that of all together."""
+    synchronise_batch_norm(module, group)
+    return DistributedDataParallel(module, process_group=group, **BUFFERS_STAY)
 
 
 def join(timeout: float = 600.0) -> dist.ProcessGroup | None:

@@ -184,7 +184,7 @@ def _write_folder(
             (folder / NAMES_FILE).write_text(f"{text}\n", "utf-8")
         inside = [folder / folders[label] for label in labels]
     for i, (image, place) in enumerate(zip(images, inside, strict=True)):
-        (place / f"{i:08d}.png").write_bytes(_png(image))
+        (place / f"{i:08d}.png").write_bytes(png(image))
 
 
 def _write_parquet(
@@ -212,7 +212,7 @@ def _write_parquet(
                 columns = [
                     pa.array(
                         [
-                            {"bytes": _png(image), "path": f"{start + i:08d}.png"}
+                            {"bytes": png(image), "path": f"{start + i:08d}.png"}
                             for i, image in enumerate(part)
                         ],
                         cell,
@@ -227,7 +227,8 @@ def _write_parquet(
         Path(temporary).unlink(missing_ok=True)
 
 
-def _png(image: NDArray[np.uint8]) -> bytes:
+def png(image: NDArray[np.uint8]) -> bytes:
+    """The file of an image [1 or 3, H, W]."""
     data = io.BytesIO()
     Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(data, "PNG")
     return data.getvalue()

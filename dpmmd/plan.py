@@ -11,30 +11,51 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dpmmd import encoders, generators
 from dpmmd._memory import Meter, return_memory_at_once
+from dpmmd.bounds import Bound
 from dpmmd.data.named import NAMED
-from dpmmd.encoders import Encoder, load
+from dpmmd.devices import device_of
+from dpmmd.encoders import Encoder
 from dpmmd.nn import MMDLoss
 from dpmmd.privacy.release_file import Metadata, Release
-from dpmmd.recipe import EncoderSection, Recipe, TrainSection
+from dpmmd.recipe import Recipe, TrainSection
 
-_STATE = {"batch": 0, "unbiased": 0, "ema": 1, "adam": 3}  # vectors beside the target
 _PROBE_BYTES = 96 << 20  # of a measurement: far above the pages that come and go by themselves
 _PROBE_NUMBERS = 8 << 20
-STATEMENT = ("moments", "bound", "clip", "joint_weight", "num_classes", "labelled", "shared_taps")
 _UNITS = {"": 1, **{f"{p}iB": 1 << 10 * i for i, p in enumerate("KMGT", 1)}}
 _UNITS.update({f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)})
 
 
 class PlanError(ValueError):
     """A budget that cannot be read, or in which the step does not fit."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What of a release decides how much a step needs."""
+
+    bound: Bound
+    num_classes: int
+    labelled: bool
+    shared_taps: int
+
+    @classmethod
+    def of(cls, metadata: Metadata) -> Target:
+        m = metadata
+        return cls(Bound.of(m), m.num_classes, m.labelled, m.shared_taps)
+
+    def numbers(self, encoder: Encoder) -> int:
+        """How many there are in the release's mean embedding."""
+        common = sum(tap.size for tap in encoder.taps[: self.shared_taps])
+        return len(self.bound.moments) * (self.num_classes * (encoder.dim - common) + common)
 
 
 @dataclass(frozen=True)
@@ -67,6 +88,15 @@ class Plan:
     seconds: float
     least: int
     whole: tuple[int, float]
+
+    def check(self, batch_size: int, device: torch.device) -> None:
+        """Raises a PlanError unless the plan is one for such a training."""
+        if (self.batch_size, self.device) != (batch_size, str(device)):
+            raise PlanError(
+                f"plan: made for batches of {self.batch_size} images on {self.device}; this "
+                f"process trains with {batch_size} on {device}. Make one for these, or leave plan "
+                "out."
+            )
 
     def facts(self) -> dict[str, Any]:
         """JSON-able."""
@@ -102,6 +132,29 @@ class Plan:
         )
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What a plan lays down for a training; without a plan, nothing.
+
+    Attributes:
+        encoded: images that go through an encoder at a time; None: all.
+        generated: images that go through the generator at a time, but for a step; None: all.
+        recompute: whether backward computes the inside of the generator's blocks again.
+        state: where target and estimate lie.
+    """
+
+    encoded: int | None = None
+    generated: int | None = None
+    recompute: bool = False
+    state: str = "device"
+
+    @classmethod
+    def of(cls, plan: Plan | None) -> Limits:
+        if plan is None:
+            return cls()
+        return cls(plan.micro_batch, plan.batch_size, plan.recompute, plan.state)
+
+
 def size(count: float) -> str:
     """Bytes for people."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
@@ -130,7 +183,7 @@ def make(
     memory: str,
     encoder: Encoder,
     generator: nn.Module,
-    statement: Mapping[str, Any],
+    target: Target,
     settings: TrainSection,
     *,
     held: int = 0,
@@ -142,7 +195,7 @@ def make(
     Args:
         memory: see `parse`. A fraction is one of what is free now, in addition to what is in use.
         encoder, generator: on their device.
-        statement: the fields STATEMENT of the release's metadata.
+        target: of the release.
         settings: batch size and estimator.
         held: bytes that will be in use beside training, and are not yet: a release to be loaded.
 
@@ -151,7 +204,7 @@ def make(
             cannot be measured here.
     """
     wanted = parse(memory)
-    device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
+    device = device_of(encoder)
     if device.type == "cpu":
         return_memory_at_once()
     try:
@@ -165,7 +218,7 @@ def make(
     meter.settle()
     used = meter.used()
     budget = wanted if isinstance(wanted, int) else used + int(wanted * meter.free())
-    model = _Model(meter, encoder, generator, statement, settings)
+    model = _Model(meter, encoder, generator, target, settings)
     fixed = used + held
     found = sorted(
         ((fixed + model.peak(c), model.seconds(c), c) for c in model.candidates()),
@@ -220,15 +273,20 @@ def of_recipe(settings: Recipe, memory: str, device: torch.device) -> Plan:
         )
     height, width = (side, side) if isinstance(side, int) else (side or (0, 0))
     shape = (data.channels or (known[0] if known else 3), height, width)
-    from dpmmd.train import build_generator  # which imports this module
-
-    encoder = _loaded(settings.encoder).to(device)
-    # It is held beside the other while training runs.
-    selection = None if settings.selection is None else _loaded(settings.selection).to(device)
-    generator = build_generator(settings.generator.completed(shape), data.num_classes).to(device)
+    encoder, selection = loaded(settings, device)
+    look = settings.generator.completed(shape)
+    generator = generators.build(**look.arguments(), num_classes=data.num_classes).to(device)
     plan = before_release(settings, memory, encoder, generator, shape[0])
-    del selection
+    del selection  # it is held beside the other while training runs
     return plan
+
+
+def loaded(settings: Recipe, device: torch.device) -> tuple[Encoder, Encoder | None]:
+    """A recipe's encoder and that of its selection block, if there is to be one."""
+    encoder = encoders.load(**settings.encoder.arguments()).to(device)
+    if settings.selection is None:
+        return encoder, None
+    return encoder, encoders.load(**settings.selection.arguments()).to(device)
 
 
 def before_release(
@@ -245,34 +303,18 @@ def before_release(
     Raises:
         PlanError: as `make`.
     """
-    wanted, classes = settings.release, settings.data.num_classes or 1
-    common = sum(tap.size for tap in encoder.taps[: wanted.shared_taps])
-    numbers = len(wanted.moments) * (classes * (encoder.dim - common) + common)
+    wanted, labels = settings.release, settings.data.num_classes
+    target = Target(Bound.of(wanted), labels or 1, labels is not None, wanted.shared_taps)
+    numbers = target.numbers(encoder)
     if (small := wanted.pixel_moments) is not None:
         pixels = channels * small**2 + 1
         weights = wanted.weights or {}
-        squares = (weights.get("products") != 0) + classes * bool(weights.get("class_products"))
-        numbers += (classes + squares * pixels) * pixels
-    return make(
-        memory,
-        encoder,
-        generator,
-        {
-            "moments": wanted.moments,
-            "bound": wanted.bound,
-            "clip": wanted.clip,
-            "joint_weight": wanted.joint_weight,
-            "num_classes": classes,
-            "labelled": settings.data.num_classes is not None,
-            "shared_taps": wanted.shared_taps,
-        },
-        settings.train,
-        held=4 * numbers if next(generator.parameters()).device.type == "cpu" else 0,  # the release
-    )
-
-
-def _loaded(section: EncoderSection) -> Encoder:
-    return load(**{key: getattr(section, key) for key in type(section).model_fields})
+        squares = (weights.get("products") != 0) + target.num_classes * bool(
+            weights.get("class_products")
+        )
+        numbers += (target.num_classes + squares * pixels) * pixels
+    held = 4 * numbers if device_of(generator).type == "cpu" else 0  # the release
+    return make(memory, encoder, generator, target, settings.train, held=held)
 
 
 @dataclass(frozen=True)
@@ -325,21 +367,15 @@ class _Model:
         meter: Meter,
         encoder: Encoder,
         generator: nn.Module,
-        statement: Mapping[str, Any],
+        target: Target,
         settings: TrainSection,
     ) -> None:
         self.meter, self.device = meter, meter.device
-        self.encoder, self.statement, self.settings = encoder, statement, settings
-        self.n = settings.batch_size
-        self.classes = int(statement["num_classes"])
-        self.labelled = bool(statement["labelled"])
-        moments, shared = len(statement["moments"]), int(statement["shared_taps"])
-        common = sum(tap.size for tap in encoder.taps[:shared])
-        self.row = 4 * moments * encoder.dim  # of one class
+        self.encoder, self.target, self.settings = encoder, target, settings
+        self.n, self.classes = settings.batch_size, target.num_classes
+        self.row = 4 * len(target.bound.moments) * encoder.dim  # of one class
         self.means_bytes = self.classes * self.row
-        self.numbers = moments * (self.classes * (encoder.dim - common) + common)
-        self.vectors = 1 + _STATE[settings.estimator]
-        self.state_bytes = 4 * self.numbers * self.vectors
+        self.numbers = target.numbers(encoder)
         self.weights = sum(p.numel() * p.element_size() for p in generator.parameters())
         buffers = sum(b.numel() * b.element_size() for b in generator.buffers())
         self.other = 4 * self.weights + buffers  # gradient, Adam's two, the average
@@ -400,7 +436,9 @@ class _Model:
 
         def make(n: int) -> Callable[[], Tensor]:
             z = torch.randn(n, latent, device=self.device)
-            y = torch.arange(n, device=self.device) % self.classes if self.labelled else None
+            y = None
+            if self.target.labelled:
+                y = torch.arange(n, device=self.device) % self.classes
 
             def forward() -> Tensor:
                 out: Tensor = probe(z, y)
@@ -422,6 +460,9 @@ class _Model:
 
     def _measure_loss(self, shape: list[int]) -> None:
         loss = self._loss("device")
+        # The target, and what the estimator keeps of its size.
+        vectors = sum(b.shape == loss.by_class.target.shape for b in loss.by_class.buffers())
+        self.state_bytes = 4 * self.numbers * vectors
 
         def embed(m: int) -> Callable[[], Any]:
             x = torch.rand(m, *shape, device=self.device)
@@ -512,11 +553,17 @@ class _Model:
 
     def _loss(self, state: str, part: float = 0.0) -> MMDLoss:
         """One on a release of nothing, whose target has so large a part of the real one's size."""
-        s = self.statement
+        target = self.target
+        bound, shared, moments = target.bound, target.shared_taps, len(target.bound.moments)
         taps = [max(1, int(part * tap.size)) for tap in self.encoder.taps]
-        shared, moments = int(s["shared_taps"]), len(s["moments"])
         metadata = Metadata.model_construct(
-            **{key: s[key] for key in STATEMENT},
+            moments=bound.moments,
+            bound=bound.kind,
+            clip=bound.clip,
+            joint_weight=bound.joint_weight,
+            num_classes=self.classes,
+            labelled=target.labelled,
+            shared_taps=shared,
             encoder=self.encoder.spec(),
             selection_encoder=None,
             num_units=1,

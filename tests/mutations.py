@@ -39,7 +39,7 @@ ITEMS = "dpmmd/data/items.py"
 DATASET = "dpmmd/data/dataset.py"
 DRAWS = "dpmmd/data/draws.py"
 PIXELS = "dpmmd/data/pixels.py"
-TRAIN = "dpmmd/train.py"
+CHECKPOINT = "dpmmd/train/checkpoint.py"
 PARTIAL = "dpmmd/privacy/partial.py"
 _RANKS = "tests/privacy/test_ranks.py"
 _REPLAY = "tests/privacy/test_noise_replay.py"
@@ -1288,13 +1288,19 @@ MUTATIONS = (
     Mutation(
         "stamp-lost-in-the-checkpoint",
         "the checkpoint of a release stamped NOT PRIVATE says that it is private",
-        (Edit(TRAIN, '"private": self.metadata.private,', '"private": True,'),),
+        (
+            Edit(
+                CHECKPOINT,
+                '"private": _Field(lambda task, _: task.release.metadata.private)',
+                '"private": _Field(lambda task, _: True)',
+            ),
+        ),
         ("tests/train/test_train.py::test_the_stamp_is_carried_on",),
     ),
     Mutation(
         "stamp-lost-on-loading",
         "a generator loaded from such a checkpoint says that it is private",
-        (Edit(TRAIN, 'bool(state["private"]),', "True,"),),
+        (Edit(CHECKPOINT, 'bool(state["private"]),', "True,"),),
         ("tests/train/test_train.py::test_the_stamp_is_carried_on",),
     ),
     Mutation(

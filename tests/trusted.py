@@ -35,6 +35,8 @@ INSIDE = {
     "dpmmd._torchvision": "imports torchvision, whose models are encoders",
     "dpmmd._version": "a constant",
     "dpmmd.bounds": "names of bounds, and what arguments are refused",
+    "dpmmd.devices": "which device a module is on",
+    "dpmmd.errors": "an exception that a release never raises",
     "dpmmd.files": "writes released files whole or not at all",
     "dpmmd.data": "sources: one image's pixels are a function of that image alone, in silence",
     "dpmmd.data.": "the same",

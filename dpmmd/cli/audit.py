@@ -185,8 +185,8 @@ def _audit_source(
     source: str, encoder: _Encoder, *, quiet: bool, as_json: bool, **options: Any
 ) -> None:
     import dpmmd
+    from dpmmd.devices import choose_device
     from dpmmd.privacy.pipeline import NOTICE
-    from dpmmd.run import choose_device
 
     where = choose_device(encoder.device)
     loaded = dpmmd.encoders.load(encoder.name, image_size=encoder.size, weights=encoder.weights).to(

@@ -88,10 +88,11 @@ def evaluate(
     Reads real images: what it prints is NOT covered by the release's (epsilon, delta).
     """
     from dpmmd import run as runs
+    from dpmmd.devices import choose_device
 
     if num_classes is None and features is None:
         raise ValueError("give --num-classes, to train classifiers, or --features, or both.")
-    where = runs.choose_device(device)
+    where = choose_device(device)
     settings = _classifiers(classifiers, num_train, seeds)
     compared, against = None, None
     if features is not None:
@@ -131,7 +132,7 @@ def evaluate(
 
 def _classifiers(names: str, num_train: int | None, seeds: str) -> "EvaluateSection":
     from dpmmd import recipe as recipes
-    from dpmmd import run as runs
+    from dpmmd.evaluate import check_classifiers
 
     try:
         numbers = tuple(int(part) for part in seeds.split(","))
@@ -141,7 +142,7 @@ def _classifiers(names: str, num_train: int | None, seeds: str) -> "EvaluateSect
         recipes.EvaluateSection(),
         {"classifiers": _words(names), "num_train": num_train, "seeds": numbers},
     )
-    runs.check_classifiers(found.classifiers)
+    check_classifiers(found.classifiers)
     return found
 
 

@@ -140,11 +140,11 @@ def release(
     replace-one --num-classes 2 --image-size 64 --encoder-size 64`
     """
     import dpmmd
+    from dpmmd.devices import choose_device
     from dpmmd.distributed import join
     from dpmmd.files import expanded, refuse_existing
     from dpmmd.privacy import Ledger
     from dpmmd.privacy.report import facts
-    from dpmmd.run import choose_device
 
     out = expanded(out)
     refuse_existing(out)

@@ -87,7 +87,7 @@ def plan(
     """
     from dpmmd import plan as planning
     from dpmmd import recipe as recipes
-    from dpmmd.run import choose_device
+    from dpmmd.devices import choose_device
 
     where = choose_device(device)
     settings, _ = recipes.read(recipe)

@@ -62,8 +62,8 @@ def train(
     import dpmmd
     from dpmmd import recipe as recipes
     from dpmmd import train as training
+    from dpmmd.devices import choose_device
     from dpmmd.distributed import join
-    from dpmmd.run import choose_device
 
     where = choose_device(device)
     settings = _settings(recipe, changes or ())
@@ -157,8 +157,10 @@ def sample(
     An .npz has x uint8 [n, C, H, W] and y; a folder has a folder of PNGs for each class.
     """
     from dpmmd import export
+    from dpmmd import recipe as recipes
     from dpmmd import run as runs
     from dpmmd import train as training
+    from dpmmd.devices import choose_device
     from dpmmd.files import expanded, refuse_unwritable
 
     out, checkpoint = expanded(out), expanded(checkpoint)
@@ -170,21 +172,18 @@ def sample(
     picture, card = out.with_suffix(".png"), out.with_suffix(".md")
     for path in (out, picture, card):
         refuse_unwritable(path, overwrite=overwrite)
-    where = runs.choose_device(device)
+    where = choose_device(device)
     trained = training.load_generator(checkpoint)
     origin = runs.release_of(checkpoint, release)
     trained.generator.to(where)
     runs.write_samples(
         trained,
         out,
-        num_images,
-        trained.num_classes,
+        recipes.SampleSection(num_images=num_images, temperature=temperature, seed=seed),
         picture=picture,
         card=card,
         release=origin,
         format=chosen,
-        temperature=temperature,
-        seed=seed,
         overwrite=overwrite,
         progress=not quiet,
     )

@@ -24,8 +24,10 @@ import dpmmd
 from dpmmd import cli
 from dpmmd import run as runs
 from dpmmd import train as training
+from dpmmd.devices import choose_device
 from dpmmd.privacy import Release
 from dpmmd.privacy.printed import up
+from dpmmd.train.step import Stepper
 
 pytest.importorskip("sklearn")
 
@@ -533,17 +535,17 @@ def test_a_run_spends_once(call: Call, folder: Path) -> None:
 def test_an_interrupted_run_resumes_to_the_same_set(
     call: Call, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, advance = folder / "run", training._Run.advance
+    out, advance = folder / "run", Stepper.advance
     text = (folder / "mine.toml").read_text().replace("[evaluate]", "")
     (folder / "mine.toml").write_text(text)
 
     def interrupted(self: Any, *arguments: Any) -> Any:
-        if self.step == 2:
+        if self.state.step == 2:
             os.kill(os.getpid(), signal.SIGINT)
         return advance(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training._Run, "advance", interrupted)
+        patch.setattr(Stepper, "advance", interrupted)
         result = call("run", folder / "mine.toml", "--out", out, "--json")
     assert result.code == 130
     assert result.out == ""
@@ -888,7 +890,7 @@ def test_bad_input_is_refused_before_private_data_are_opened(
     def opened(*_: object, **__: object) -> None:
         raise AssertionError("private data were opened")
 
-    monkeypatch.setattr(runs, "open_source", opened)
+    monkeypatch.setattr(runs.job, "open_source", opened)
     text = (folder / "mine.toml").read_text()
     assert old in text
     if "'unbiased'" in phrases[0]:
@@ -1144,10 +1146,10 @@ def test_a_device_that_cannot_be_used_is_refused_first(
 
 
 def test_a_named_device_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert runs.choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-    assert runs.choose_device("cpu").type == "cpu"
+    assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert choose_device("cpu").type == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert runs.choose_device("auto").type == "cuda"
+    assert choose_device("auto").type == "cuda"
 
 
 def test_wrong_use_is_told_in_a_few_lines(call: Call) -> None:

@@ -132,7 +132,8 @@ def generator_is_that_of_the_whole_batch(rank: int, world: int) -> None:
     alone.double(), together.double()
     assert dist.group.WORLD is not None
     wrapped = DistributedDataParallel(
-        distributed.synchronise_batch_norm(together, dist.group.WORLD), **training._BUFFERS_STAY
+        distributed.synchronise_batch_norm(together, dist.group.WORLD),
+        **distributed.BUFFERS_STAY,
     )
     z, y = torch.randn(N, 5, dtype=torch.float64), torch.arange(N) % 3
     MMDLoss(release, encoder, backend="torch").double()(alone(z, y), y).backward()

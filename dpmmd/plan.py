@@ -22,7 +22,8 @@ from dpmmd._memory import Meter, return_memory_at_once
 from dpmmd.data.named import NAMED
 from dpmmd.encoders import Encoder, load
 from dpmmd.nn import MMDLoss
-from dpmmd.privacy.release_file import Metadata, Release
+from dpmmd.privacy.metadata import Metadata
+from dpmmd.privacy.release_file import Release
 from dpmmd.recipe import EncoderSection, Recipe, TrainSection
 
 _STATE = {"batch": 0, "unbiased": 0, "ema": 1, "adam": 3}  # vectors beside the target

@@ -29,8 +29,8 @@ from dpmmd.files import expanded, write_atomically
 from dpmmd.nn import check_encoder
 from dpmmd.privacy import Release
 from dpmmd.privacy import release as make_release
+from dpmmd.privacy.metadata import unit_of
 from dpmmd.privacy.printed import up
-from dpmmd.privacy.release_file import unit_of
 from dpmmd.privacy.report import facts
 
 Say = Callable[[str], None]

@@ -4,8 +4,9 @@ from dpmmd.privacy.accounting import Calibration, calibrate, compose, delta, eps
 from dpmmd.privacy.audit import Audit, audit
 from dpmmd.privacy.ledger import Ledger
 from dpmmd.privacy.mechanism import release
+from dpmmd.privacy.metadata import PrivacyError
 from dpmmd.privacy.pipeline import SourceAudit, SourceCheck, audit_source
-from dpmmd.privacy.release_file import PrivacyError, Release, UnsavedRelease
+from dpmmd.privacy.release_file import Release, UnsavedRelease
 from dpmmd.privacy.sensitivity import ADJACENCIES, Block, optimal_weights, sensitivity
 
 __all__ = [

@@ -19,16 +19,15 @@ from dpmmd.encoders.base import PRECISIONS, SIGNS
 from dpmmd.encoders.pixels import LARGEST
 from dpmmd.privacy.accounting import calibrate
 from dpmmd.privacy.accounting import delta as delta_of
-from dpmmd.privacy.printed import plain, up
-from dpmmd.privacy.release_file import (
-    FURTHER,
+from dpmmd.privacy.metadata import (
     BlockRecord,
     PrivacyError,
-    Release,
     array_hash,
     unit_of,
     unrecordable,
 )
+from dpmmd.privacy.printed import plain, up
+from dpmmd.privacy.release_file import FURTHER, Release
 from dpmmd.privacy.sensitivity import ADJACENCIES
 from dpmmd.privacy.sums import GRID_BITS
 

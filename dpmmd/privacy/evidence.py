@@ -28,6 +28,7 @@ MODULES = {
     "its files: releases, partial sums, the ledger": (
         "dpmmd.privacy.checks",
         "dpmmd.privacy.ledger",
+        "dpmmd.privacy.metadata",
         "dpmmd.privacy.partial",
         "dpmmd.privacy.release_file",
     ),

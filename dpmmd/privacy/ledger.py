@@ -74,8 +74,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from dpmmd.data.identifiers import folded, unmarked, without_zeros
 from dpmmd.files import expanded
 from dpmmd.privacy import accounting
+from dpmmd.privacy.metadata import PrivacyError
 from dpmmd.privacy.printed import LONGEST, down, plain, up
-from dpmmd.privacy.release_file import PrivacyError
 from dpmmd.privacy.sensitivity import ADJACENCIES, check_adjacency
 
 if TYPE_CHECKING:

@@ -33,20 +33,18 @@ from dpmmd.encoders.pixels import pixel_moments as pixels_of
 from dpmmd.files import expanded, refuse_full, refuse_unwritable
 from dpmmd.privacy.accounting import calibrate
 from dpmmd.privacy.ledger import Ledger, check_population
-from dpmmd.privacy.noise import rounded_gaussian
-from dpmmd.privacy.partial import PartialSums
-from dpmmd.privacy.ranks import Ranks, in_all
-from dpmmd.privacy.release_file import (
+from dpmmd.privacy.metadata import (
     BlockRecord,
     Metadata,
     PrivacyError,
-    Release,
-    UnsavedRelease,
     array_hash,
-    save_spent,
     unit_of,
     unrecordable,
 )
+from dpmmd.privacy.noise import rounded_gaussian
+from dpmmd.privacy.partial import PartialSums
+from dpmmd.privacy.ranks import Ranks, in_all
+from dpmmd.privacy.release_file import Release, UnsavedRelease, save_spent
 from dpmmd.privacy.sensitivity import Block, check_adjacency, sensitivity
 from dpmmd.privacy.sums import GRID_BITS, PrivateSums
 

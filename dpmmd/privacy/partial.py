@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO
 
 from dpmmd.files import expanded
-from dpmmd.privacy.release_file import PrivacyError
+from dpmmd.privacy.metadata import PrivacyError
 from dpmmd.privacy.sums import PrivateSums
 
 FILE = "partial.sums"  # of rank 2 of 4: partial.sums-2-of-4

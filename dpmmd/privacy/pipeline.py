@@ -60,7 +60,7 @@ from dpmmd.data.look import first_look
 from dpmmd.data.source import Batch, ImageSource
 from dpmmd.encoders.pixels import pixel_moments as pixels_of
 from dpmmd.privacy import mechanism
-from dpmmd.privacy.release_file import unit_of
+from dpmmd.privacy.metadata import unit_of
 from dpmmd.privacy.sensitivity import Block, check_adjacency, sensitivity
 from dpmmd.privacy.sums import PrivateSums
 

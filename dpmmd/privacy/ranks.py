@@ -28,7 +28,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dpmmd.privacy.release_file import FURTHER, Metadata, Release
+from dpmmd.privacy.metadata import Metadata
+from dpmmd.privacy.release_file import FURTHER, Release
 
 BEAT = 16  # batches from one sign of life to the next
 _PIECE = 1 << 24  # numbers sent at once

@@ -11,9 +11,10 @@ from scipy.special import ndtr, ndtri
 from dpmmd.data.classes import listed
 from dpmmd.privacy import accounting, evidence
 from dpmmd.privacy.ledger import Ledger
+from dpmmd.privacy.metadata import Metadata
 from dpmmd.privacy.printed import at_least, down, percent, plain, up
 from dpmmd.privacy.printed import markdown as escaped
-from dpmmd.privacy.release_file import Metadata, Release
+from dpmmd.privacy.release_file import Release
 from dpmmd.privacy.sensitivity import ADJACENCIES
 
 _IMAGE_MEANING = {

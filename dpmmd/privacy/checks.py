@@ -21,13 +21,13 @@ from dpmmd.privacy.accounting import calibrate
 from dpmmd.privacy.accounting import delta as delta_of
 from dpmmd.privacy.metadata import (
     BlockRecord,
+    Metadata,
     PrivacyError,
     array_hash,
     unit_of,
     unrecordable,
 )
 from dpmmd.privacy.printed import plain, up
-from dpmmd.privacy.release_file import FURTHER, Release
 from dpmmd.privacy.sensitivity import ADJACENCIES
 from dpmmd.privacy.sums import GRID_BITS
 
@@ -50,12 +50,14 @@ class Checks:
     """The checks of one release.
 
     Args:
-        release: with arrays of its own, which nobody changes while they are checked.
+        metadata: what it says of itself.
+        arrays: its arrays by name, all that a release may have, in the order of their hash; None
+            for those that are not there. Nobody changes them while they are checked.
         where: the file, for messages.
     """
 
-    def __init__(self, release: Release, where: str) -> None:
-        self.release, self.m, self.where = release, release.metadata, plain(where, None)
+    def __init__(self, metadata: Metadata, arrays: Mapping[str, Tensor | None], where: str) -> None:
+        self.m, self.arrays, self.where = metadata, arrays, plain(where, None)
 
     def run(self) -> None:
         """Raises a PrivacyError that names the first field which contradicts the others."""
@@ -259,7 +261,7 @@ class Checks:
         )
 
     def _arrays(self) -> None:
-        release, m = self.release, self.m
+        m = self.m
         classes, moments = m.num_classes, len(m.moments)
         blocks = {block.name: block for block in m.blocks}
         phi = m.blocks[0]
@@ -276,19 +278,21 @@ class Checks:
         }
         if "selection" in blocks:
             shapes["selection"] = (classes, blocks["selection"].size // classes)
-        for name in ("sums", "counts", *FURTHER):
+        for name, values in self.arrays.items():
             there = name in ("sums", "counts", "shared") or name in blocks
             there = there and (name != "shared" or m.shared_taps > 0)
-            self._array(name, getattr(release, name), shapes[name] if there else None)
+            self._array(name, values, shapes[name] if there else None)
+        counts = self.arrays["counts"]
+        assert counts is not None  # `_array` refused that
         if "counts" in blocks:
-            self._counts(release.counts, blocks["counts"])
+            self._counts(counts, blocks["counts"])
         if m.private and m.num_units is not None:
             for name, block in {"sums": phi, "shared": phi, **blocks}.items():
-                if (values := getattr(release, name, None)) is not None:
+                if (values := self.arrays.get(name)) is not None:
                     self._reach(name, values, block, m.clip if block is phi else 1.0)
-        if "counts" not in blocks and release.counts.tolist() != [m.num_units]:
-            self.refuse("counts", release.counts.tolist(), f"[num_units] = [{m.num_units}]")
-        found = array_hash(*(getattr(release, name) for name in ("sums", "counts", *FURTHER)))
+        if "counts" not in blocks and counts.tolist() != [m.num_units]:
+            self.refuse("counts", counts.tolist(), f"[num_units] = [{m.num_units}]")
+        found = array_hash(*self.arrays.values())
         if found != m.array_sha256:
             raise PrivacyError(
                 f"{self.where}: the arrays do not match the hash in the metadata, array_sha256; "

@@ -67,19 +67,16 @@ from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from dpmmd.data.identifiers import folded, unmarked, without_zeros
 from dpmmd.files import expanded
 from dpmmd.privacy import accounting
-from dpmmd.privacy.metadata import PrivacyError
+from dpmmd.privacy.metadata import PrivacyError, Stated
 from dpmmd.privacy.printed import LONGEST, down, plain, up
 from dpmmd.privacy.sensitivity import ADJACENCIES, check_adjacency
-
-if TYPE_CHECKING:
-    from dpmmd.privacy.release_file import Release
 
 FACTORS = {  # FACTORS[stated under][made under]: see the proofs above
     "replace-one": {"replace-one": 1.0, "zero-out": 2.0, "add-remove": 2.0},
@@ -258,7 +255,7 @@ class Ledger:
             )
         return _total(_of_population(entries, population), unit)
 
-    def entry_of(self, release: Release) -> Entry:
+    def entry_of(self, release: Stated) -> Entry:
         """The entry of a release, found by the hash of its array.
 
         Raises:

@@ -44,7 +44,7 @@ from dpmmd.privacy.metadata import (
 from dpmmd.privacy.noise import rounded_gaussian
 from dpmmd.privacy.partial import PartialSums
 from dpmmd.privacy.ranks import Ranks, in_all
-from dpmmd.privacy.release_file import Release, UnsavedRelease, save_spent
+from dpmmd.privacy.release_file import Release, UnsavedRelease, arrays_of, save_spent
 from dpmmd.privacy.sensitivity import Block, check_adjacency, sensitivity
 from dpmmd.privacy.sums import GRID_BITS, PrivateSums
 
@@ -412,7 +412,7 @@ def release(
     for one in held:
         one.reduce(ranks)
     if ranks.rank:
-        return _done(ranks.share(None), store)
+        return _done(_everywhere(ranks, None), store)
     sampler = insecure_test_noise or rounded_gaussian
     noised = {
         part.block.name: (_noised_products if part.products else _noised)(
@@ -454,7 +454,17 @@ def release(
             if error.saved is not None:
                 _done(result, store)
             raise
-    return _done(ranks.share(result), store)
+    return _done(_everywhere(ranks, result), store)
+
+
+def _everywhere(ranks: Ranks, result: Release | None) -> Release:
+    """Rank 0's release, in all ranks."""
+    told = None
+    if result is not None:
+        arrays = {name: array for name, array in arrays_of(result).items() if array is not None}
+        told = result.metadata.model_dump(), arrays
+    facts, found = ranks.share(told)
+    return result or Release(metadata=Metadata.model_validate(facts), **found)
 
 
 def _done(result: Release, store: PartialSums | None) -> Release:

@@ -9,7 +9,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -86,6 +86,15 @@ class Metadata(BaseModel):
         )
 
 
+class Stated(Protocol):
+    """A release, as those see it that read no file: its statement and its divisors."""
+
+    @property
+    def metadata(self) -> Metadata: ...
+    @property
+    def counts(self) -> Tensor: ...
+
+
 def unrecordable(metadata: Metadata) -> Iterator[tuple[str, object, str]]:
     """What a source or an encoder of one's own says of itself and a file does not hold.
 
@@ -116,11 +125,11 @@ def unit_of(group_by: str | None) -> str:
     return "image" if group_by is None else f"group by {group_by}"
 
 
-def array_hash(sums: Tensor, counts: Tensor, *further: Tensor | None) -> str:
-    """sha256 over the little-endian bytes of the released arrays; ``further`` as in FURTHER."""
+def array_hash(*arrays: Tensor | None) -> str:
+    """sha256 over the little-endian bytes of sums, counts and the further arrays, in order."""
     digest = hashlib.sha256()
-    for tensor in (sums, counts, *further):
+    for place, tensor in enumerate(arrays):
         if tensor is not None:
-            kind = "<f8" if tensor is counts else "<f4"
+            kind = "<f8" if place == 1 else "<f4"
             digest.update(np.ascontiguousarray(tensor.numpy(), dtype=kind).data)
     return digest.hexdigest()

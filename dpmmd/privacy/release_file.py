@@ -12,7 +12,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,11 @@ from safetensors.torch import save as encode
 from torch import Tensor
 
 from dpmmd.files import expanded, write_atomically
+from dpmmd.privacy.checks import Checks
 from dpmmd.privacy.metadata import Metadata, PrivacyError
 from dpmmd.privacy.printed import plain, up
 
 FORMATS = (2, 3)  # that are read; what was added to 3 has the values of before in a file of 2
-# Arrays that a release may have, in the order of its fields.
-FURTHER = ("selection", "shared", "pixels", "products", "class_products")
 _UNREADABLE = (SafetensorError, ValueError, TypeError, LookupError, RuntimeError, AttributeError)
 
 
@@ -119,10 +118,7 @@ class Release:
             FileExistsError: ``path`` exists and ``overwrite`` is False.
         """
         path = expanded(path)
-        tensors = {"sums": self.sums.contiguous(), "counts": self.counts.contiguous()}
-        for name in FURTHER:
-            if (tensor := getattr(self, name)) is not None:
-                tensors[name] = tensor.contiguous()
+        tensors = {k: v.contiguous() for k, v in arrays_of(self).items() if v is not None}
         text = self.metadata.model_dump_json()
         data = encode(tensors, metadata={"dpmmd": text, "sha256": _text_hash(text)})
         write_atomically(path, data, overwrite=overwrite)
@@ -139,8 +135,6 @@ class Release:
             PrivacyError: it is not a release, is truncated, does not match its hashes, or one of
                 its fields does not follow from the others; the message names the field.
         """
-        from dpmmd.privacy.checks import Checks
-
         path = expanded(path)
         if not path.is_file():
             raise FileNotFoundError(
@@ -168,8 +162,17 @@ class Release:
             metadata,
             *(tensors.get(further) for further in FURTHER),
         )
-        Checks(release, str(path)).run()
+        Checks(metadata, arrays_of(release), str(path)).run()
         return release
+
+
+# Arrays that a release may have, in the order of its fields and of their hash.
+FURTHER = tuple(f.name for f in fields(Release) if f.name not in ("sums", "counts", "metadata"))
+
+
+def arrays_of(release: Release) -> dict[str, Tensor | None]:
+    """All arrays by name, in the order of their hash; None for those that it has not."""
+    return {name: getattr(release, name) for name in ("sums", "counts", *FURTHER)}
 
 
 def save_spent(release: Release, path: Path) -> None:

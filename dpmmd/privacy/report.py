@@ -11,10 +11,9 @@ from scipy.special import ndtr, ndtri
 from dpmmd.data.classes import listed
 from dpmmd.privacy import accounting, evidence
 from dpmmd.privacy.ledger import Ledger
-from dpmmd.privacy.metadata import Metadata
+from dpmmd.privacy.metadata import Metadata, Stated
 from dpmmd.privacy.printed import at_least, down, percent, plain, up
 from dpmmd.privacy.printed import markdown as escaped
-from dpmmd.privacy.release_file import Release
 from dpmmd.privacy.sensitivity import ADJACENCIES
 
 _IMAGE_MEANING = {
@@ -43,7 +42,7 @@ def meaning(adjacency: str, unit: str) -> str:
     return (_IMAGE_MEANING if unit == "image" else _GROUP_MEANING)[adjacency]
 
 
-def facts(release: Release, ledger: Ledger | None = None) -> dict[str, Any]:
+def facts(release: Stated, ledger: Ledger | None = None) -> dict[str, Any]:
     """The report as a JSON-able dictionary; every number follows from ``mu`` and the metadata.
 
     With a ledger it also has the total over all releases of the same population, and raises
@@ -141,7 +140,7 @@ def _by_adjacency(m: Metadata) -> dict[str, dict[str, float] | None]:
     return result
 
 
-def _ledger_facts(release: Release, ledger: Ledger) -> dict[str, Any]:
+def _ledger_facts(release: Stated, ledger: Ledger) -> dict[str, Any]:
     entry = ledger.entry_of(release)
     total = ledger.total(entry.population, unit=entry.unit)
     delta = release.metadata.delta
@@ -165,7 +164,7 @@ def _ledger_facts(release: Release, ledger: Ledger) -> dict[str, Any]:
     }
 
 
-def promise(release: Release) -> str:
+def promise(release: Stated) -> str:
     """The guarantee in one sentence."""
     m = release.metadata
     if not m.private:
@@ -178,7 +177,7 @@ def promise(release: Release) -> str:
     )
 
 
-def markdown(release: Release, ledger: Ledger | None = None) -> str:
+def markdown(release: Stated, ledger: Ledger | None = None) -> str:
     """The report for people."""
     f = facts(release, ledger)
     lines = ["# Privacy report", "", f["promise"], ""]
@@ -328,7 +327,7 @@ def _decoding(decoding: dict[str, str]) -> str:
     )
 
 
-def _public(release: Release) -> list[str]:
+def _public(release: Stated) -> list[str]:
     m = release.metadata
     public = [
         _classes(m) if m.labelled else "that there are no labels",

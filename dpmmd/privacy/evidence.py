@@ -19,10 +19,16 @@ from typing import Any
 MODULES = {
     "the mechanism": (
         "dpmmd.privacy.accounting",
+        "dpmmd.privacy.blocks",
+        "dpmmd.privacy.collecting",
+        "dpmmd.privacy.layout",
         "dpmmd.privacy.mechanism",
         "dpmmd.privacy.noise",
+        "dpmmd.privacy.noising",
+        "dpmmd.privacy.opening",
         "dpmmd.privacy.ranks",
         "dpmmd.privacy.sensitivity",
+        "dpmmd.privacy.spending",
         "dpmmd.privacy.sums",
     ),
     "its files: releases, partial sums, the ledger": (

@@ -61,7 +61,6 @@ import math
 import os
 import re
 import tempfile
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from io import FileIO
@@ -71,6 +70,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from dpmmd._warn import warn
 from dpmmd.data.identifiers import folded, unmarked, without_zeros
 from dpmmd.files import expanded
 from dpmmd.privacy import accounting
@@ -575,11 +575,10 @@ def _warn_new(path: Path, entries: Sequence[Entry], population: str | None) -> N
         return
     known = {_key(e.population): repr(e.population) for e in entries if e.population is not None}
     if known and _key(population) not in known:
-        warnings.warn(
+        warn(
             f"population={population!r} is new to ledger {path}, which has "
             f"{plain(', '.join(sorted(known.values())))}: you declare that nobody has data in two "
-            "of them. Where that is not so, what was spent is more than their totals say.",
-            stacklevel=3,
+            "of them. Where that is not so, what was spent is more than their totals say."
         )
 
 

@@ -55,14 +55,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dpmmd.bounds import Bound
+from dpmmd.data import open_source, prefetch
 from dpmmd.data.look import first_look
 from dpmmd.data.source import Batch, ImageSource
-from dpmmd.encoders.pixels import pixel_moments as pixels_of
-from dpmmd.privacy import mechanism
+from dpmmd.privacy.blocks import Blocks, Part
+from dpmmd.privacy.collecting import add, features_of, harmless
+from dpmmd.privacy.layout import Asked, Layout, bound_of, lay_out
 from dpmmd.privacy.metadata import unit_of
-from dpmmd.privacy.sensitivity import Block, check_adjacency, sensitivity
-from dpmmd.privacy.sums import PrivateSums
+from dpmmd.privacy.opening import group_sizes
+from dpmmd.privacy.sensitivity import check_adjacency, sensitivity
 
 if TYPE_CHECKING:
     from dpmmd.encoders import Encoder
@@ -246,14 +247,19 @@ def audit_source(
         ValueError, TypeError: an argument out of range; no record, or none that can be used; a
             neighbour with another number of records.
     """
-    from dpmmd.data import open_source
-
     if isinstance(encoder, str):
         raise TypeError(f"encoder={encoder!r}: expected dpmmd.encoders.load({encoder!r}).")
-    check_adjacency(adjacency)
-    moments = (moments,) if isinstance(moments, int) else tuple(moments)
-    Bound.checked(moments, bound, clip, joint_weight)
-    mechanism._check(num_classes, batch_size, shared_taps, len(encoder.taps), clip)
+    asked = Asked(
+        encoder=encoder,
+        adjacency=check_adjacency(adjacency),
+        bound=bound_of(moments, bound, clip, joint_weight),
+        num_classes=num_classes,
+        weights=weights,
+        pixel_moments=pixel_moments,
+        selection=selection,
+        shared_taps=shared_taps,
+        batch_size=batch_size,
+    ).check(clip)
     if records is not None and (type(records) is not int or records < 2):
         raise ValueError(f"records={records!r}: expected None or an int >= 2, e.g. {RECORDS}.")
     if (neighbour is None) != (position is None):
@@ -262,21 +268,7 @@ def audit_source(
     other = None
     if neighbour is not None:
         other = open_source(neighbour, num_classes=num_classes, allow_empty=True, **source_options)
-    plan = _Plan.of(
-        images,
-        encoder,
-        adjacency=adjacency,
-        num_classes=num_classes,
-        moments=moments,
-        bound=bound,
-        clip=clip,
-        joint_weight=joint_weight,
-        weights=weights,
-        pixel_moments=pixel_moments,
-        selection=selection,
-        shared_taps=shared_taps,
-        batch_size=batch_size,
-    )
+    plan = _Plan.of(asked, images)
     if records is None:
         records = max(RECORDS, plan.batch_size + plan.batch_size // 4)
     with tqdm(desc="audit", unit="reading", disable=not progress) as bar:
@@ -308,59 +300,27 @@ def audit_source(
 class _Plan:
     """What a release with these arguments would sum, and in what batches."""
 
-    parts: list[mechanism._Part]
-    counts: Block | None
-    classes: int
-    labelled: bool
-    device: torch.device
-    batch_size: int
+    layout: Layout
     adjacency: str
 
     @classmethod
-    def of(
-        cls,
-        images: ImageSource,
-        encoder: Encoder,
-        *,
-        adjacency: str,
-        num_classes: int | None,
-        pixel_moments: int | None,
-        selection: Encoder | None,
-        batch_size: int | None,
-        moments: tuple[int, ...],
-        **bounds: Any,
-    ) -> _Plan:
-        device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
-        pixels = None
-        if pixel_moments is not None:
-            pixels = pixels_of(pixel_moments, images.image_shape[0]).to(device)
-        parts, counts = mechanism._blocks(
-            encoder,
-            pixels,
-            selection,
-            moments,
-            bounds["joint_weight"],
-            bounds["bound"],
-            bounds["clip"],
-            bounds["weights"],
-            bounds["shared_taps"],
-            with_counts=num_classes is not None or adjacency == "add-remove",
-            grouped=images.groups is not None,
-        )
-        if batch_size is None:
-            used = list({id(part.encoder): part.encoder for part in parts}.values())
-            batch_size = mechanism._batch_size(images.image_shape, used, device)
-        labelled = num_classes is not None
-        return cls(parts, counts, num_classes or 1, labelled, device, batch_size, adjacency)
+    def of(cls, asked: Asked, images: ImageSource) -> _Plan:
+        grouped = images.groups is not None
+        return cls(lay_out(asked, images.image_shape, grouped=grouped), asked.adjacency)
+
+    @property
+    def batch_size(self) -> int:
+        return self.layout.batch_size
 
     def delta(self, adjacency: str) -> float:
         """The sensitivity under an adjacency, in grid units."""
-        blocks = [part.block for part in self.parts] + ([self.counts] if self.counts else [])
-        return sensitivity(adjacency, blocks)
+        return sensitivity(adjacency, self.layout.blocks.all())
 
-    def encoders(self) -> dict[int, Encoder]:
-        """Copies of the encoders, under the identities of the originals."""
-        return {id(p.encoder): _copied(p.encoder) for p in self.parts}
+    def encoders(self) -> dict[str, Encoder]:
+        """Copies of the encoders; one that has two names is copied once."""
+        used = self.layout.encoders
+        copies = {id(encoder): _copied(encoder) for encoder in used.values()}
+        return {name: copies[id(encoder)] for name, encoder in used.items()}
 
 
 def _copied(encoder: Encoder) -> Encoder:
@@ -385,47 +345,38 @@ class _Seen:
 def _read(
     images: ImageSource,
     plan: _Plan,
-    encoders: Mapping[int, Encoder] | None = None,
+    encoders: Mapping[str, Encoder] | None = None,
     batch_size: int | None = None,
 ) -> _Seen:
-    """Reads a data set as `mechanism.release` does; without encoders its rows alone."""
-    from dpmmd.data import prefetch
-
+    """Reads a data set as `collecting.collect` does; without encoders its rows alone."""
     size = batch_size or plan.batch_size
+    layout = replace(plan.layout, batch_size=size)
     seen = _Seen(missing=images.num_batches(size))
-    sizes = mechanism._group_sizes(images)
-    sizes = None if sizes is None else sizes.to(plan.device)
-    raw = [part.zero(plan.classes, plan.device) for part in plan.parts] if encoders else []
-    raw_counts = None
-    if plan.counts is not None:
-        raw_counts = PrivateSums(plan.classes, 1, device=plan.device)
+    sizes = group_sizes(images)
+    sizes = None if sizes is None else sizes.to(layout.device)
+    raw = layout.blocks.zero(layout.device) if encoders else None
     numbers = range(images.num_batches(size))
-    batches = prefetch(images.part(size, numbers), plan.device)
+    batches = prefetch(images.part(size, numbers), layout.device)
     with closing(batches), torch.inference_mode():
         for number, batch in zip(numbers, batches, strict=False):
             start = number * size
             n = min(size, images.num_images - start)
-            pixels, labels, valid = mechanism._harmless(
-                batch, size, plan.classes, plan.labelled, plan.device, images.num_images - start
-            )
-            share = mechanism._shares(sizes, start, size, plan.device)
+            pixels, labels, valid, share = harmless(batch, layout, start, images.num_images, sizes)
             seen.rows += _row_hashes(pixels[:n], labels[:n], valid[:n])
             seen.shares += share[:n].tolist()
             seen.valid += valid[:n].tolist()
             seen.missing -= 1
-            if not encoders:
-                continue
-            features = mechanism._features(encoders, pixels)
-            mechanism._add(plan.parts, raw, plan.counts, raw_counts, features, labels, valid, share)
-            seen.contributions += _contributions(plan, features, labels, valid, share, n)
+            if encoders and raw is not None:
+                features = features_of(encoders, pixels)
+                add(layout.blocks, raw, features, labels, valid, share)
+                seen.contributions += _contributions(layout, features, labels, valid, share, n)
     lacking = images.num_images - len(seen.rows)  # rows of batches that did not come
     seen.rows += [b""] * lacking
     seen.shares += [1] * lacking
     seen.valid += [False] * lacking
     seen.contributions += [b""] * lacking
-    for sums in [*raw, raw_counts] if encoders else []:
-        if sums is not None:
-            seen.sums += sums.take()
+    for sums in raw.all if raw else ():
+        seen.sums += sums.take()
     return seen
 
 
@@ -439,35 +390,34 @@ def _hash(array: np.ndarray) -> bytes:
 
 
 def _contributions(
-    plan: _Plan,
-    features: Mapping[int, Sequence[Tensor]],
+    layout: Layout,
+    features: Mapping[str, list[Tensor]],
     labels: Tensor,
     valid: Tensor,
     share: Tensor,
     n: int,
 ) -> list[bytes]:
     """The hash of what each of the first n rows adds: with every row as a class of its own."""
-    alone = [_alone(part) for part in plan.parts]
     told = zip(labels.tolist(), valid.tolist(), share.tolist(), strict=True)
     hashes = [f"{k} {v} {s}".encode() for k, v, s in told][:n]
-    for part in alone:
-        width = part.encoder.dim**2 if part.products else part.dim
+    for part in map(_alone, layout.blocks.parts):
+        width = part.width**2 if part.kind.products else part.dim
         for start in range(0, n, step := max(1, _ROWS_AT_ONCE // max(1, width))):
             rows = slice(start, min(start + step, n))
-            sums = part.zero(m := rows.stop - start, plan.device)
-            own = {key: [f[rows] for f in taps] for key, taps in features.items()}
-            numbers = torch.arange(m, device=plan.device)
-            mechanism._add([part], [sums], None, None, own, numbers, valid[rows], share[rows])
-            vectors = sums.take()[0].view(m, -1).numpy()
+            alone = Blocks((part,), None, m := rows.stop - start)
+            raw = alone.zero(layout.device)
+            own = {name: [f[rows] for f in taps] for name, taps in features.items()}
+            numbers = torch.arange(m, device=layout.device)
+            add(alone, raw, own, numbers, valid[rows], share[rows])
+            vectors = raw.parts[0].take()[0].view(m, -1).numpy()
             for row, vector in zip(range(*rows.indices(n)), vectors, strict=True):
                 hashes[row] += _hash(vector)
     return hashes
 
 
-def _alone(part: mechanism._Part) -> mechanism._Part:
+def _alone(part: Part) -> Part:
     """The part with all of a record's vector in the row of its class."""
-    name = "class_products" if part.pooled else part.block.name
-    return replace(part, block=replace(part.block, name=name), shared_taps=0)
+    return replace(part, kind=replace(part.kind, pooled=False), shared_taps=0)
 
 
 def _distance(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
@@ -612,7 +562,7 @@ class _Pipeline:
     def _seen(
         self,
         images: ImageSource,
-        encoders: Mapping[int, Encoder] | None = None,
+        encoders: Mapping[str, Encoder] | None = None,
         batch_size: int | None = None,
     ) -> _Seen:
         seen = _read(images, self.plan, encoders, batch_size)

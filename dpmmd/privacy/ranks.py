@@ -20,13 +20,14 @@ import contextlib
 import functools
 import hashlib
 import json
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from dpmmd._warn import warn
 
 BEAT = 16  # batches from one sign of life to the next
 _PIECE = 1 << 24  # numbers sent at once
@@ -125,7 +126,7 @@ class Ranks:
         except _OtherRankFailed as error:
             if release is None:
                 raise
-            warnings.warn(f"the release is complete, but not all got it: {error}", stacklevel=2)
+            warn(f"the release is complete, but not all got it: {error}")
             return release
 
     def _share(self, release: Told | None) -> Told:

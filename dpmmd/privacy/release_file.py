@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import tempfile
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as encode
 from torch import Tensor
 
+from dpmmd._warn import warn
 from dpmmd.files import expanded, write_atomically
 from dpmmd.privacy.checks import Checks
 from dpmmd.privacy.metadata import Metadata, PrivacyError
@@ -200,7 +200,7 @@ def save_spent(release: Release, path: Path) -> None:
             )
         if isinstance(error, Exception):
             raise UnsavedRelease(message, release, saved) from error
-        warnings.warn(message, stacklevel=3)  # interrupted
+        warn(message)  # interrupted
         raise
 
 

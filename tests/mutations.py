@@ -1346,7 +1346,7 @@ MUTATIONS = (
         "a file may claim other noise than its mu needs",
         (
             Edit(CHECKS, '("sd", m.sensitivity / m.mu, _CLOSE),', ""),
-            Edit(CHECKS, '("noise_sd", m.sd / _GRID * m.clip, _CLOSE),', ""),
+            Edit(CHECKS, '("noise_sd", m.sd / GRID * m.clip, _CLOSE),', ""),
         ),
         (f"{_CLAIM}[change2]",),
     ),

@@ -116,6 +116,18 @@ class Part:
         """What one grid unit is worth in the released sums."""
         return self.bound.clip / self.block.bound
 
+    @property
+    def is_phi(self) -> bool:
+        """Whether it is of the features to be matched: those blocks are released as one array."""
+        return self.kind.encoder == "encoder"
+
+    def shape(self, classes: int) -> tuple[int, ...]:
+        """Of its array in the release, where it has one of its own."""
+        if not self.kind.products:
+            return classes, self.dim
+        square = (self.width, self.width)
+        return square if self.kind.pooled else (classes, *square)
+
     def zero(self, classes: int, device: torch.device) -> PrivateSums:
         """Sums of no image."""
         if self.kind.products:
@@ -216,6 +228,18 @@ class Blocks:
             )
             for block, (by_class, shared) in zip(self.all(), sizes, strict=False)
         )
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every array of a release, by its name in `Release`."""
+        first, classes = self.parts[0], self.classes
+        n = len(first.bound.moments)  # of a joint block, moments lie side by side
+        moments = sum(len(part.bound.moments) for part in self.parts if part.is_phi)
+        shapes = {"sums": (moments, classes, first.dim // n), "counts": (classes,)}
+        if first.shared_taps:
+            shapes["shared"] = (moments, 1, first.shared // n)
+        return shapes | {
+            part.block.name: part.shape(classes) for part in self.parts if not part.is_phi
+        }
 
 
 def _check(weights: Mapping[str, float], names: list[str]) -> None:

@@ -48,7 +48,7 @@ def noise(raw: Raw, blocks: Blocks, sd: float, sampler: Sampler) -> Noised:
             arrays[part.block.name] = _noised_products(part, sums, sd, sampler)
             continue
         by_class, shared = _noised(sums, sd, sampler, part.unit)
-        if part.kind.encoder == "encoder":
+        if part.is_phi:
             n = len(part.bound.moments)  # of a joint block, moments lie side by side
             phi += zip(by_class.chunk(n, dim=1), shared.chunk(n, dim=1), strict=True)
         else:

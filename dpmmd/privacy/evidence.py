@@ -33,7 +33,9 @@ MODULES = {
     ),
     "its files: releases, partial sums, the ledger": (
         "dpmmd.privacy.checks",
+        "dpmmd.privacy.composition",
         "dpmmd.privacy.ledger",
+        "dpmmd.privacy.ledger_file",
         "dpmmd.privacy.metadata",
         "dpmmd.privacy.partial",
         "dpmmd.privacy.release_file",

@@ -16,8 +16,9 @@ import torch
 
 from dpmmd.data.look import check_source
 from dpmmd.privacy.blocks import Raw
+from dpmmd.privacy.composition import check_population
 from dpmmd.privacy.layout import Layout
-from dpmmd.privacy.ledger import Ledger, check_population
+from dpmmd.privacy.ledger import Ledger
 from dpmmd.privacy.metadata import Metadata, PrivacyError
 from dpmmd.privacy.opening import Opened
 from dpmmd.privacy.partial import PartialSums

@@ -41,6 +41,9 @@ INSIDE = {
     "dpmmd.privacy.audit": "attacks releases of made-up images; a release never calls it",
     "dpmmd.privacy.evidence": "what the report says of tests; sees nothing private",
     "dpmmd.privacy.pipeline": "checks the data holder's pipeline; a release never calls it",
+    "dpmmd.privacy.probes": "the same",
+    "dpmmd.privacy.readings": "the same",
+    "dpmmd.privacy.verdicts": "the same",
     "dpmmd.privacy.printed": "writes released numbers for people, rounded outward",
     "dpmmd.privacy.report": "sees noised releases only",
 }

@@ -5,9 +5,10 @@ from dpmmd.privacy.audit import Audit, audit
 from dpmmd.privacy.ledger import Ledger
 from dpmmd.privacy.mechanism import release
 from dpmmd.privacy.metadata import PrivacyError
-from dpmmd.privacy.pipeline import SourceAudit, SourceCheck, audit_source
+from dpmmd.privacy.pipeline import SourceAudit, audit_source
 from dpmmd.privacy.release_file import Release, UnsavedRelease
 from dpmmd.privacy.sensitivity import ADJACENCIES, Block, optimal_weights, sensitivity
+from dpmmd.privacy.verdicts import SourceCheck
 
 __all__ = [
     "ADJACENCIES",

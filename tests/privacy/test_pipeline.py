@@ -24,7 +24,7 @@ import dpmmd
 from dpmmd import cli
 from dpmmd.data import ArraySource, Batch, ImageSource, open_source
 from dpmmd.encoders import Encoder
-from dpmmd.privacy import SourceAudit, audit_source, mechanism, noising, pipeline, spending
+from dpmmd.privacy import SourceAudit, audit_source, mechanism, noising, probes, readings, spending
 from dpmmd.privacy.layout import Asked, bound_of
 from tests.conftest import TwoTaps, images, no_noise, small_encoder
 
@@ -47,7 +47,7 @@ def audited(source: Any = (X, Y), encoder: Encoder | None = None, **options: Any
 @pytest.fixture
 def two_units(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exchanges two units, not four: each costs a process where a Dataset is read."""
-    monkeypatch.setattr(pipeline._Pipeline, "_chosen", lambda self: [self.units[0], self.units[9]])
+    monkeypatch.setattr(probes.Probes, "_chosen", lambda self: [self.units[0], self.units[9]])
 
 
 def violated(result: SourceAudit) -> dict[str, str]:
@@ -246,8 +246,8 @@ def test_the_sums_are_those_of_a_release(group_by: str | None) -> None:
         weights=None,
         shared_taps=0,
     )
-    plan = pipeline._Plan.of(asked, opened)
-    seen = pipeline._read(opened, plan, plan.encoders())
+    plan = readings.Plan.of(asked, opened)
+    seen = readings.read(opened, plan, plan.encoders())
     sums, _, counts, _ = seen.sums
     blocks = plan.layout.blocks
     unit = 1 / blocks.parts[0].block.bound
@@ -517,7 +517,7 @@ def test_an_encoder_whose_last_bits_depend_on_the_place() -> None:
 
 
 def test_a_unit_that_moves_the_sums_too_far(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "sensitivity", lambda *_: 1e9 / 2)
+    monkeypatch.setattr(readings, "sensitivity", lambda *_: 1e9 / 2)
     result = audited(adjacency="zero-out")
     assert result.verdict == "VIOLATED"
     assert result.largest_distance > 1.5

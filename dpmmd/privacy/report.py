@@ -11,7 +11,7 @@ from scipy.special import ndtr, ndtri
 from dpmmd.data.classes import listed
 from dpmmd.privacy import accounting, evidence
 from dpmmd.privacy.ledger import Ledger
-from dpmmd.privacy.metadata import Metadata, Stated
+from dpmmd.privacy.metadata import BlockRecord, Metadata, Stated
 from dpmmd.privacy.printed import at_least, down, percent, plain, up
 from dpmmd.privacy.printed import markdown as escaped
 from dpmmd.privacy.sensitivity import ADJACENCIES
@@ -50,28 +50,6 @@ def facts(release: Stated, ledger: Ledger | None = None) -> dict[str, Any]:
     makes them harmless.
     """
     m = release.metadata
-    blocks = []
-    for block in m.blocks:
-        # phi blocks are released in units of the clip norm; selection and counts in their own
-        norm = m.clip if block.name.startswith("phi") else 1.0
-        noise_sd = m.sd / 2**m.grid_bits * norm / block.bound
-        noise_norm = noise_sd * math.sqrt((block.size - block.shared) / m.num_classes)
-        shared_norm = noise_sd * math.sqrt(block.shared) / (m.num_units or release.counts.sum())
-        blocks.append(
-            {
-                "name": block.name,
-                "kind": block.kind,
-                "bound": norm,  # of one unit's vector, in that of the released sums
-                "weight": block.bound,
-                "nonnegative": block.nonnegative,
-                "size": block.size,
-                "noise_sd": noise_sd,  # of a class sum; of a count, in images
-                "expected_noise_norm_per_class": [noise_norm / n for n in release.counts.tolist()]
-                if block.kind == "sums"
-                else None,  # of a class mean, with the released divisors
-                "expected_noise_norm_shared": float(shared_norm) if block.shared else None,
-            }
-        )
     result = {
         "private": m.private,
         "promise": promise(release),
@@ -97,7 +75,7 @@ def facts(release: Stated, ledger: Ledger | None = None) -> dict[str, Any]:
         "assumed_public": _public(release),
         "sensitivity": at_least(Fraction(m.sensitivity) / 2**m.grid_bits * Fraction(m.clip)),
         "sd_over_sensitivity": -at_least(-Fraction(m.sd) / Fraction(m.sensitivity)),
-        "blocks": blocks,
+        "blocks": [_block(release, block) for block in m.blocks],
         "not_covered": [*NOT_COVERED, _ONE_IMAGE if m.unit == "image" else _OTHER_GROUPS],
         **evidence.facts(m.version),  # "tested" and "evidence"
         "source": m.source,
@@ -110,6 +88,29 @@ def facts(release: Stated, ledger: Ledger | None = None) -> dict[str, Any]:
     if ledger is not None:
         result["ledger"] = _ledger_facts(release, ledger)
     return result
+
+
+def _block(release: Stated, block: BlockRecord) -> dict[str, Any]:
+    """What one block holds, and its noise."""
+    m = release.metadata
+    # phi blocks are released in units of the clip norm; selection and counts in their own
+    norm = m.clip if block.name.startswith("phi") else 1.0
+    noise_sd = m.sd / 2**m.grid_bits * norm / block.bound
+    noise_norm = noise_sd * math.sqrt((block.size - block.shared) / m.num_classes)
+    shared_norm = noise_sd * math.sqrt(block.shared) / (m.num_units or release.counts.sum())
+    by_class = [noise_norm / n for n in release.counts.tolist()]
+    return {
+        "name": block.name,
+        "kind": block.kind,
+        "bound": norm,  # of one unit's vector, in that of the released sums
+        "weight": block.bound,
+        "nonnegative": block.nonnegative,
+        "size": block.size,
+        "noise_sd": noise_sd,  # of a class sum; of a count, in images
+        # of a class mean, with the released divisors
+        "expected_noise_norm_per_class": by_class if block.kind == "sums" else None,
+        "expected_noise_norm_shared": float(shared_norm) if block.shared else None,
+    }
 
 
 def true_positives(mu: float, false_positives: float) -> float:

@@ -47,8 +47,12 @@ def collect(
 ) -> None:
     """Adds what every image contributes to the sums; rank 0 then has those of all ranks.
 
-    It returns nothing, and writes nothing but `spent.store`: what it learns stays in ``raw``, which
-    only `noising.noise` opens. It takes a `Spent`, so that no image is read before the spend.
+    Two data sets that differ in one unit give sums that differ by at most the sensitivity: what a
+    unit adds is certified (`sums`), and every other record adds the same integers to both, for a
+    row of a batch is computed from its record alone (`harmless`, `features_of`, `add`).
+
+    It returns nothing, and writes nothing but ``spent.store``: what it learns stays in ``raw``,
+    which only `noising.noise` opens. It takes a `Spent`, so that no image is read before the spend.
 
     Args:
         progress: whether to show a bar, which tells the number of batches.

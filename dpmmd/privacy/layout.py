@@ -96,7 +96,8 @@ class Layout:
 def lay_out(asked: Asked, image_shape: tuple[int, int, int], *, grouped: bool) -> Layout:
     """Lays out the blocks of what was asked for images of a shape.
 
-    It sees no image, and no number that depends on one: so does all that follows from the layout.
+    It sees no image, and no number that depends on one. What follows from the layout alone, such as
+    the sensitivity, is therefore the same for neighbouring data sets.
 
     Raises:
         ValueError: ``weights`` or ``pixel_moments`` out of range.

@@ -221,10 +221,10 @@ class _Scale:
 
 
 def _calibrated(level: Calibration, adjacency: str, blocks: Blocks) -> _Scale:
-    """The noise for a claim, by `sensitivity` and `accounting`.
+    """The noise that a claim needs: mu-GDP with the least mu that (epsilon, delta) allows.
 
-    It sees the blocks and the claim, and no data: so the noise is the same for all data sets, as a
-    Gaussian mechanism needs it to be.
+    It sees the blocks and the claim, and no data. So sd is the same number for neighbouring data
+    sets, and mu = Delta / sd is what a Gaussian mechanism of sensitivity Delta promises.
     """
     moved = sensitivity(adjacency, blocks.all())  # Delta, in grid units
     return _Scale(moved, level.sd_over_sensitivity * moved, level.mu)
@@ -298,7 +298,8 @@ def _sealed(
     before anything leaves.
     """
     if noised.counts is None:
-        counts = torch.tensor([float(claim.num_units or 0)], dtype=torch.float64)
+        assert claim.num_units is not None  # N is public, or there are noised counts
+        counts = torch.tensor([float(claim.num_units)], dtype=torch.float64)
     else:
         counts = noised.counts.clamp(min=1.0)
         if claim.num_units is None:

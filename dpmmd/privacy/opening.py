@@ -51,8 +51,9 @@ def open_images(
 ) -> Opened:
     """Opens a source, and decodes none of its images.
 
-    Where N is private, an empty data set is opened like any other, and N goes no further than to
-    the reading of the images: `Public` leaves it out.
+    What identifies neighbouring data sets stays in `Opened`: the images, and the sizes of groups.
+    Where N is private, `Public` leaves it out, and an empty data set is opened like any other. So
+    nothing that is computed from `Public` can tell neighbours apart.
 
     Raises:
         ValueError, TypeError: `dpmmd.data.open_source` says why.

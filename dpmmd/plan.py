@@ -25,7 +25,8 @@ from dpmmd.data.named import NAMED
 from dpmmd.devices import device_of
 from dpmmd.encoders import Encoder
 from dpmmd.nn import MMDLoss
-from dpmmd.privacy.release_file import Metadata, Release
+from dpmmd.privacy.metadata import Metadata
+from dpmmd.privacy.release_file import Release
 from dpmmd.recipe import Recipe, TrainSection
 
 _PROBE_BYTES = 96 << 20  # of a measurement: far above the pages that come and go by themselves

@@ -34,6 +34,7 @@ INSIDE = {
     "dpmmd._memory": "asks the C library to return freed memory",
     "dpmmd._torchvision": "imports torchvision, whose models are encoders",
     "dpmmd._version": "a constant",
+    "dpmmd._warn": "gives a warning the line of the caller",
     "dpmmd.bounds": "names of bounds, and what arguments are refused",
     "dpmmd.devices": "which device a module is on",
     "dpmmd.errors": "an exception that a release never raises",
@@ -54,6 +55,9 @@ INSIDE = {
     "dpmmd.privacy.canaries": "attacks releases of made-up images; a release never calls it",
     "dpmmd.privacy.evidence": "what the report says of tests; sees nothing private",
     "dpmmd.privacy.pipeline": "checks the data holder's pipeline; a release never calls it",
+    "dpmmd.privacy.probes": "the same",
+    "dpmmd.privacy.readings": "the same",
+    "dpmmd.privacy.verdicts": "the same",
     "dpmmd.privacy.printed": "writes released numbers for people, rounded outward",
     "dpmmd.privacy.report": "sees noised releases only",
 }

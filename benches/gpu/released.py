@@ -19,11 +19,12 @@ from benches.gpu.checks import bounded_sums_of
 from benches.gpu.device import brief
 from benches.gpu.inputs import Scale
 from benches.gpu.measure import Call, Measure, Row
-from benches.gpu.steps import encoder_of, no_noise
+from benches.gpu.steps import encoder_of
 from dpmmd import backends, reference
 from dpmmd.bounds import Bound
 from dpmmd.encoders import Encoder
 from dpmmd.privacy.sums import PrivateSums
+from dpmmd.run import no_noise
 
 RELEASE, WHOLE = "release, encoder and sums", "dpmmd.release, images in memory"
 ALONE = "encoder alone"

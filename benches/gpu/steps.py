@@ -27,6 +27,7 @@ from dpmmd.devices import device_of
 from dpmmd.encoders import Encoder
 from dpmmd.nn import MMDLoss
 from dpmmd.recipe import GeneratorSection, TrainSection
+from dpmmd.run import no_noise
 
 STEP, CAPTURED, TRAIN = "training step", "training step, captured", "dpmmd train, a step"
 FLOOR = "sum of the last tap"
@@ -79,10 +80,6 @@ def release_of(encoder: Encoder, classes: int, moments: tuple[int, ...] = (1, 2)
         adjacency="replace-one", num_classes=classes, moments=moments, batch_size=20,
         progress=False, insecure_test_noise=no_noise,
     )  # fmt: skip
-
-
-def no_noise(n: int, sd: float) -> np.ndarray:
-    return np.zeros(n, np.int64)
 
 
 def generator_of(scale: Scale, pixels: int, device: torch.device) -> nn.Module:

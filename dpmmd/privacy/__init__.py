@@ -10,8 +10,10 @@ if TYPE_CHECKING:
     from dpmmd.privacy.canaries import Audit, audit
     from dpmmd.privacy.ledger import Ledger
     from dpmmd.privacy.mechanism import release
-    from dpmmd.privacy.pipeline import SourceAudit, SourceCheck, audit_source
-    from dpmmd.privacy.release_file import PrivacyError, Release, UnsavedRelease
+    from dpmmd.privacy.metadata import PrivacyError
+    from dpmmd.privacy.pipeline import SourceAudit, audit_source
+    from dpmmd.privacy.release_file import Release, UnsavedRelease
+    from dpmmd.privacy.verdicts import SourceCheck
 else:
     __getattr__ = importer(
         __name__,
@@ -20,8 +22,10 @@ else:
             "dpmmd.privacy.canaries": ("Audit", "audit"),
             "dpmmd.privacy.ledger": ("Ledger",),
             "dpmmd.privacy.mechanism": ("release",),
-            "dpmmd.privacy.pipeline": ("SourceAudit", "SourceCheck", "audit_source"),
-            "dpmmd.privacy.release_file": ("PrivacyError", "Release", "UnsavedRelease"),
+            "dpmmd.privacy.metadata": ("PrivacyError",),
+            "dpmmd.privacy.pipeline": ("SourceAudit", "audit_source"),
+            "dpmmd.privacy.release_file": ("Release", "UnsavedRelease"),
+            "dpmmd.privacy.verdicts": ("SourceCheck",),
         },
     )
 

@@ -57,20 +57,19 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from dpmmd.data import Batch, ImageSource
+from dpmmd.encoders import Encoder
 from dpmmd.privacy import accounting
 from dpmmd.privacy.mechanism import release
 from dpmmd.privacy.release_file import Release
 from dpmmd.privacy.sensitivity import check_adjacency
-
-if TYPE_CHECKING:
-    from dpmmd.data import ImageSource
 
 CONFIDENCE = 1 - 1e-6
 GAIN = 3.0  # norm of a canary's features, relative to the bound c = 1
@@ -157,65 +156,30 @@ def audit(
     Raises:
         ValueError: an argument out of range.
     """
-    from dpmmd.encoders import Encoder
-
     check_adjacency(adjacency)
     claim = accounting.calibrate(epsilon=epsilon, delta=delta)
     moments = tuple(moments)
-    if isinstance(canaries, bool) or not isinstance(canaries, int) or canaries < 100:
-        raise ValueError(f"canaries={canaries!r}: expected an int >= 100, e.g. 10000.")
     if copies is None:
         copies = max(1, round(_GROUP_MU / claim.mu))
-    if isinstance(copies, bool) or not isinstance(copies, int) or copies < 1:
-        raise ValueError(f"copies={copies!r}: expected None or an int >= 1.")
-    if sign not in ("signed", "nonnegative"):
-        raise ValueError(f"sign={sign!r}: expected 'signed' or 'nonnegative'.")
-    if not 0.5 <= confidence < 1:
-        raise ValueError(f"confidence={confidence!r}: expected a number in [0.5, 1), e.g. 0.99.")
-
-    replaced = adjacency == "replace-one"
-    antipodal = replaced and sign == "signed" and moments == (1,)
-    classes = -(-canaries // _WIDTH)
-    backbone = _Channels(antipodal=antipodal, pairs=replaced and not antipodal)
-    encoder = Encoder(
-        backbone,
-        name="canaries",
-        weights_sha256=backbone.sha256,
-        image_size=(1, _WIDTH),
-        tap_signs={"canary": sign},
-    )
+    _check(canaries, copies, sign, confidence)
+    attack = _Attack(adjacency, canaries, copies, sign, moments, confidence)
     coins = np.random.default_rng().integers(0, 2, canaries).astype(bool)  # seeded by the system
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="delta=.* is above 1 / N")  # of made-up images
         released = (make_release or release)(
             _source(coins, copies, adjacency),
-            encoder,
+            attack.encoder(),
             epsilon=epsilon,
             delta=delta,
             adjacency=adjacency,
-            num_classes=classes,
+            num_classes=attack.classes,
             moments=moments,
             batch_size=_BATCH,
             progress=progress,
         )
-
-    directions = released.sums.double().sum(dim=0) / math.sqrt(len(moments))  # [K, D]
-    distance = math.sqrt(len(moments))
-    if backbone.pairs:
-        # A tap's features are flattened as NHWC: the two channels of one pixel are neighbours.
-        red, green = directions.view(classes, _WIDTH, 2).unbind(dim=2)
-        directions = (red - green) / math.sqrt(2)
-        distance *= math.sqrt(2)
-    elif antipodal:
-        distance *= 2
-    scores = directions.flatten()[:canaries].numpy()
-    low, high = (-0.5, 0.5) if replaced else (0.0, 1.0)
-    thresholds = [copies * distance * (low + t * (high - low)) for t in THRESHOLDS]
-
-    alpha = (1 - confidence) / 2
-    means = lower_bound_by_means(scores[coins], scores[~coins], alpha) / copies
-    free = lower_bound_by_thresholds(scores[coins], scores[~coins], thresholds, alpha) / copies
+    means, free = attack.lower_bounds(released, coins)
     mu = max(means, free)
+    m = released.metadata
     return Audit(
         # A lower bound, while `accounting.epsilon` rounds up.
         epsilon_lower=accounting.epsilon(mu=mu, delta=delta) * (1 - 1e-8) if mu >= 1e-8 else 0.0,
@@ -225,10 +189,7 @@ def audit(
         mu_lower_means=means,
         mu_lower_thresholds=free,
         mu_claimed=claim.mu,
-        sensitivity_reached=distance
-        * released.metadata.clip
-        * 2.0**released.metadata.grid_bits
-        / released.metadata.sensitivity,
+        sensitivity_reached=attack.distance * m.clip * 2.0**m.grid_bits / m.sensitivity,
         canaries=canaries,
         copies=copies,
         confidence=float(confidence),
@@ -237,6 +198,81 @@ def audit(
         moments=moments,
         verdict="VIOLATED" if mu > claim.mu else "consistent",
     )
+
+
+def _check(canaries: int, copies: int, sign: str, confidence: float) -> None:
+    if isinstance(canaries, bool) or not isinstance(canaries, int) or canaries < 100:
+        raise ValueError(f"canaries={canaries!r}: expected an int >= 100, e.g. 10000.")
+    if isinstance(copies, bool) or not isinstance(copies, int) or copies < 1:
+        raise ValueError(f"copies={copies!r}: expected None or an int >= 1.")
+    if sign not in ("signed", "nonnegative"):
+        raise ValueError(f"sign={sign!r}: expected 'signed' or 'nonnegative'.")
+    if not 0.5 <= confidence < 1:
+        raise ValueError(f"confidence={confidence!r}: expected a number in [0.5, 1), e.g. 0.99.")
+
+
+@dataclass(frozen=True)
+class _Attack:
+    """The pair of neighbours by which a release is attacked; see the table above."""
+
+    adjacency: str
+    canaries: int
+    copies: int
+    sign: str
+    moments: tuple[int, ...]
+    confidence: float
+
+    @property
+    def replaced(self) -> bool:
+        """Whether both are images that contribute."""
+        return self.adjacency == "replace-one"
+
+    @property
+    def antipodal(self) -> bool:
+        """Whether the pair is +v and -v."""
+        return self.replaced and self.sign == "signed" and self.moments == (1,)
+
+    @property
+    def pairs(self) -> bool:
+        """Whether it is two orthogonal vectors."""
+        return self.replaced and not self.antipodal
+
+    @property
+    def classes(self) -> int:
+        return -(-self.canaries // _WIDTH)
+
+    @property
+    def distance(self) -> float:
+        """Of the pair, in units of the bound c."""
+        apart = 2.0 if self.antipodal else math.sqrt(2) if self.pairs else 1.0
+        return math.sqrt(len(self.moments)) * apart
+
+    def encoder(self) -> Encoder:
+        backbone = _Channels(antipodal=self.antipodal, pairs=self.pairs)
+        return Encoder(
+            backbone,
+            name="canaries",
+            weights_sha256=backbone.sha256,
+            image_size=(1, _WIDTH),
+            tap_signs={"canary": self.sign},
+        )
+
+    def lower_bounds(self, released: Release, coins: NDArray[np.bool_]) -> tuple[float, float]:
+        """Of mu: by the difference of means, and by thresholds."""
+        directions = released.sums.double().sum(dim=0) / math.sqrt(len(self.moments))  # [K, D]
+        if self.pairs:
+            # A tap's features are flattened as NHWC: the two channels of a pixel are neighbours.
+            red, green = directions.view(self.classes, _WIDTH, 2).unbind(dim=2)
+            directions = (red - green) / math.sqrt(2)
+        scores = directions.flatten()[: self.canaries].numpy()
+        low, high = (-0.5, 0.5) if self.replaced else (0.0, 1.0)
+        one = self.copies * self.distance
+        thresholds = [one * (low + t * (high - low)) for t in THRESHOLDS]
+        alpha = (1 - self.confidence) / 2
+        ours, theirs = scores[coins], scores[~coins]
+        means = lower_bound_by_means(ours, theirs, alpha)
+        free = lower_bound_by_thresholds(ours, theirs, thresholds, alpha)
+        return means / self.copies, free / self.copies
 
 
 def lower_bound_by_means(
@@ -311,8 +347,6 @@ class _Channels(nn.Module):
 
 def _source(coins: NDArray[np.bool_], copies: int, adjacency: str) -> ImageSource:
     """The canaries as images [3, 1, W], made batch by batch; canary i is of class i // W."""
-    from dpmmd.data import Batch, ImageSource
-
     members = np.flatnonzero(coins) if adjacency == "add-remove" else np.arange(len(coins))
     other = {"replace-one": _GREEN}.get(adjacency)  # None: a black image
 

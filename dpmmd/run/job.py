@@ -23,8 +23,8 @@ from dpmmd.nn import check_encoder
 from dpmmd.plan import Plan
 from dpmmd.privacy import Release
 from dpmmd.privacy import release as make_release
+from dpmmd.privacy.metadata import unit_of
 from dpmmd.privacy.printed import up
-from dpmmd.privacy.release_file import unit_of
 from dpmmd.privacy.report import facts
 from dpmmd.recipe import Recipe
 from dpmmd.run import evaluation

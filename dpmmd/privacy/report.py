@@ -6,6 +6,8 @@ import math
 from fractions import Fraction
 from typing import Any
 
+from scipy.special import ndtr, ndtri
+
 from dpmmd.data.classes import listed
 from dpmmd.privacy import accounting, evidence
 from dpmmd.privacy.ledger import Ledger
@@ -117,8 +119,6 @@ def true_positives(mu: float, false_positives: float) -> float:
     Phi(mu + Phi^-1(rate)) (Dong, Roth, Su 2022): scipy's functions are off by a relative 1e-13 at
     most, so this is above the truth.
     """
-    from scipy.special import ndtr, ndtri
-
     return min(1.0, float(ndtr(mu + ndtri(false_positives))) * (1 + 1e-10))
 
 

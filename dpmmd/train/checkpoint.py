@@ -36,50 +36,6 @@ class CheckpointError(ValueError):
     """A checkpoint that is corrupt, or belongs to another release or other settings."""
 
 
-def _same_processes(task: Task, found: Any) -> None:
-    if found != task.team.size:
-        raise CheckpointError(
-            f"checkpoint: written by {found} process(es), now there are "
-            f"{task.team.size}; start as many, or pass elastic=True (--elastic) to go on with "
-            "another number."
-        )
-
-
-def _same_release(task: Task, found: Any) -> None:
-    if found != task.release.metadata.array_sha256:
-        raise CheckpointError(
-            "checkpoint: it belongs to another release; train in another folder, or remove "
-            "the checkpoint."
-        )
-
-
-def _same_selection(task: Task, found: Any) -> None:
-    if found != task.selection:
-        raise CheckpointError(
-            f"checkpoint: made with{'' if found else 'out'} a selection "
-            "encoder; continue likewise, or train in another folder."
-        )
-
-
-def _same_settings(task: Task, found: Mapping[str, Any]) -> None:
-    wanted = task.settings.model_dump(mode="json")
-    free = WITHOUT_EFFECT - ({"checkpoint_every"} if task.selection else set())
-    for key in sorted((set(wanted) | set(found)) - free):
-        if wanted.get(key) != found.get(key):
-            raise CheckpointError(
-                f"checkpoint: made with {key} = {found.get(key)!r}, now {wanted.get(key)!r}; "
-                "continue with the same settings, or train in another folder."
-            )
-
-
-def _same_generator(task: Task, found: Any) -> None:
-    if found != task.record:
-        raise CheckpointError(
-            f"checkpoint: made with the generator {found}, now "
-            f"{task.record}; continue with the same, or train in another folder."
-        )
-
-
 def _load(module: nn.Module, state: Mapping[str, Any]) -> None:
     try:
         module.load_state_dict(state)
@@ -96,54 +52,99 @@ class _Field:
 
     Attributes:
         write: its value.
-        check: raises a CheckpointError if a training may not go on from a value.
         read: takes a value over into a state.
+        refuse: why a training cannot go on from a value, if it cannot.
     """
 
     write: Callable[[Task, State], Any]
-    check: Callable[[Task, Any], None] = lambda _task, _value: None
     read: Callable[[State, Any], object] = lambda _state, _value: None
+    refuse: Callable[[Task, Any], str | None] = lambda _task, _found: None
 
 
 def _attribute(name: str, kind: Callable[[Any], Any] = lambda value: value) -> _Field:
     """An attribute of the state that is written as it is."""
     return _Field(
         lambda _, state: getattr(state, name),
-        read=lambda state, value: setattr(state, name, kind(value)),
+        lambda state, value: setattr(state, name, kind(value)),
     )
+
+
+def _fixed(own: Callable[[Task], Any], reason: Callable[[Any, Any], str]) -> _Field:
+    """What must be the same to go on; ``reason`` says, of the value found and one's own, why."""
+    return _Field(
+        lambda task, _: own(task),
+        refuse=lambda task, found: None if found == own(task) else reason(found, own(task)),
+    )
+
+
+def _other_settings(task: Task, found: Mapping[str, Any]) -> str | None:
+    wanted = task.settings.model_dump(mode="json")
+    free = WITHOUT_EFFECT - ({"checkpoint_every"} if task.selection else set())
+    for key in sorted((set(wanted) | set(found)) - free):
+        if wanted.get(key) != found.get(key):
+            return (
+                f"made with {key} = {found.get(key)!r}, now {wanted.get(key)!r}; "
+                "continue with the same settings, or train in another folder."
+            )
+    return None
 
 
 _FIELDS: dict[str, _Field] = {
     "step": _attribute("step", int),
     "seconds": _attribute("seconds", float),
-    "processes": _Field(lambda task, _: task.team.size, _same_processes),
+    "processes": _fixed(
+        lambda task: task.team.size,
+        lambda found, now: (
+            f"written by {found} process(es), now there are {now}; start as many, "
+            "or pass elastic=True (--elastic) to go on with another number."
+        ),
+    ),
     "private": _Field(lambda task, _: task.release.metadata.private),
-    "array_sha256": _Field(lambda task, _: task.release.metadata.array_sha256, _same_release),
+    "array_sha256": _fixed(
+        lambda task: task.release.metadata.array_sha256,
+        lambda *_: (
+            "it belongs to another release; train in another folder, or remove the checkpoint."
+        ),
+    ),
     "num_classes": _Field(lambda task, _: task.num_classes),
     "class_names": _Field(lambda task, _: task.release.metadata.class_names),
-    "selection": _Field(lambda task, _: task.selection, _same_selection),
-    "settings": _Field(lambda task, _: task.settings.model_dump(mode="json"), _same_settings),
-    "generator_settings": _Field(lambda task, _: task.record, _same_generator),
+    "selection": _fixed(
+        lambda task: task.selection,
+        lambda found, _: (
+            f"made with{'' if found else 'out'} a selection encoder; continue "
+            "likewise, or train in another folder."
+        ),
+    ),
+    "settings": _Field(
+        lambda task, _: task.settings.model_dump(mode="json"), refuse=_other_settings
+    ),
+    "generator_settings": _fixed(
+        lambda task: task.record,
+        lambda found, now: (
+            f"made with the generator {found}, now {now}; continue with the same, "
+            "or train in another folder."
+        ),
+    ),
     "generator": _Field(
         lambda _, state: state.generator.state_dict(),
-        read=lambda state, value: _load(state.generator, value),
+        lambda state, value: _load(state.generator, value),
     ),
     "averaged": _Field(
         lambda _, state: state.averaged.state_dict(),
-        read=lambda state, value: _load(state.averaged, value),
+        lambda state, value: _load(state.averaged, value),
     ),
     "best": _attribute("best"),
     "optimizer": _Field(
         lambda _, state: state.optimizer.state_dict(),
-        read=lambda state, value: take_over(state.optimizer, value),
+        lambda state, value: take_over(state.optimizer, value),
     ),
     "loss": _Field(
         lambda _, state: state.estimate(),
-        read=lambda state, value: state.loss.load_state_dict(value, strict=False),
+        lambda state, value: state.loss.load_state_dict(value, strict=False),
     ),
     "rng": _Field(
         lambda _, state: state.rng.get_state(),
-        read=lambda state, value: state.rng.set_state(value),
+        lambda state, value: state.rng.set_state(value),
     ),
     "global_rng": _attribute("global_rng"),
 }
@@ -171,8 +172,9 @@ def restore(content: Mapping[str, Any], task: Task, state: State, *, elastic: bo
     """
     content = {**_ABSENT, **content}
     for name, field in _FIELDS.items():
-        if not (elastic and name == "processes"):
-            field.check(task, content[name])
+        why = None if elastic and name == "processes" else field.refuse(task, content[name])
+        if why is not None:
+            raise CheckpointError(f"checkpoint: {why}")
     for name, field in _FIELDS.items():
         field.read(state, content[name])
 

@@ -78,15 +78,16 @@ def graphed_stepper(task: Task, state: State, model: nn.Module) -> Stepper:
     Raises:
         RuntimeError: it was asked for and cannot be.
     """
-    try:
-        return GraphedStepper(task, state, model)
-    except _CannotCapture as failed:
-        why, cause = failed.why, failed.__cause__
+    graphed = GraphedStepper(task, state, model)
+    error = graphed.capture()
+    if error is None:
+        return graphed
+    why = _reason(error)
     if task.settings.graph:
         raise RuntimeError(
             f"settings.graph=True: a step cannot be a CUDA graph ({why}). Leave "
             "nothing of the generator's forward pass to the host, or leave graph out."
-        ) from cause
+        ) from error
     moved = state.optimizer.state_dict()
     state.optimizer = adam(state.generator, task.settings, task.team.device, graphed=False)
     take_over(state.optimizer, moved)
@@ -100,18 +101,8 @@ def graphed_stepper(task: Task, state: State, model: nn.Module) -> Stepper:
     return Stepper(task, state, model)
 
 
-class _CannotCapture(Exception):
-    def __init__(self, why: str) -> None:
-        super().__init__(why)
-        self.why = why
-
-
 class GraphedStepper(Stepper):
-    """Steps whose work is one graph, recorded when it is made; warming up leaves no trace."""
-
-    def __init__(self, task: Task, state: State, model: nn.Module) -> None:
-        super().__init__(task, state, model)
-        self._replay = self._captured()
+    """Steps whose work is one graph, once it is captured."""
 
     def _run(self) -> None:
         self._replay()
@@ -120,8 +111,8 @@ class GraphedStepper(Stepper):
     def _average(self) -> None:
         self.state.averaged.update_on_device(self.state.generator)
 
-    def _captured(self) -> Callable[[], None]:
-        """`_work` as one graph."""
+    def capture(self) -> Exception | None:
+        """Records `_work`; warming up leaves no trace. Returns why it cannot be done."""
         device, generator = self.z.device, self.state.generator
         forget, before = _trace(self.state), _state_of_host(generator)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -130,10 +121,11 @@ class GraphedStepper(Stepper):
                 if not _is_ours(generator):
                     self._rehearse(device, before)
                 forget()
-                return record(self._work, device)
+                self._replay = record(self._work, device)
             except Exception as error:
                 forget()
-                raise _CannotCapture(_reason(error)) from error
+                return error
+        return None
 
     def _rehearse(self, device: torch.device, before: Mapping[Any, Any]) -> None:
         """One more step, which raises a RuntimeError if the host takes part in it.

@@ -473,7 +473,7 @@ def test_a_step_reads_nothing_from_the_device(estimator: str, options: dict[str,
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training.graph, "_GRAPHED_ON", ("meta",))
         patch.setattr(training.loop, "adam", lambda model, *_: torch.optim.Adam(model.parameters()))
-        patch.setattr(GraphedStepper, "_captured", lambda self: self._work)
+        patch.setattr(GraphedStepper, "capture", lambda self: None)
         patch.setattr(Stepper, "advance", advance)
         train(release, encoder, settings=settings, generator_settings=GENERATOR, progress=False)
     assert len(stepped) == settings.steps

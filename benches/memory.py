@@ -24,10 +24,10 @@ import torch
 
 import dpmmd
 from benches.rows import Kept, update
-from dpmmd import plan
 from dpmmd._memory import Meter, keep_freed_memory
 from dpmmd.encoders import Encoder
 from dpmmd.recipe import GeneratorSection, TrainSection
+from dpmmd.train import plan
 
 BEGIN, END = "<!-- memory: begin -->", "<!-- memory: end -->"
 RESULTS = Path(__file__).parent / "results"

@@ -35,7 +35,7 @@ else:
         modules=(
             *("align", "backends", "bounds", "data", "distributed", "encoders", "evaluate"),
             *("export", "functional", "generators", "injection", "metrics", "microbatch", "nn"),
-            *("plan", "privacy", "recipe", "reference", "run", "train"),
+            *("privacy", "recipe", "reference", "run", "train"),
         ),
     )
 

@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,10 +23,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dpmmd._version import __version__
 from dpmmd.devices import device_of
-
-if TYPE_CHECKING:
-    from dpmmd.encoders import Encoder
-    from dpmmd.privacy import Release
 
 # Every process computes the same running statistics. PyTorch 2.13 gave the argument a new name.
 BUFFERS_STAY: dict[str, Any] = (
@@ -289,24 +285,19 @@ def require_same(what: str, value: Any, group: dist.ProcessGroup) -> None:
             )
 
 
-def require_alike(
-    release: Release, encoder: Encoder, group: dist.ProcessGroup, **more: Any
-) -> None:
+def require_alike(group: dist.ProcessGroup, **values: Any) -> None:
     """Raises a ValueError in every process that says in what they differ, if they do.
 
     Args:
-        release, encoder: what they train on; compared by hash and by `Encoder.spec`.
         group: whose processes are compared, all of which call this.
-        **more: as `require_same`.
+        **values: by name, as `require_same`; the version of dpmmd is compared before them.
 
     Raises:
         RuntimeError: torch.distributed has no initialised process group.
     """
     require_group()
     require_same("version", __version__, group)
-    require_same("release", release.metadata.array_sha256, group)
-    require_same("encoder", encoder.spec(), group)
-    for what, value in more.items():
+    for what, value in values.items():
         require_same(what, value, group)
 
 

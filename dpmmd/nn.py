@@ -93,9 +93,9 @@ class MMDLoss(nn.Module):
         super().__init__()
         if process_group is not None:  # first: what one process refuses must not leave others wait
             require_alike(
-                release,
-                encoder,
                 process_group,
+                release=release.metadata.array_sha256,
+                encoder=encoder.spec(),
                 loss={"estimator": estimator, "decay": decay, "lr": lr},
             )
         if estimator not in ESTIMATORS:

@@ -164,7 +164,8 @@ class TrainSection(_Section):
     `dpmmd.nn.MMDLoss`; ``graph`` records the whole step once as a CUDA graph and replays it (None:
     on a CUDA device, in one process and without ``memory``, where the generator is one of
     `dpmmd.generators`); ``compile`` runs generator and encoder through torch.compile. ``memory`` is
-    a budget for a step, such as "8GiB", or a fraction of what is free, "0.8": see `dpmmd.plan`.
+    a budget for a step, such as "8GiB", or a fraction of what is free, "0.8": see
+    `dpmmd.train.plan`.
     """
 
     steps: int = Field(default=2000, ge=1)

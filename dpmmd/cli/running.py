@@ -85,9 +85,9 @@ def plan(
 
     Measures a few small batches of random images on the device. Reads no data and no release.
     """
-    from dpmmd import plan as planning
     from dpmmd import recipe as recipes
     from dpmmd.devices import choose_device
+    from dpmmd.train import plan as planning
 
     where = choose_device(device)
     settings, _ = recipes.read(recipe)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dpmmd import generators, plan, recipe, train
+from dpmmd import generators, recipe, train
 from dpmmd.data import ImageSource, open_source
 from dpmmd.devices import choose_device
 from dpmmd.encoders import Encoder
@@ -20,7 +20,6 @@ from dpmmd.evaluate import check_classifiers
 from dpmmd.files import expanded, write_atomically
 from dpmmd.metrics import Extractor
 from dpmmd.nn import check_encoder
-from dpmmd.plan import Plan
 from dpmmd.privacy import Release
 from dpmmd.privacy import release as make_release
 from dpmmd.privacy.metadata import unit_of
@@ -32,7 +31,8 @@ from dpmmd.run.folder import Measured, is_new
 from dpmmd.run.noiseless import NO_NOISE_EPSILON, no_noise, stated_epsilon
 from dpmmd.run.report import make_report
 from dpmmd.run.samples import write_samples
-from dpmmd.train import CHECKPOINT, Trained
+from dpmmd.train import CHECKPOINT, Trained, plan
+from dpmmd.train.plan import Plan
 
 Say = Callable[[str], None]
 

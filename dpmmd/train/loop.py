@@ -17,19 +17,19 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from dpmmd import plan as planning
 from dpmmd.devices import device_of
 from dpmmd.distributed import Team, replicated, require_alike
 from dpmmd.encoders import Encoder
 from dpmmd.files import expanded, refuse_unwritable
 from dpmmd.generators import build
 from dpmmd.nn import MMDLoss
-from dpmmd.plan import Limits, Plan, Target
 from dpmmd.privacy.release_file import Release
 from dpmmd.recipe import GeneratorSection, TrainSection
+from dpmmd.train import plan as planning
 from dpmmd.train.checkpoint import CHECKPOINT, load_checkpoint, restore, save
 from dpmmd.train.graph import graphed_stepper, is_graphed
 from dpmmd.train.pictures import sample_grid
+from dpmmd.train.plan import Limits, Plan, Target
 from dpmmd.train.sampling import seeded
 from dpmmd.train.selection import Selection
 from dpmmd.train.state import State, Task, Trained, adam
@@ -77,7 +77,7 @@ def train(
             see that folder.
         elastic: go on from a checkpoint that another number of processes has written.
         plan: how a step is done within a memory budget, for a process's part of the batch. None:
-            `dpmmd.plan.make` makes one if there is ``settings.memory``.
+            `dpmmd.train.plan.make` makes one if there is ``settings.memory``.
         progress: show a progress bar on standard error.
 
     Returns:
@@ -196,9 +196,9 @@ def _check_team(
     if team.group is None:
         return
     require_alike(
-        release,
-        encoder,
         team.group,
+        release=release.metadata.array_sha256,
+        encoder=encoder.spec(),
         settings=settings.model_dump(mode="json"),
         generator_settings=generator_settings.model_dump(mode="json"),
         selection_encoder=None if selection is None else selection.spec(),

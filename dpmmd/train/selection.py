@@ -8,8 +8,8 @@ from torch import nn
 from dpmmd.encoders import Encoder
 from dpmmd.functional import mean_embedding
 from dpmmd.nn import check_encoder
-from dpmmd.plan import Limits
 from dpmmd.privacy.release_file import Release
+from dpmmd.train.plan import Limits
 from dpmmd.train.sampling import sample
 
 _AT_ONCE = 250

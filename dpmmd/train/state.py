@@ -13,9 +13,9 @@ from torch.optim.swa_utils import AveragedModel
 
 from dpmmd.distributed import Team
 from dpmmd.nn import MMDLoss
-from dpmmd.plan import Limits
 from dpmmd.privacy.release_file import Release
 from dpmmd.recipe import TrainSection
+from dpmmd.train.plan import Limits
 from dpmmd.train.sampling import seeded
 
 

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import dpmmd
-from dpmmd import distributed, plan
+from dpmmd import distributed
 from dpmmd import train as training
 from dpmmd.generators import ConvGenerator
 from dpmmd.nn import ESTIMATORS, MMDLoss
-from dpmmd.plan import PlanError
 from dpmmd.recipe import GeneratorSection, TrainSection
-from dpmmd.train import CheckpointError
+from dpmmd.train import CheckpointError, plan
+from dpmmd.train.plan import PlanError
 from tests.conftest import images, small_encoder
 
 RELEASES: dict[str, dict[str, Any]] = {

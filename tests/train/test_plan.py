@@ -17,13 +17,14 @@ from typer.testing import CliRunner
 
 import dpmmd
 from benches import memory as bench
-from dpmmd import generators, plan
+from dpmmd import generators
 from dpmmd import run as runs
 from dpmmd.bounds import Bound
 from dpmmd.cli import app
 from dpmmd.generators.layers import recomputed
-from dpmmd.plan import PlanError, parse
 from dpmmd.recipe import GeneratorSection, RecipeError, TrainSection, revised
+from dpmmd.train import plan
+from dpmmd.train.plan import PlanError, parse
 from tests.conftest import images, no_noise, small_encoder
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -317,7 +318,7 @@ def test_what_the_command_refuses(tmp_path: Path) -> None:
 
 MEASURED = """
 import json, sys, numpy as np, torch, dpmmd
-from dpmmd import plan
+from dpmmd.train import plan
 from dpmmd._memory import Meter
 from dpmmd.recipe import GeneratorSection, TrainSection
 torch.set_num_threads(1)

@@ -19,7 +19,6 @@ import dpmmd
 from dpmmd import train as training
 from dpmmd.generators import ConvGenerator
 from dpmmd.nn import ESTIMATORS
-from dpmmd.plan import Limits
 from dpmmd.privacy import Release
 from dpmmd.recipe import GeneratorSection, TrainSection
 from dpmmd.train import (
@@ -33,6 +32,7 @@ from dpmmd.train import (
     tile,
     train,
 )
+from dpmmd.train.plan import Limits
 from dpmmd.train.selection import Selection
 from dpmmd.train.state import State
 from dpmmd.train.step import Stepper, rate

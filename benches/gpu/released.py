@@ -32,9 +32,9 @@ ALONE = "encoder alone"
 
 def serves(backend: str, device: torch.device) -> bool:
     """Whether `PrivateSums` takes a backend's kernel where that backend is asked for."""
-    function = bounded_sums_of(backend)
+    core = backends.named(backend)
     features, one = [torch.ones(1, 8, device=device)], torch.ones(1, device=device).long()
-    with mock.patch(f"{function.__module__}.bounded_sums", wraps=function) as called:
+    with mock.patch.object(core, "bounded_sums", wraps=core.bounded_sums) as called:
         with backends.use(backend):
             PrivateSums(1, 8, device=device).add(
                 features, one * 0, one.bool(), one, bound=Bound(), nonnegative=True,
@@ -74,9 +74,7 @@ def _sums(
     y = (torch.arange(batch) % scale.classes).to(device.device)
     valid = torch.ones(batch, dtype=torch.bool, device=device.device)
     limits = torch.full((batch,), 1 << 30, device=device.device)
-    options: dict[str, Any] = {
-        "moments": (1,), "joint_weight": 1.0, "bound": "sphere", "clip": 1.0, "nonnegative": True
-    }  # fmt: skip
+    options: dict[str, Any] = {"bound": Bound(), "nonnegative": True}
 
     def loop(add: Callable[[list[Tensor]], None] | None) -> None:
         with torch.inference_mode():

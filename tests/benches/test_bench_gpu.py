@@ -43,6 +43,7 @@ from benches.gpu import (
 from benches.gpu.budget import Budget, OutOfTimeError, Section
 from dpmmd import functional
 from dpmmd._cores.protocol import Saved
+from dpmmd.bounds import Bound
 from tests.core import interpreted
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -328,9 +329,7 @@ def test_a_wrong_estimate_and_a_wrong_integer_are_found(monkeypatch: pytest.Monk
     with pytest.raises(checks.Wrong, match="tensor"):
         checks.difference(cpu, "torch", "adam", True, 33, 0)
 
-    options = {
-        "moments": (1,), "joint_weight": 1.0, "bound": "ball", "clip": 1.5, "nonnegative": False
-    }  # fmt: skip
+    options = {"bound": Bound((1,), "ball", 1.5), "nonnegative": False}
     size = (5, ((8, 2, 2), (8,)))
     checks.sums(cpu, "torch", torch.float32, "aligned", size, options, 0)
 

@@ -31,9 +31,9 @@ ALONE = "encoder alone"
 
 def serves(backend: str, device: torch.device) -> bool:
     """Whether `PrivateSums` takes a backend's kernel where that backend is asked for."""
-    function = bounded_sums_of(backend)
+    core = backends.named(backend)
     features, one = [torch.ones(1, 8, device=device)], torch.ones(1, device=device).long()
-    with mock.patch(f"{function.__module__}.bounded_sums", wraps=function) as called:
+    with mock.patch.object(core, "bounded_sums", wraps=core.bounded_sums) as called:
         with backends.use(backend):
             PrivateSums(1, 8, device=device).add(
                 features, one * 0, one.bool(), one, bound=Bound(), nonnegative=True,

@@ -32,7 +32,7 @@ from dpmmd._cores.taps import DTYPES
 BACKENDS = ("auto", "torch", "cpu", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "DPMMD_BACKEND"
 _CORES: dict[str, Core] = {
-    each.name: each for each in (plain.CORE, cpu.CORE, triton.Triton(), cuda.CORE)
+    each.name: each for each in (plain.CORE, cpu.CORE, triton.CORE, cuda.CORE)
 }
 
 _chosen: ContextVar[str | None] = ContextVar("dpmmd_backend", default=None)

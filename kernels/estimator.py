@@ -21,6 +21,25 @@ LOG_BETA1, LOG_BETA2 = tl.constexpr(math.log(0.9)), tl.constexpr(math.log(0.999)
 VALUES = tl.constexpr(1024)
 
 
+@triton.jit
+def adam_step(v, d, slope, taken, first_moment, second_moment, at, inside):
+    """Adam's step at the rate 1, the ``taken``-th, for the gradient slope (v - d)."""
+    rate1 = tl.full([], 1 - BETA1, tl.float32)
+    rate2 = tl.full([], 1 - BETA2, tl.float32)
+    log1 = tl.full([], LOG_BETA1, tl.float64)
+    log2 = tl.full([], LOG_BETA2, tl.float64)
+    bias1 = (1.0 - tl.exp(taken * log1)).to(tl.float32)
+    bias2 = (1.0 - tl.exp(taken * log2)).to(tl.float32)
+    g = (v - d) * tl.cast(slope, tl.float32)
+    m = tl.load(first_moment + at, mask=inside, other=0.0)
+    s = tl.load(second_moment + at, mask=inside, other=0.0)
+    m += rate1 * (g - m)
+    s += rate2 * (g * g - s)
+    tl.store(first_moment + at, m, mask=inside)
+    tl.store(second_moment + at, s, mask=inside)
+    return tl.div_rn(tl.div_rn(m, bias1), tl.sqrt_rn(tl.div_rn(s, bias2)) + EPSILON)
+
+
 @triton.jit(do_not_specialize=["num_classes", "dim", "decay", "log_decay", "slope"])
 def step_kernel(
     means,
@@ -85,20 +104,7 @@ def step_kernel(
                 v = tl.div_rn(v, (1.0 - tl.exp(taken * number(log_decay))).to(tl.float32))
             else:
                 if UPDATE:
-                    rate1 = tl.full([], 1 - BETA1, tl.float32)
-                    rate2 = tl.full([], 1 - BETA2, tl.float32)
-                    log1 = tl.full([], LOG_BETA1, tl.float64)
-                    log2 = tl.full([], LOG_BETA2, tl.float64)
-                    bias1 = (1.0 - tl.exp(taken * log1)).to(tl.float32)
-                    bias2 = (1.0 - tl.exp(taken * log2)).to(tl.float32)
-                    g = (v - d) * tl.cast(slope, tl.float32)
-                    m = tl.load(first_moment + at, mask=inside, other=0.0)
-                    s = tl.load(second_moment + at, mask=inside, other=0.0)
-                    m += rate1 * (g - m)
-                    s += rate2 * (g * g - s)
-                    tl.store(first_moment + at, m, mask=inside)
-                    tl.store(second_moment + at, s, mask=inside)
-                    step = tl.div_rn(tl.div_rn(m, bias1), tl.sqrt_rn(tl.div_rn(s, bias2)) + EPSILON)
+                    step = adam_step(v, d, slope, taken, first_moment, second_moment, at, inside)
                     v -= step * tl.cast(lr, tl.float32)
                     tl.store(estimate + at, v, mask=inside)
             tl.store(gradient + at, -v, mask=inside)

@@ -19,8 +19,38 @@ from dpmmd.kernels.row_dots import load_class_rows
 from dpmmd.kernels.schedule import count_tiles, image_at, tile_at
 from dpmmd.kernels.taps import TYPES, Taps, find_block, launch, load_tile, tap_address
 
-# Bits of RECTIFIED, which is 0 for the gradient of f.
+# Bits of a launch's RECTIFIED, which is 0 for the gradient of f.
 RECTIFIED, WITH_INCOMING, WITH_CEILING = 1, 2, 4
+
+
+@triton.jit
+def load_norms(scale, coefficients, at, n, blocks, live, NORMS: tl.constexpr):
+    """s_1, e_1, s_2 and e_2 at entries [ROWS] of the first norm; the moments may share one."""
+    one = tl.load(scale + at, mask=live, other=0.0)
+    e_one = tl.load(coefficients + at, mask=live, other=0.0)
+    two = one
+    e_two = e_one
+    if NORMS == 2:
+        at += n.to(tl.int64) * blocks
+        two = tl.load(scale + at, mask=live, other=0.0)
+        e_two = tl.load(coefficients + at, mask=live, other=0.0)
+    return one, e_one, two, e_two
+
+
+@triton.jit
+def rectified(df, value, incoming, mask, ceiling, RECTIFIED: tl.constexpr):
+    """(incoming + df) [f > 0], the gradient of the x of which f = max(x, 0) is ``value``.
+
+    RECTIFIED & 2: the layers behind send something, at the pointers ``incoming``; & 4: f is
+    min(max(x, 0), ceiling).
+    """
+    if RECTIFIED & 2:
+        df += tl.load(incoming, mask=mask, other=0.0).to(tl.float32)
+    passes = value > 0
+    if RECTIFIED & 4:
+        passes = passes & (value < tl.cast(ceiling, tl.float32))
+    return tl.where(passes, df, 0.0)
+
 
 _SIZES = ["addresses", "gradients", "incoming", "n", "dim", "blocks", "num_classes", "ceiling"]
 
@@ -54,19 +84,16 @@ def gradient_kernel(
 ):
     """df = s_1 G_1[y] / n_y - e_1 f + 2 w f (s_2 G_2[y] / n_y - w e_2 f^2), w = weight.
 
-    Rows without use (s = 0) are not loaded, for they may hold NaN; their gradient is zero. A
-    program has one block and one tile of images of the same class. Grid [blocks of the launch,
-    tiles].
-
-    RECTIFIED: f = max(x, 0), and the gradient is that of x: (incoming + df) [f > 0]. Bit 1: there
-    is what comes in from the layers behind, [n, d_l]; bit 2: f = min(max(x, 0), ceiling).
+    Rows without use (s = 0) are not loaded, for they may hold NaN; their gradient is zero. With
+    RECTIFIED it is the gradient of x, as `rectified` says. A program has one block and one tile of
+    images of the same class. Grid [blocks of the launch, tiles].
     Shapes: features and gradients [n, d_l] a tap; scale, coefficients float32 [N, n, B]; G float32
     [M, K, D].
     Bytes: the features once, the gradients once, 4 M D a tile (from cache). Deterministic.
     """
     k, first, rows, count = tile_at(schedule, tl.program_id(1), n, num_classes, LABELLED)
     if rows > 0:
-        pointer, stride, rest, column, number, _block = find_block(
+        pointer, stride, rest, column, number, _ = find_block(
             addresses, records, TYPE, VECTOR, BLOCK
         )
         g, h = load_class_rows(upstream, k, num_classes, dim, column, rest, MOMENTS, VECTOR, BLOCK)
@@ -75,14 +102,7 @@ def gradient_kernel(
         images = image_at(schedule, first + row, live, LABELLED).to(tl.int64)
         at = images * blocks + number * PER_TAP
         share = 1.0 / count.to(tl.float32)
-        one = tl.load(scale + at, mask=live, other=0.0)
-        e_one = tl.load(coefficients + at, mask=live, other=0.0)
-        two = one
-        e_two = e_one
-        if NORMS == 2:
-            at += n.to(tl.int64) * blocks
-            two = tl.load(scale + at, mask=live, other=0.0)
-            e_two = tl.load(coefficients + at, mask=live, other=0.0)
+        one, e_one, two, e_two = load_norms(scale, coefficients, at, n, blocks, live, NORMS)
         used = (one != 0) | (two != 0)
         if RECTIFIED:
             value = load_tile(pointer, stride, images, live, rest, BLOCK)
@@ -110,15 +130,10 @@ def gradient_kernel(
         place = begin + images[:, None] * width + columns[None, :]
         mask = live[:, None] & (columns < rest)[None, :]
         if RECTIFIED:
-            if RECTIFIED & 2:
-                come = tap_address(incoming, tap).to(tl.pointer_type(TYPE))
-                if VECTOR > 1:
-                    come = tl.multiple_of(come, 16)
-                df += tl.load(come + place, mask=mask, other=0.0).to(tl.float32)
-            passes = value > 0
-            if RECTIFIED & 4:
-                passes = passes & (value < tl.cast(ceiling, tl.float32))
-            df = tl.where(passes, df, 0.0)
+            come = tap_address(incoming, tap).to(tl.pointer_type(TYPE))
+            if VECTOR > 1:
+                come = tl.multiple_of(come, 16)
+            df = rectified(df, value, come + place, mask, ceiling, RECTIFIED)
         tl.store(start + place, df.to(OUT), mask=mask)
 
 
@@ -157,6 +172,14 @@ def gradient_into(taps: Taps, terms: Terms, gradients: Sequence[Tensor | None]) 
                 f"gradients[{i}]: {brief(gradient)}, expected the shape of {brief(tap)}."
             )
     _launch(taps, terms, gradients)
+
+
+def gradient(taps: Taps, terms: Terms, needed: Sequence[bool]) -> list[Tensor]:
+    """New gradients with the taps' shapes, dtype and memory formats; empty where not needed."""
+    gradients = empty_gradients(taps.tensors, needed)
+    into = [g if wanted else None for g, wanted in zip(gradients, needed, strict=True)]
+    gradient_into(taps, terms, into)
+    return gradients
 
 
 def rectified_gradient(
@@ -232,11 +255,3 @@ def _launch(
             RECTIFIED=rectified,
             **config.options,
         )
-
-
-def gradient(taps: Taps, terms: Terms, needed: Sequence[bool]) -> list[Tensor]:
-    """New gradients with the taps' shapes, dtype and memory formats; empty where not needed."""
-    gradients = empty_gradients(taps.tensors, needed)
-    into = [g if wanted else None for g, wanted in zip(gradients, needed, strict=True)]
-    gradient_into(taps, terms, into)
-    return gradients

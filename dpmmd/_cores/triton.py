@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -12,20 +12,19 @@ from torch import Tensor
 
 from dpmmd._cores.protocol import Core, Saved, Step
 from dpmmd._cores.slot import Slot, written
+from dpmmd._cores.taps import DTYPES
 from dpmmd.bounds import Bound
-
-_DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Triton(Core):
     """The core of GPU kernels that are compiled at their first launch."""
 
     name = "triton"
-    summed = _DTYPES
+    summed = DTYPES
 
     def check(self, origin: str, device: str, dtype: torch.dtype) -> None:
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own, for tests
-        if (device != "cuda" and not interpreted) or dtype not in _DTYPES:
+        if (device != "cuda" and not interpreted) or dtype not in DTYPES:
             raise ValueError(
                 f"{origin}='triton': cannot run {dtype} on {device}; it takes float32 and bfloat16 "
                 "on a CUDA device. Use 'auto', or move the tensors."
@@ -72,7 +71,7 @@ class Triton(Core):
             features, labels, bound, saved, upstream.contiguous(), written(needed, slots)
         )
         for column, (slot, wanted) in enumerate(zip(slots, needed, strict=True)):
-            if isinstance(slot, _Slot) and wanted:
+            if slot is not None and wanted:
                 slot.left = partial(gradient.rectified_gradient, places, column, terms)
         return gradients
 
@@ -124,11 +123,9 @@ class _Slot(Slot):
 
     Attributes:
         partials: partial statistics of f, from the ReLU.
-        left: the rest of `backward`, which takes the same arguments; from the embedding.
     """
 
     partials: Tensor | None = None
-    left: Callable[[Tensor, Tensor | None, float | None], Tensor] | None = None
 
     def forward(self, x: Tensor, bias: Tensor | None, ceiling: float | None) -> None:
         from dpmmd.kernels.row_statistics import rectify
@@ -140,8 +137,5 @@ class _Slot(Slot):
         partials, self.partials = self.partials, None
         return partials
 
-    def backward(self, f: Tensor, incoming: Tensor | None, ceiling: float | None) -> Tensor | None:
-        if self.left is None:
-            return super().backward(f, incoming, ceiling)
-        left, self.left = self.left, None
-        return left(f, incoming, ceiling)
+
+CORE = Triton()

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from benches.gpu.device import NoGraph, brief, poisoned, tf32
 from dpmmd import backends, functional, reference
-from dpmmd.bounds import BOUNDS, Bound
+from dpmmd.bounds import BOUNDS
 
 SLACK = 4 * 2.0**-23  # division on a GPU is not correctly rounded: 2 ulp, once or twice
 TRUNCATED = 2.0**-7  # Triton's interpreter cuts bfloat16 off instead of rounding
@@ -268,9 +268,7 @@ def difference(
 
 def bounded_sums_of(backend: str) -> Callable[..., None]:
     """The function of a backend that adds bounded integers to int64 sums."""
-    if backend != "torch":
-        return backends.named(backend).bounded_sums
-    return _definition_of_sums
+    return _definition_of_sums if backend == "torch" else backends.named(backend).bounded_sums
 
 
 def _definition_of_sums(
@@ -311,7 +309,7 @@ def sums(
     valid = torch.arange(n) % 5 != 3
     limits = torch.full((n,), 1 << 30)
     limits[::2] = (1 << 30) // 3
-    width = len(options["bound"].moments) * sum(math.prod(shape) for shape in shapes)
+    width = len(options["moments"]) * sum(math.prod(shape) for shape in shapes)
     start = torch.randint(-(1 << 40), 1 << 40, (classes, width), generator=rng)
     truth, got = start.clone(), start.to(device, copy=True)
     _definition_of_sums(host, y, valid, limits, sums=truth, **options)
@@ -463,9 +461,13 @@ def all_checks(device: Any, present: Sequence[str], tiny: bool = False) -> list[
             if tiny and name != "aligned":
                 continue
             for kind in kinds if name == "aligned" else kinds[-1:]:
-                joint_weight = kind["joint_weight"] or 1.0
-                bound = Bound(kind["moments"], kind["bound"], 1.5, joint_weight)
-                options = {"bound": bound, "nonnegative": dtype == torch.bfloat16}
+                options = {
+                    "moments": kind["moments"],
+                    "joint_weight": kind["joint_weight"] or 1.0,
+                    "bound": kind["bound"],
+                    "clip": 1.5,
+                    "nonnegative": dtype == torch.bfloat16,
+                }
                 text = f"{name}, {_name(dtype)}, {_text(kind)}"
                 args = (where, backend, dtype, name, size, options, next(seed))
                 add(backend, "sums", text, name == "views", sums, *args)

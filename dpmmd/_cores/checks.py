@@ -75,6 +75,8 @@ def refuse_values(labels: Tensor, num_classes: int) -> NoReturn:
 
 def check_apart(outputs: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> None:
     """Refuses an output that shares memory with another output or an input."""
+    if not outputs:
+        return
     spans = {name: _span(tensor) for name, tensor in {**outputs, **inputs}.items()}
     names = list(outputs)
     for i, name in enumerate(names):

@@ -54,6 +54,8 @@ class Step(NamedTuple):
 
     def state(self) -> dict[str, Tensor]:
         """The tensors that it changes in place, by name."""
+        if self.estimator == "batch":
+            return {}
         states = {
             "estimate": self.estimate,
             "first_moment": self.first_moment,

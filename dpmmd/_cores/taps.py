@@ -92,6 +92,7 @@ class Taps:
         widths: columns of each.
         planes: indices of those that lie as PLANES.
         n, dtype, device: of all.
+        dim: D, the columns of all taps.
 
     Raises:
         ValueError: dtype, device, layout or shape do not fit.
@@ -130,12 +131,7 @@ class Taps:
             if how == PLANES and widths[-1]:
                 of_planes.append(i)
         self.tensors, self.widths, self.planes = tensors, tuple(widths), of_planes
-        self.n, self.dtype, self.device = n[0], dtype, device
-
-    @cached_property
-    def dim(self) -> int:
-        """D, the columns of all taps."""
-        return sum(self.widths)
+        self.n, self.dim, self.dtype, self.device = n[0], sum(widths), dtype, device
 
     @cached_property
     def steps(self) -> tuple[int, ...]:
@@ -151,17 +147,19 @@ class Taps:
         self, gradients: Sequence[Tensor] | None = None
     ) -> list[tuple[int, int, int, int, int]]:
         """What the native cores know of each tap: address, step, columns; the gradient's too."""
-        taps = zip(self.tensors, self.widths, strict=True)
         if gradients is None:
-            return [(tap.data_ptr(), tap.stride(0), columns, 0, 0) for tap, columns in taps]
+            return [
+                (tap.data_ptr(), tap.stride(0), columns, 0, 0)
+                for tap, columns in zip(self.tensors, self.widths, strict=True)
+            ]
         return [
             (
                 tap.data_ptr(),
                 tap.stride(0),
                 columns,
-                *((out.data_ptr(), columns) if len(out) else (0, 0)),
+                *((out.data_ptr(), columns) if out.numel() else (0, 0)),
             )
-            for (tap, columns), out in zip(taps, gradients, strict=True)
+            for tap, columns, out in zip(self.tensors, self.widths, gradients, strict=True)
         ]
 
     def to_columns(self, means: Tensor) -> None:

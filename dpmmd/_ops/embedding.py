@@ -75,15 +75,14 @@ class _MeanEmbedding(torch.autograd.Function):
         core, num_classes, bound, slots = ctx.options
         labels, scale, projection, schedule, *features = ctx.saved_tensors
         saved = Saved(scale, projection, schedule)
-        with torch.no_grad():
-            given = features, labels, num_classes, bound, saved, grad, needed, slots
+        given = features, labels, num_classes, bound, saved, grad, needed, slots
+        if torch.is_grad_enabled():  # create_graph=True
+            with torch.no_grad():
+                gradients = core.backward(*given)
+            gradients = [Once.apply(f, g) for f, g in zip(features, gradients, strict=True)]
+        else:
             gradients = core.backward(*given)
         found = [g if w else None for g, w in zip(gradients, written(needed, slots), strict=True)]
-        if torch.is_grad_enabled():  # create_graph=True
-            found = [
-                None if g is None else Once.apply(f, g)
-                for f, g in zip(features, found, strict=True)
-            ]
         return None, None, None, None, None, *found
 
 

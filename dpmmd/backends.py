@@ -25,15 +25,12 @@ from functools import lru_cache
 
 import torch
 
-from dpmmd._cores import cpu, cuda, plain, triton
-from dpmmd._cores.protocol import Core
-from dpmmd._cores.taps import DTYPES
+from dpmmd._contract.protocol import Core
+from dpmmd._contract.taps import DTYPES
+from dpmmd._cores import CORES, cpu, cuda, named
 
-BACKENDS = ("auto", "torch", "cpu", "triton", "cuda")
+BACKENDS = ("auto", *CORES)
 ENVIRONMENT_VARIABLE = "DPMMD_BACKEND"
-_CORES: dict[str, Core] = {
-    each.name: each for each in (plain.CORE, cpu.CORE, triton.CORE, cuda.CORE)
-}
 
 _chosen: ContextVar[str | None] = ContextVar("dpmmd_backend", default=None)
 _warned: set[str] = set()
@@ -78,11 +75,6 @@ resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def core(backend: str, device: str, dtype: torch.dtype) -> Core:
     """The core that `resolve` names."""
     return named(resolve(backend, device, dtype))
-
-
-def named(name: str) -> Core:
-    """The core of a name in BACKENDS other than ``"auto"``."""
-    return _CORES[name]
 
 
 def requested(backend: str) -> tuple[str, str]:

@@ -20,13 +20,14 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from dpmmd import backends
-from dpmmd._cores.protocol import Core
+from dpmmd._contract.protocol import Core
+from dpmmd._cores import CORES, named
 from dpmmd._ops import embedding
+from dpmmd._ops.arguments import checked
 from dpmmd.bounds import Bound
 from dpmmd.encoders import Encoder
-from dpmmd.functional import checked
 
-BACKENDS = ("auto", "torch", "cpu", "triton")
+BACKENDS = ("auto", *(name for name, core in CORES.items() if core.slot(Bound(), 1) is not None))
 
 
 def check(backend: str) -> None:
@@ -85,7 +86,7 @@ def _core(backend: str, encoder: Encoder, images: Tensor) -> Core:
         chosen = backends.resolve("auto", images.device.type, dtype)
         if chosen not in BACKENDS:  # the CUDA core has none
             chosen = "torch" if backends.triton_hindrance() else "triton"
-    return backends.named(chosen)
+    return named(chosen)
 
 
 # What torch.compiler.disable marks, whose import would take seconds: slots are no part of a graph.

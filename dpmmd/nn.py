@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from dpmmd import injection
+from dpmmd._ops.arguments import check_labels
 from dpmmd.bounds import Bound
 from dpmmd.devices import device_of
 from dpmmd.distributed import reduce_means, require_alike
 from dpmmd.encoders import Encoder
-from dpmmd.functional import adam_loss, check_labels, ema_loss, mean_embedding, mmd_loss
+from dpmmd.functional import adam_loss, ema_loss, mean_embedding, mmd_loss
 from dpmmd.microbatch import Chunk, micro_batched
 from dpmmd.privacy import PrivacyError, Release
 from dpmmd.privacy.printed import plain

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpmmd._cores.checks import check_sums
+from dpmmd._contract.checks import check_sums
 from dpmmd.bounds import Bound
 from dpmmd.kernels import schedule as schedules
 from dpmmd.kernels import table

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpmmd._cores.checks import check_estimate
-from dpmmd._cores.protocol import Step
+from dpmmd._contract.checks import check_estimate
+from dpmmd._contract.protocol import Step
 from dpmmd.kernels import table
 from dpmmd.kernels.taps import bits_of, launch, number
 

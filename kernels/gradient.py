@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpmmd._cores.checks import brief
-from dpmmd._cores.protocol import Saved
-from dpmmd._cores.taps import empty_gradient, empty_gradients
+from dpmmd._contract.checks import brief
+from dpmmd._contract.protocol import Saved
+from dpmmd._contract.taps import empty_gradient, empty_gradients
 from dpmmd.bounds import Bound
 from dpmmd.kernels import table
 from dpmmd.kernels.row_dots import load_class_rows

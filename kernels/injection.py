@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dpmmd._cores.protocol import Saved
+from dpmmd._contract.protocol import Saved
 from dpmmd.bounds import Bound
 from dpmmd.kernels import table
 from dpmmd.kernels.class_sums import class_sums

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dpmmd._cores.checks import check_buffer, check_labels
-from dpmmd._cores.protocol import Saved
+from dpmmd._contract.checks import check_buffer, check_labels
+from dpmmd._contract.protocol import Saved
 from dpmmd.bounds import Bound
 from dpmmd.kernels.class_sums import class_sums
 from dpmmd.kernels.gradient import Terms, gradient

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpmmd._cores.checks import check_buffer
-from dpmmd._cores.protocol import Saved
+from dpmmd._contract.checks import check_buffer
+from dpmmd._contract.protocol import Saved
 from dpmmd.bounds import Bound
 from dpmmd.kernels import table
 from dpmmd.kernels.row_statistics import total

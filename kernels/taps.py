@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpmmd._cores import taps
+from dpmmd._contract import taps
 from dpmmd.kernels.table import Config
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}

@@ -16,7 +16,7 @@ from benches.gpu.inputs import Scale
 from benches.gpu.measure import Call, Measure, sets_of
 from benches.shapes import Case
 from dpmmd import functional, reference
-from dpmmd._cores.protocol import Saved
+from dpmmd._contract.protocol import Saved
 from dpmmd.bounds import Bound
 
 COPY = "copy"

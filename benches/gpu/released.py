@@ -21,6 +21,7 @@ from benches.gpu.inputs import Scale
 from benches.gpu.measure import Call, Measure, Row
 from benches.gpu.steps import encoder_of
 from dpmmd import backends, reference
+from dpmmd._cores import named
 from dpmmd.bounds import Bound
 from dpmmd.encoders import Encoder
 from dpmmd.privacy.sums import PrivateSums
@@ -32,7 +33,7 @@ ALONE = "encoder alone"
 
 def serves(backend: str, device: torch.device) -> bool:
     """Whether `PrivateSums` takes a backend's kernel where that backend is asked for."""
-    core = backends.named(backend)
+    core = named(backend)
     features, one = [torch.ones(1, 8, device=device)], torch.ones(1, device=device).long()
     with mock.patch.object(core, "bounded_sums", wraps=core.bounded_sums) as called:
         with backends.use(backend):

@@ -24,7 +24,7 @@ from benches.gpu.device import NoGraph, brief
 from benches.gpu.inputs import Scale
 from benches.gpu.measure import Call, sets_of
 from benches.shapes import Case
-from dpmmd._cores.protocol import Step
+from dpmmd._contract.protocol import Step
 from dpmmd.bounds import Bound
 
 GAIN = 0.02

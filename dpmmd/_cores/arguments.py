@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dpmmd._cores.checks import address
-from dpmmd._cores.protocol import Step
-from dpmmd._cores.taps import Taps
+from dpmmd._contract.checks import address
+from dpmmd._contract.protocol import Step
+from dpmmd._contract.taps import Taps
 from dpmmd.bounds import Bound
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}

@@ -15,9 +15,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from dpmmd._cores import arguments
-from dpmmd._cores.arguments import Buffers
-from dpmmd._cores.checks import (
+from dpmmd._contract.checks import (
     address,
     brief,
     check_buffer,
@@ -26,9 +24,11 @@ from dpmmd._cores.checks import (
     check_sums,
     refuse_values,
 )
-from dpmmd._cores.protocol import Core, Saved, Step
-from dpmmd._cores.slot import Slot, written
-from dpmmd._cores.taps import DTYPES, Taps, empty_gradients, statistics_shape
+from dpmmd._contract.protocol import Core, Saved, Step
+from dpmmd._contract.slot import Slot, written
+from dpmmd._contract.taps import DTYPES, Taps, empty_gradients, statistics_shape
+from dpmmd._cores import arguments
+from dpmmd._cores.arguments import Buffers
 from dpmmd.bounds import Bound
 
 try:

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpmmd._contract.checks import address, check_buffer, check_estimate, check_labels, check_sums
+from dpmmd._contract.protocol import Core, Saved, Step
+from dpmmd._contract.slot import Slot
+from dpmmd._contract.taps import DTYPES, Taps, empty_gradients, statistics_shape
 from dpmmd._cores import arguments, cpu
 from dpmmd._cores.arguments import Buffers
-from dpmmd._cores.checks import address, check_buffer, check_estimate, check_labels, check_sums
-from dpmmd._cores.protocol import Core, Saved, Step
-from dpmmd._cores.slot import Slot
-from dpmmd._cores.taps import DTYPES, Taps, empty_gradients, statistics_shape
 from dpmmd.bounds import Bound
 
 _native: Any = None if cpu.missing is not None else cpu._native

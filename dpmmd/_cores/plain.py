@@ -20,10 +20,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from dpmmd._cores.checks import check_values
-from dpmmd._cores.protocol import Core, Saved, Step
-from dpmmd._cores.slot import Slot, gated
-from dpmmd._cores.taps import rows_of
+from dpmmd._contract.checks import check_values
+from dpmmd._contract.protocol import Core, Saved, Step
+from dpmmd._contract.slot import Slot, gated
+from dpmmd._contract.taps import rows_of
 from dpmmd.bounds import Bound
 
 

@@ -10,9 +10,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dpmmd._cores.protocol import Core, Saved, Step
-from dpmmd._cores.slot import Slot, written
-from dpmmd._cores.taps import DTYPES
+from dpmmd._contract.protocol import Core, Saved, Step
+from dpmmd._contract.slot import Slot, written
+from dpmmd._contract.taps import DTYPES
 from dpmmd.bounds import Bound
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpmmd import backends
-from dpmmd._cores.protocol import Core, Saved
-from dpmmd._cores.slot import Slot, written
-from dpmmd._cores.taps import empty_gradients, statistics_shape
+from dpmmd._contract.protocol import Core, Saved
+from dpmmd._contract.slot import Slot, written
+from dpmmd._contract.taps import empty_gradients, statistics_shape
+from dpmmd._cores import named
 from dpmmd._ops.once import Once, refuse_double_backward, untraced
 from dpmmd.bounds import Bound
 
@@ -99,7 +99,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Means, counts, scale, projection and, of the GPU cores, the labels' schedule."""
     folded = Bound(tuple(moments), bound, clip, joint_weight)
-    means, counts, saved = backends.named(core).forward(features, labels, num_classes, folded)
+    means, counts, saved = named(core).forward(features, labels, num_classes, folded)
     return means, counts, *saved
 
 
@@ -115,7 +115,7 @@ def _(
     core: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     n, folded = features[0].shape[0], Bound(tuple(moments), bound, clip, joint_weight)
-    length = backends.named(core).schedule_size(n, None if labels is None else num_classes)
+    length = named(core).schedule_size(n, None if labels is None else num_classes)
     dim = sum(prod(f.shape[1:]) for f in features)
     size = statistics_shape(folded, n, len(features))
     new = features[0].new_empty
@@ -149,9 +149,7 @@ def _backward(
     scale, projection, schedule, upstream, needed, core = rest
     folded = Bound(tuple(moments), bound, joint_weight=joint_weight)
     saved = Saved(scale, projection, schedule)
-    return backends.named(core).backward(
-        features, labels, num_classes, folded, saved, upstream, needed
-    )
+    return named(core).backward(features, labels, num_classes, folded, saved, upstream, needed)
 
 
 @_backward.register_fake

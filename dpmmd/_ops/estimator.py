@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpmmd import backends
-from dpmmd._cores.protocol import Core, Step
+from dpmmd._contract.protocol import Core, Step
+from dpmmd._cores import named
 from dpmmd._ops.once import Once, untraced
 
 _DEVICES = ("cpu", "cuda")
@@ -94,7 +94,7 @@ def _register(estimator: str, name: str, arguments: str) -> tuple[Any, tuple[str
     def run(means: Tensor, counts: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         *values, core = rest
         step = Step(estimator, **dict(zip(fields, values, strict=True)))
-        value, gradient = backends.named(core).estimate(means, counts, target, step)
+        value, gradient = named(core).estimate(means, counts, target, step)
         assert gradient is not None
         return value, gradient
 

@@ -44,9 +44,9 @@ MODULES = {
     ),
     "which core sums, and its only caller": (
         "dpmmd._cores.arguments",
-        "dpmmd._cores.checks",
+        "dpmmd._contract.checks",
         "dpmmd._cores.cpu",
-        "dpmmd._cores.taps",
+        "dpmmd._contract.taps",
         "dpmmd.backends",
     ),
     "sums on a CUDA device, in CUDA C++: the caller": ("dpmmd._cores.cuda",),

@@ -48,7 +48,7 @@ import torch
 from torch import Tensor
 
 from dpmmd import backends
-from dpmmd._cores.protocol import Core
+from dpmmd._contract.protocol import Core
 from dpmmd.bounds import Bound
 
 if TYPE_CHECKING:

@@ -42,7 +42,7 @@ from benches.gpu import (
 )
 from benches.gpu.budget import Budget, OutOfTimeError, Section
 from dpmmd import functional
-from dpmmd._cores.protocol import Saved
+from dpmmd._contract.protocol import Saved
 from dpmmd.bounds import Bound
 from tests.core import interpreted
 

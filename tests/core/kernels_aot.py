@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from dpmmd._cores.protocol import Step
+from dpmmd._contract.protocol import Step
 from dpmmd.bounds import MOMENTS, Bound
 from dpmmd.kernels import (
     bounded_sums,

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpmmd import backends
+from dpmmd._contract.protocol import Core
 from dpmmd._cores import cpu
-from dpmmd._cores.protocol import Core
 from dpmmd.bounds import BOUNDS, Bound
 from dpmmd.privacy.sums import GUARD, PrivateSums
 from tests.core.test_mean_embedding import level as level

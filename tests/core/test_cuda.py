@@ -12,9 +12,9 @@ from torch import Tensor
 
 import dpmmd
 from dpmmd import backends, functional
+from dpmmd._contract.protocol import Step
+from dpmmd._contract.taps import empty_gradient
 from dpmmd._cores import cpu, cuda
-from dpmmd._cores.protocol import Step
-from dpmmd._cores.taps import empty_gradient
 from dpmmd.bounds import BOUNDS, Bound
 from dpmmd.nn import MMDLoss
 from dpmmd.privacy.sums import PrivateSums

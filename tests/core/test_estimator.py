@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from dpmmd import functional, reference
+from dpmmd._contract.protocol import Step
 from dpmmd._cores import cpu
-from dpmmd._cores.protocol import Step
 
 pytestmark = pytest.mark.skipif(cpu.missing is not None, reason="dpmmd._native is not built")
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import dpmmd
+from dpmmd._contract.slot import Slot
 from dpmmd._cores import cpu
 from dpmmd._cores.arguments import Buffers
-from dpmmd._cores.slot import Slot
 from dpmmd.bounds import BOUNDS, Bound
 from dpmmd.encoders import Encoder, Rectified, StagedBackbone
 from dpmmd.encoders.layers import Convolution, MaxPool

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dpmmd import functional
-from dpmmd._cores.protocol import Step
+from dpmmd._contract.protocol import Step
 from tests.core import interpreted
 from tests.core.interpreted import small_blocks  # noqa: F401
 

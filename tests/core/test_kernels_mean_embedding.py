@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dpmmd import reference
-from dpmmd._cores.protocol import Saved
+from dpmmd._contract.protocol import Saved
 from dpmmd.bounds import BOUNDS, MOMENTS, Bound
 from tests.core import interpreted
 from tests.core.interpreted import small_blocks  # noqa: F401

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from dpmmd import functional, reference
+from dpmmd._contract.taps import Taps
 from dpmmd._cores import cpu
-from dpmmd._cores.taps import Taps
 from dpmmd.bounds import BOUNDS, MOMENTS, Bound
 
 pytestmark = pytest.mark.skipif(cpu.missing is not None, reason="dpmmd._native is not built")

@@ -14,7 +14,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from dpmmd._cores.checks import brief
+from dpmmd._contract.checks import brief
 from dpmmd.bounds import Bound
 
 DTYPES = (torch.float32, torch.bfloat16)  # of the features that all cores but plain torch take

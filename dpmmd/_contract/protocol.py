@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from dpmmd._cores.slot import Slot
+from dpmmd._contract.slot import Slot
 from dpmmd.bounds import Bound
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dpmmd._cores.taps import rows_of
+from dpmmd._contract.taps import rows_of
 from dpmmd.bounds import Bound
 
 

@@ -22,7 +22,6 @@ from dpmmd.data.classes import NAMES_FILE, listed, written_names
 from dpmmd.files import expanded, refuse_existing
 from dpmmd.privacy import Release
 from dpmmd.privacy.printed import markdown as escaped
-from dpmmd.privacy.report import facts, rows
 
 FORMATS = ("npz", "npz-float", "folder", "parquet")
 _ROW_GROUP = 1000  # images
@@ -265,6 +264,8 @@ def card(
         step: training step of the generator's weights.
         temperature, seed: of the latent points.
     """
+    from dpmmd.privacy.report import facts, rows  # and SciPy, which pictures do without
+
     f, m = facts(release), release.metadata
     version, source, encoder = (escaped(f[key]) for key in ("version", "source", "encoder"))
     n, channels, height, width = shape

@@ -26,8 +26,9 @@ TRUSTED = frozenset(name for names in MODULES.values() for name in names)
 # a name ending in a dot stands for a package. What each of these must keep to is said here.
 INSIDE = {
     "dpmmd": "names of public modules; the trusted code takes __version__ of it and nothing else",
-    "dpmmd._cores": "a docstring",
+    "dpmmd._cores": "a table of the cores by name",
     "dpmmd._cores.plain": "means and losses of generated images; sums nothing",
+    "dpmmd._contract": "a docstring",
     "dpmmd._contract.protocol": "what a core provides: names and types",
     "dpmmd._contract.slot": "ReLUs of a generator's training; sums nothing",
     "dpmmd._lazy": "imports what a package offers when it is first used",

@@ -12,7 +12,7 @@ import torch
 
 from dpmmd import backends
 from tests.core import interpreted
-from tests.core.conformance import EMULATED, HOST, INTERPRETED, SUMS, Check, checks
+from tests.core.conformance import EMULATED, INTERPRETED, SUMS, Check, checks
 from tests.core.emulated import emulated, emulated_module  # noqa: F401
 
 
@@ -79,7 +79,7 @@ else:
             _native.choose(before)
 
     @of("cuda", *checks(EMULATED))
-    def test_cuda(check: Check, emulated: Any) -> None:  # noqa: F811
+    def test_cuda(check: Check, emulated: Any) -> None:
         check.run("cuda")
 
     test_interpreted_embeddings = interpreted.whole(__file__, chosen="mean_embedding")

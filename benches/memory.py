@@ -15,11 +15,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
 from time import perf_counter
 from typing import Any
+
+import numpy as np
+import torch
+
+import dpmmd
+from benches.rows import Kept, update
+from dpmmd._memory import Meter, keep_freed_memory
+from dpmmd.encoders import Encoder
+from dpmmd.recipe import GeneratorSection, TrainSection
+from dpmmd.train import plan
 
 BEGIN, END = "<!-- memory: begin -->", "<!-- memory: end -->"
 RESULTS = Path(__file__).parent / "results"
@@ -35,17 +43,8 @@ ROWS = (
 )
 
 
-def one(pixels: int, batch: int, budget: int, steps: int) -> dict[str, Any]:
-    """One row, in this process."""
-    import numpy as np
-    import torch
-
-    import dpmmd
-    from dpmmd import plan
-    from dpmmd._memory import Meter, keep_freed_memory
-    from dpmmd.recipe import GeneratorSection, TrainSection
-
-    device = torch.device("cpu")
+def released(pixels: int) -> tuple[Encoder, dpmmd.Release]:
+    """VGG19 and a release made with it, of two images."""
     encoder = dpmmd.encoders.load("vgg19", image_size=pixels, weights="random")
     images = np.random.default_rng(0).integers(0, 256, (2, 3, pixels, pixels), dtype=np.uint8)
     release = dpmmd.release(
@@ -58,6 +57,12 @@ def one(pixels: int, batch: int, budget: int, steps: int) -> dict[str, Any]:
         batch_size=2,
         progress=False,
     )
+    return encoder, release
+
+
+def one(pixels: int, batch: int, budget: int, steps: int) -> dict[str, Any]:
+    """One row, in this process."""
+    encoder, release = released(pixels)
     row: dict[str, Any] = {"pixels": pixels, "batch": batch, "budget_gib": budget}
     settings = TrainSection(
         steps=steps,
@@ -66,32 +71,33 @@ def one(pixels: int, batch: int, budget: int, steps: int) -> dict[str, Any]:
         memory=f"{budget}GiB" if budget else None,
     )
     look = GeneratorSection(name="resnet", image_size=pixels, channels=3)
-    made: list[plan.Plan] = []
-    if budget:
-        make = plan.make
-        plan.make = lambda *a, **k: made.append(make(*a, **k)) or made[-1]  # type: ignore[func-returns-value]
-    else:
-        generator = dpmmd.train.build_generator(look, None)
-        statement = {key: getattr(release.metadata, key) for key in plan.STATEMENT}
-        guess = plan.make("1TiB", encoder, generator, statement, settings).whole
-        row["predicted"] = {"peak": guess[0], "seconds": guess[1]}
-        if guess[0] > ROOM:
-            return {**row, "note": "not run: needs more memory than there is"}
-        del generator
-        keep_freed_memory()  # as the command line does
-    meter = Meter(device)
+    meter = Meter(torch.device("cpu"))
     meter.settle()
     meter._reset()
+    generator = dpmmd.generators.build(**look.arguments(), num_classes=None)
+    target = plan.Target.of(release.metadata)
     try:
-        trained = dpmmd.train.train(
-            release, encoder, settings=settings, generator_settings=look, progress=False
-        )
+        made = plan.make(settings.memory or "1TiB", encoder, generator, target, settings)
     except plan.PlanError as error:
         return {**row, "note": f"refused: {error}"}
+    del generator
+    if not budget:
+        row["predicted"] = dict(zip(("peak", "seconds"), made.whole, strict=True))
+        if made.whole[0] > ROOM:
+            return {**row, "note": "not run: needs more memory than there is"}
+        keep_freed_memory()  # as the command line does
+        meter.settle()
+        meter._reset()
+    trained = dpmmd.train.train(
+        release,
+        encoder,
+        settings=settings,
+        generator_settings=look,
+        plan=made if budget else None,
+        progress=False,
+    )
     row |= {"peak": meter.peak(), "seconds": trained.seconds / steps, "steps": steps}
-    if made:
-        row["plan"] = made[0].facts()
-    return row
+    return row | ({"plan": made.facts()} if budget else {})
 
 
 def main() -> None:
@@ -104,38 +110,28 @@ def main() -> None:
     if arguments.row:
         print(json.dumps(one(*arguments.row)))
         return
-    from benches.harness import kind, machine
-
-    path = RESULTS / "memory" / f"{kind(machine())}.json"
-    path.parent.mkdir(exist_ok=True)
-    kept = json.loads(path.read_text()) if path.exists() else {"machine": machine(), "rows": []}
+    kept = Kept(RESULTS / "memory")
     if arguments.plot:
-        plot(kept, arguments.plot)
-        return
-    if arguments.ratio:
+        plot(kept.content, arguments.plot)
+    elif arguments.ratio:
         found = ratio(*arguments.ratio)
-        others = [r for r in kept.get("ratio", []) if r["pixels"] != found["pixels"]]
-        kept["ratio"] = sorted([*others, found], key=lambda r: r["pixels"])
-        path.write_text(json.dumps(kept, indent=1) + "\n")
-        return
-    if arguments.update:
-        text = arguments.update.read_text()
-        head, _, rest = text.partition(BEGIN)
-        arguments.update.write_text(f"{head}{BEGIN}\n{table(kept)}\n{END}{rest.partition(END)[2]}")
-        return
-    done = {(r["pixels"], r["batch"], r["budget_gib"]) for r in kept["rows"]}
-    for pixels, batch, budgets in ROWS:
-        for budget in budgets:
-            if (pixels, batch, budget) in done:
-                continue
-            steps = 1 if pixels >= 256 else STEPS
-            command = ["-m", "benches.memory", "--row", *map(str, (pixels, batch, budget, steps))]
-            run = subprocess.run([sys.executable, *command], capture_output=True, text=True)
-            if run.returncode:
-                raise SystemExit(run.stderr)
-            kept["rows"].append(json.loads(run.stdout.splitlines()[-1]))
-            path.write_text(json.dumps(kept, indent=1) + "\n")
-            print(table({"rows": kept["rows"][-1:]}).splitlines()[-1], flush=True)
+        others = [r for r in kept.content.get("ratio", []) if r["pixels"] != found["pixels"]]
+        kept.content["ratio"] = sorted([*others, found], key=lambda r: r["pixels"])
+        kept.write()
+    elif arguments.update:
+        update(arguments.update, BEGIN, END, table(kept.content))
+    else:
+        wanted = {
+            (pixels, batch, budget): (pixels, batch, budget, 1 if pixels >= 256 else STEPS)
+            for pixels, batch, budgets in ROWS
+            for budget in budgets
+        }
+        kept.measure(
+            "benches.memory",
+            wanted,
+            lambda r: (r["pixels"], r["batch"], r["budget_gib"]),
+            lambda rows: table({"rows": rows}),
+        )
 
 
 def table(results: dict[str, Any]) -> str:
@@ -174,25 +170,8 @@ def table(results: dict[str, Any]) -> str:
 
 def ratio(pixels: int, batch: int, rounds: int = 5) -> dict[str, Any]:
     """Forward and backward of generator and loss, in turn, freed memory kept by all."""
-    import numpy as np
-    import torch
-
-    import dpmmd
-    from dpmmd._memory import keep_freed_memory
-
     keep_freed_memory()
-    encoder = dpmmd.encoders.load("vgg19", image_size=pixels, weights="random")
-    images = np.random.default_rng(0).integers(0, 256, (2, 3, pixels, pixels), dtype=np.uint8)
-    release = dpmmd.release(
-        (images, None),
-        encoder,
-        epsilon=1.0,
-        delta=1e-5,
-        adjacency="replace-one",
-        moments=(1, 2),
-        batch_size=2,
-        progress=False,
-    )
+    encoder, release = released(pixels)
     generator = dpmmd.generators.build(
         "resnet", num_classes=None, image_size=pixels, channels=3, base_channels=32
     ).train()

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +22,7 @@ from typing import Any
 
 import torch
 
+from benches.rows import Kept, update
 from dpmmd.data import Batch, ImageSource, source_identity
 
 BEGIN, END = "<!-- release: begin -->", "<!-- release: end -->"
@@ -135,30 +134,12 @@ def main() -> None:
     if arguments.row:
         print(json.dumps(one(arguments.row[0], int(arguments.row[1]))))
         return
-    from benches.harness import kind, machine
-
-    path = RESULTS / f"{kind(machine())}.json"
-    path.parent.mkdir(exist_ok=True)
-    kept = json.loads(path.read_text()) if path.exists() else {"machine": machine(), "rows": []}
+    kept = Kept(RESULTS)
     if arguments.update:
-        text = arguments.update.read_text()
-        head, _, rest = text.partition(BEGIN)
-        body = table(kept["rows"])
-        arguments.update.write_text(f"{head}{BEGIN}\n{body}\n{END}{rest.partition(END)[2]}")
+        update(arguments.update, BEGIN, END, table(kept.rows))
         return
-    done = {(r["case"], r["images"]) for r in kept["rows"]}
-    wanted = [(name, count) for name, case in CASES.items() for count in case.counts]
-    for name, count in wanted:
-        if (name, count) in done:
-            continue
-        command = [sys.executable, "-m", "benches.release_memory", "--row", name, str(count)]
-        run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        if run.returncode:
-            raise SystemExit(run.returncode)
-        kept["rows"].append(json.loads(run.stdout.splitlines()[-1]))
-        kept["rows"].sort(key=lambda r: wanted.index((r["case"], r["images"])))
-        path.write_text(json.dumps(kept, indent=1) + "\n")
-        print(table(kept["rows"]), flush=True)
+    wanted = {(name, n): (name, n) for name, case in CASES.items() for n in case.counts}
+    kept.measure("benches.release_memory", wanted, lambda r: (r["case"], r["images"]), table)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import dpmmd
+from benches.rows import between
 from dpmmd.generators import ResNetGenerator
 
 BEGIN, END = "<!-- model: begin -->", "<!-- model: end -->"
@@ -132,9 +133,7 @@ def table() -> str:
 
 def updated(text: str) -> str:
     """The document with its table made anew."""
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+    return between(text, BEGIN, END, table())
 
 
 def main() -> None:

@@ -1,5 +1,5 @@
-// The module dpmmd._native: numbers and addresses in, a status out. dpmmd/_cpu.py alone calls what
-// is bound here, and has checked every address; bindings_cuda.cpp has the rest.
+// The module dpmmd._native: numbers and addresses in, a status out. dpmmd/_cores/cpu.py alone
+// calls what is bound here, and has checked every address; bindings_cuda.cpp has the rest.
 #include <cstdlib>
 #include <string>
 
@@ -29,37 +29,18 @@ int on_workspace(
     return static_cast<int>(status);
 }
 
+// The output of a ReLU: its ceiling (0: it is none), what comes in from elsewhere, its stride.
+using Rectified = std::tuple<float, Address, std::int64_t>;
 
 int mean_embedding(
-    bool is_backward, int phases, const std::vector<TapNumbers>& numbers, int type, std::int64_t n,
-    Address labels, std::int64_t num_classes, int moments, bool ball, bool per_tap, bool joint,
-    double clip, double weight, Address scale, Address projection, Address means, Address counts,
-    Address upstream, Address coefficients, float ceiling, Address incoming,
-    std::int64_t incoming_stride, int threads
+    bool is_backward, int phases, const Images& images, const Bound& bound,
+    const MeanEmbedding::Buffers& buffers, const Rectified& rectified, int threads
 ) {
-    const std::vector<dpmmd::Tap> taps = taps_of(numbers);
-    dpmmd::MeanEmbedding e{};
-    e.taps = taps.data();
-    e.num_taps = static_cast<std::int64_t>(taps.size());
-    e.type = static_cast<dpmmd::Type>(type);
-    e.n = n;
-    e.labels = at<const std::int64_t>(labels);
-    e.num_classes = num_classes;
-    e.moments = moments;
-    e.ball = ball;
-    e.per_tap = per_tap;
-    e.joint = joint;
-    e.clip = clip;
-    e.weight = weight;
-    e.scale = at<float>(scale);
-    e.projection = at<float>(projection);
-    e.means = at<float>(means);
-    e.counts = at<float>(counts);
-    e.upstream = at<const float>(upstream);
-    e.coefficients = at<float>(coefficients);
-    e.ceiling = ceiling;
-    e.incoming = at<const void>(incoming);
-    e.incoming_stride = incoming_stride;
+    MeanEmbedding call(images, bound, buffers);
+    dpmmd::MeanEmbedding& e = call.arguments;
+    e.ceiling = std::get<0>(rectified);
+    e.incoming = at<const void>(std::get<1>(rectified));
+    e.incoming_stride = std::get<2>(rectified);
     e.threads = threads;
     const dpmmd::Operations& operations = dpmmd::operations();
     return on_workspace(
@@ -72,74 +53,35 @@ int mean_embedding(
     );
 }
 
-int difference(
-    int estimator, bool update, std::int64_t moments, std::int64_t num_classes,
-    std::int64_t columns, Address means, Address counts, Address target, Address estimate,
-    Address first_moment, Address second_moment, Address steps, double decay, double rate,
-    double numbers, Address gradient, Address value, int threads
+int estimator(
+    int kind, bool update, const Estimator::Shape& shape, const Estimator::Buffers& buffers,
+    const Estimator::Rates& rates, int threads
 ) {
-    dpmmd::Difference e{};
-    e.estimator = static_cast<dpmmd::Difference::Estimator>(estimator);
-    e.update = update;
-    e.moments = moments;
-    e.num_classes = num_classes;
-    e.columns = columns;
-    e.means = at<const float>(means);
-    e.counts = at<const float>(counts);
-    e.target = at<const float>(target);
-    e.estimate = at<float>(estimate);
-    e.first_moment = at<float>(first_moment);
-    e.second_moment = at<float>(second_moment);
-    e.steps = at<float>(steps);
-    e.decay = decay;
-    e.rate = rate;
-    e.numbers = numbers;
-    e.gradient = at<float>(gradient);
-    e.value = at<float>(value);
-    e.threads = threads;
+    Estimator call(kind, update, shape, buffers, rates);
+    call.arguments.threads = threads;
     const dpmmd::Operations& operations = dpmmd::operations();
-    return on_workspace(e, operations.difference_workspace, operations.difference);
+    return on_workspace(call.arguments, operations.estimator_workspace, operations.estimator);
 }
 
 int bounded_sums(
-    const std::vector<TapNumbers>& numbers, int type, std::int64_t n, Address labels,
-    std::int64_t num_classes, Address valid, Address limits, int moments, bool ball, bool per_tap,
-    bool nonnegative, double clip, double weight, std::int64_t shared_taps, Address sums,
-    Address shared, int threads
+    const Images& images, const Bound& bound, bool nonnegative, std::int64_t shared_taps,
+    const BoundedSums::Buffers& buffers, int threads
 ) {
-    const std::vector<dpmmd::Tap> taps = taps_of(numbers);
-    dpmmd::BoundedSums e{};
-    e.taps = taps.data();
-    e.num_taps = static_cast<std::int64_t>(taps.size());
-    e.type = static_cast<dpmmd::Type>(type);
-    e.n = n;
-    e.labels = at<const std::int64_t>(labels);
-    e.num_classes = num_classes;
-    e.valid = at<const std::uint8_t>(valid);
-    e.limits = at<const std::int64_t>(limits);
-    e.moments = moments;
-    e.ball = ball;
-    e.per_tap = per_tap;
-    e.nonnegative = nonnegative;
-    e.clip = clip;
-    e.weight = weight;
-    e.shared_taps = shared_taps;
-    e.sums = at<std::int64_t>(sums);
-    e.shared = at<std::int64_t>(shared);
-    e.threads = threads;
+    BoundedSums call(images, bound, nonnegative, shared_taps, buffers);
+    call.arguments.threads = threads;
     const dpmmd::Operations& operations = dpmmd::operations();
-    return on_workspace(e, operations.bounded_sums_workspace, operations.bounded_sums);
+    return on_workspace(call.arguments, operations.bounded_sums_workspace, operations.bounded_sums);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
-    module.doc() = "The native cores (csrc/); dpmmd/_cpu.py and _cuda.py are their only callers.";
+    module.doc() = "The native cores (csrc/); dpmmd/_cores/ has their only callers.";
     module.attr("sources") = dpmmd::sources();
     module.def("level", [] { return std::string(dpmmd::operations().level); });
     module.def("choose", [](const std::string& level) { return dpmmd::choose(level.c_str()); });
     module.def("mean_embedding", mean_embedding);
-    module.def("difference", difference);
+    module.def("estimator", estimator);
     module.def("bounded_sums", bounded_sums);
     bind_cuda(module);
 }

@@ -1,4 +1,5 @@
-// The CUDA core in dpmmd._native; dpmmd/_cuda.py alone calls it, and has checked every address.
+// The CUDA core in dpmmd._native; dpmmd/_cores/cuda.py alone calls it, and has checked
+// every address.
 // DPMMD_CUDA_ARCHITECTURES lists what it was compiled for, e.g. "80-real 90-real 100".
 #include <string>
 
@@ -25,32 +26,12 @@ int on_workspace(
 }
 
 int mean_embedding(
-    bool is_backward, const std::vector<TapNumbers>& numbers, int type, std::int64_t n,
-    Address labels, std::int64_t num_classes, int moments, bool ball, bool per_tap, bool joint,
-    double clip, double weight, Address scale, Address projection, Address means, Address counts,
-    Address upstream, Address coefficients, Address schedule, const py::function& allocate,
+    bool is_backward, const Images& images, const Bound& bound,
+    const MeanEmbedding::Buffers& buffers, Address schedule, const py::function& allocate,
     Address stream
 ) {
-    const std::vector<dpmmd::Tap> taps = taps_of(numbers);
-    dpmmd::MeanEmbedding e{};
-    e.taps = taps.data();
-    e.num_taps = static_cast<std::int64_t>(taps.size());
-    e.type = static_cast<dpmmd::Type>(type);
-    e.n = n;
-    e.labels = at<const std::int64_t>(labels);
-    e.num_classes = num_classes;
-    e.moments = moments;
-    e.ball = ball;
-    e.per_tap = per_tap;
-    e.joint = joint;
-    e.clip = clip;
-    e.weight = weight;
-    e.scale = at<float>(scale);
-    e.projection = at<float>(projection);
-    e.means = at<float>(means);
-    e.counts = at<float>(counts);
-    e.upstream = at<const float>(upstream);
-    e.coefficients = at<float>(coefficients);
+    MeanEmbedding call(images, bound, buffers);
+    dpmmd::MeanEmbedding& e = call.arguments;
     const std::size_t bytes = is_backward ? dpmmd::cuda::backward_workspace(e)
                                           : dpmmd::cuda::forward_workspace(e);
     return on_workspace(e, allocate, bytes, [&] {
@@ -59,60 +40,23 @@ int mean_embedding(
     });
 }
 
-int difference(
-    int estimator, bool update, std::int64_t moments, std::int64_t num_classes,
-    std::int64_t columns, Address means, Address counts, Address target, Address estimate,
-    Address first_moment, Address second_moment, Address steps, double decay, double rate,
-    double numbers, Address gradient, Address value, const py::function& allocate, Address stream
+int estimator(
+    int kind, bool update, const Estimator::Shape& shape, const Estimator::Buffers& buffers,
+    const Estimator::Rates& rates, const py::function& allocate, Address stream
 ) {
-    dpmmd::Difference e{};
-    e.estimator = static_cast<dpmmd::Difference::Estimator>(estimator);
-    e.update = update;
-    e.moments = moments;
-    e.num_classes = num_classes;
-    e.columns = columns;
-    e.means = at<const float>(means);
-    e.counts = at<const float>(counts);
-    e.target = at<const float>(target);
-    e.estimate = at<float>(estimate);
-    e.first_moment = at<float>(first_moment);
-    e.second_moment = at<float>(second_moment);
-    e.steps = at<float>(steps);
-    e.decay = decay;
-    e.rate = rate;
-    e.numbers = numbers;
-    e.gradient = at<float>(gradient);
-    e.value = at<float>(value);
-    return on_workspace(e, allocate, dpmmd::cuda::difference_workspace(e), [&] {
-        return dpmmd::cuda::difference(e, at<void>(stream));
+    Estimator call(kind, update, shape, buffers, rates);
+    dpmmd::Estimator& e = call.arguments;
+    return on_workspace(e, allocate, dpmmd::cuda::estimator_workspace(e), [&] {
+        return dpmmd::cuda::estimator(e, at<void>(stream));
     });
 }
 
 int bounded_sums(
-    const std::vector<TapNumbers>& numbers, int type, std::int64_t n, Address labels,
-    std::int64_t num_classes, Address valid, Address limits, int moments, bool ball, bool per_tap,
-    bool nonnegative, double clip, double weight, std::int64_t shared_taps, Address sums,
-    Address shared, const py::function& allocate, Address stream
+    const Images& images, const Bound& bound, bool nonnegative, std::int64_t shared_taps,
+    const BoundedSums::Buffers& buffers, const py::function& allocate, Address stream
 ) {
-    const std::vector<dpmmd::Tap> taps = taps_of(numbers);
-    dpmmd::BoundedSums e{};
-    e.taps = taps.data();
-    e.num_taps = static_cast<std::int64_t>(taps.size());
-    e.type = static_cast<dpmmd::Type>(type);
-    e.n = n;
-    e.labels = at<const std::int64_t>(labels);
-    e.num_classes = num_classes;
-    e.valid = at<const std::uint8_t>(valid);
-    e.limits = at<const std::int64_t>(limits);
-    e.moments = moments;
-    e.ball = ball;
-    e.per_tap = per_tap;
-    e.nonnegative = nonnegative;
-    e.clip = clip;
-    e.weight = weight;
-    e.shared_taps = shared_taps;
-    e.sums = at<std::int64_t>(sums);
-    e.shared = at<std::int64_t>(shared);
+    BoundedSums call(images, bound, nonnegative, shared_taps, buffers);
+    dpmmd::BoundedSums& e = call.arguments;
     return on_workspace(e, allocate, dpmmd::cuda::bounded_sums_workspace(e), [&] {
         return dpmmd::cuda::bounded_sums(e, at<void>(stream));
     });
@@ -126,7 +70,7 @@ void bind_cuda(py::module_& module) {
     module.def("cuda_load", dpmmd::cuda::load);
     module.def("cuda_describe", [](int error) { return std::string(dpmmd::cuda::describe(error)); });
     module.def("cuda_mean_embedding", mean_embedding);
-    module.def("cuda_difference", difference);
+    module.def("cuda_estimator", estimator);
     module.def("cuda_bounded_sums", bounded_sums);
 }
 

@@ -65,10 +65,10 @@ struct MeanEmbedding {
 };
 
 // The estimate of the difference target - means, its step, the loss it stands for and the gradient.
-struct Difference {
-    enum class Estimator : int { batch, ema, adam };
+struct Estimator {
+    enum class Kind : int { batch, ema, adam };
 
-    Estimator estimator;
+    Kind kind;
     bool update;  // move the state (training), else only read it; batch has none
     std::int64_t moments, num_classes, columns;
     const float* means;   // [moments, num_classes, columns]
@@ -115,8 +115,8 @@ struct Operations {
     Status (*forward)(const MeanEmbedding&, Phases);
     std::size_t (*backward_workspace)(const MeanEmbedding&);
     Status (*backward)(const MeanEmbedding&, Phases);
-    std::size_t (*difference_workspace)(const Difference&);
-    Status (*difference)(const Difference&);
+    std::size_t (*estimator_workspace)(const Estimator&);
+    Status (*estimator)(const Estimator&);
     std::size_t (*bounded_sums_workspace)(const BoundedSums&);
     Status (*bounded_sums)(const BoundedSums&);
 };
@@ -144,8 +144,8 @@ std::size_t forward_workspace(const MeanEmbedding&);
 int forward(const MeanEmbedding&, int* schedule, Stream);
 std::size_t backward_workspace(const MeanEmbedding&);
 int backward(const MeanEmbedding&, const int* schedule, Stream);
-std::size_t difference_workspace(const Difference&);
-int difference(const Difference&, Stream);
+std::size_t estimator_workspace(const Estimator&);
+int estimator(const Estimator&, Stream);
 std::size_t bounded_sums_workspace(const BoundedSums&);
 int bounded_sums(const BoundedSums&, Stream);
 
@@ -155,7 +155,7 @@ const char* describe(int error); // a negative number returned by any of these
 
 // Parts of `load`, one a file.
 int load_mean_embedding();
-int load_difference();
+int load_estimator();
 int load_bounded_sums();
 
 }  // namespace cuda

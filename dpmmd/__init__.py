@@ -5,24 +5,39 @@
                             num_classes=10)
     loss = dpmmd.nn.MMDLoss(release, encoder)
 
-Importing it touches no accelerator, compiles nothing and downloads nothing.
+Importing it touches no accelerator, compiles nothing and downloads nothing. Each of its modules is
+imported when it is first used.
 """
 
-from dpmmd import (
-    align,
-    backends,
-    data,
-    distributed,
-    encoders,
-    functional,
-    generators,
-    nn,
-    privacy,
-    train,
-)
-from dpmmd.privacy import PrivacyError, Release, release
+from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from dpmmd._lazy import importer
+from dpmmd._version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from dpmmd import (
+        align,
+        backends,
+        data,
+        distributed,
+        encoders,
+        functional,
+        generators,
+        nn,
+        privacy,
+        train,
+    )
+    from dpmmd.privacy import PrivacyError, Release, release
+else:
+    __getattr__ = importer(
+        __name__,
+        of_module={"dpmmd.privacy": ("PrivacyError", "Release", "release")},
+        modules=(
+            *("align", "backends", "bounds", "data", "distributed", "encoders", "evaluate"),
+            *("export", "functional", "generators", "injection", "metrics", "microbatch", "nn"),
+            *("privacy", "recipe", "reference", "run", "train"),
+        ),
+    )
 
 __all__ = [
     "PrivacyError",
@@ -39,3 +54,7 @@ __all__ = [
     "release",
     "train",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -10,9 +10,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:  # `dpmmd --help` need not import it
+    import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # of <malloc.h>
 
@@ -71,7 +72,9 @@ class Meter:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        import torch
+
+        self.device, self._cuda = device, torch.cuda
         if device.type != "cuda":
             if sys.platform != "linux":
                 raise OSError("memory: only Linux tells how much a process uses; leave it out.")
@@ -80,14 +83,14 @@ class Meter:
     def used(self) -> int:
         """Bytes now."""
         if self.device.type == "cuda":
-            return torch.cuda.memory_allocated(self.device)
+            return self._cuda.memory_allocated(self.device)
         return _status("VmRSS")
 
     def free(self) -> int:
         """Bytes that this process could have besides."""
         if self.device.type == "cuda":
-            cached = torch.cuda.memory_reserved(self.device) - self.used()
-            return torch.cuda.mem_get_info(self.device)[0] + cached
+            cached = self._cuda.memory_reserved(self.device) - self.used()
+            return self._cuda.mem_get_info(self.device)[0] + cached
         text = Path("/proc/meminfo").read_text()
         found = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
         available = int(found[1]) << 10 if found else 0
@@ -105,26 +108,26 @@ class Meter:
         started = perf_counter()
         result = run()
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            self._cuda.synchronize(self.device)
         return self.peak(), perf_counter() - started, result
 
     def settle(self) -> None:
         """Lets go of what nobody needs."""
         gc.collect(1)  # what measuring itself left; the oldest generation takes long
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            self._cuda.synchronize(self.device)
         else:
             return_freed_memory()
 
     def peak(self) -> int:
         """Bytes at the highest since the last call began."""
         if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
+            return self._cuda.max_memory_allocated(self.device)
         return _status("VmHWM")
 
     def _reset(self) -> None:
         if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+            self._cuda.reset_peak_memory_stats(self.device)
         else:
             Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from VmRSS
 

@@ -25,11 +25,12 @@ from functools import lru_cache
 
 import torch
 
-from dpmmd import _cpu, _cuda
+from dpmmd._contract.protocol import Core
+from dpmmd._contract.taps import DTYPES
+from dpmmd._cores import CORES, cpu, cuda, named
 
-BACKENDS = ("auto", "torch", "cpu", "triton", "cuda")
+BACKENDS = ("auto", *CORES)
 ENVIRONMENT_VARIABLE = "DPMMD_BACKEND"
-NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 
 _chosen: ContextVar[str | None] = ContextVar("dpmmd_backend", default=None)
 _warned: set[str] = set()
@@ -49,50 +50,21 @@ def resolve(backend: str = "auto", device: str = "cpu", dtype: torch.dtype = tor
     Raises:
         ValueError: the name is unknown to this build, or an explicit choice cannot run.
     """
-    origin, backend = _requested(backend)
-    fits = device == "cpu" and dtype in NATIVE_DTYPES
-    if backend == "cpu":
-        if not fits:
-            raise ValueError(
-                f"{origin}='cpu': cannot run {dtype} on {device}; it takes float32 and bfloat16 "
-                "on the CPU. Use 'auto', or convert the tensors."
-            )
-        if _cpu.missing is not None:
-            raise ValueError(
-                f"{origin}='cpu': dpmmd._native did not load ({_cpu.missing}). Install dpmmd with "
-                "a C++ compiler at hand, or use 'auto'."
-            )
-    if backend == "triton":
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own, for tests
-        if (device != "cuda" and not interpreted) or dtype not in NATIVE_DTYPES:
-            raise ValueError(
-                f"{origin}='triton': cannot run {dtype} on {device}; it takes float32 and bfloat16 "
-                "on a CUDA device. Use 'auto', or move the tensors."
-            )
-        if importlib.util.find_spec("triton") is None:
-            raise ValueError(
-                f"{origin}='triton': the package triton is not installed; pip install "
-                "'dpmmd[triton]' (builds of PyTorch for CUDA bring it), or use 'auto'."
-            )
-    if backend == "cuda":
-        if device != _cuda.DEVICE or dtype not in NATIVE_DTYPES:
-            raise ValueError(
-                f"{origin}='cuda': cannot run {dtype} on {device}; it takes float32 and bfloat16 "
-                "on a CUDA device. Use 'auto', or move the tensors."
-            )
-        hindrance = _cuda.hindrance()
-        if hindrance is not None:
-            raise ValueError(f"{origin}='cuda': {hindrance}, or use 'auto'.")
+    origin, backend = requested(backend)
     if backend != "auto":
+        named(backend).check(origin, device, dtype)
         return backend
-    if device == "cuda" and dtype in NATIVE_DTYPES:
+    if dtype not in DTYPES or device not in ("cpu", "cuda"):
+        return "torch"
+    if device == "cuda":
         return _on_cuda()
-    if fits and _cpu.missing is not None:
-        _warn_once(
-            f"dpmmd._native did not load ({_cpu.missing}): plain PyTorch runs in its place, "
-            "many times slower. Install dpmmd with a C++ compiler at hand."
-        )
-    return "cpu" if fits and _cpu.missing is None else "torch"
+    if cpu.missing is None:
+        return "cpu"
+    _warn_once(
+        f"dpmmd._native did not load ({cpu.missing}): plain PyTorch runs in its place, "
+        "many times slower. Install dpmmd with a C++ compiler at hand."
+    )
+    return "torch"
 
 
 # What torch.compiler.assume_constant_result does, whose import would take seconds: torch.compile
@@ -100,7 +72,12 @@ def resolve(backend: str = "auto", device: str = "cpu", dtype: torch.dtype = tor
 resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _requested(backend: str) -> tuple[str, str]:
+def core(backend: str, device: str, dtype: torch.dtype) -> Core:
+    """The core that `resolve` names."""
+    return named(resolve(backend, device, dtype))
+
+
+def requested(backend: str) -> tuple[str, str]:
     """Where the choice comes from, and the choice, which this build has."""
     origin = "backend"
     if backend == "auto":
@@ -132,15 +109,15 @@ def _on_cuda() -> str:
             return "torch"
     if not torch.cuda.device_count():
         return "torch"
-    core = _cuda.hindrance()
-    if core is None:
+    without_cuda = cuda.hindrance()
+    if without_cuda is None:
         return "cuda"
-    missing = triton_hindrance()
-    if missing is None:
+    without_triton = triton_hindrance()
+    if without_triton is None:
         return "triton"
     _warn_once(
-        f"no kernels for the GPU ({core}; {missing}): plain PyTorch runs in their place, many "
-        "times slower."
+        f"no kernels for the GPU ({without_cuda}; {without_triton}): plain PyTorch runs in "
+        "their place, many times slower."
     )
     return "torch"
 
@@ -157,13 +134,13 @@ def triton_hindrance() -> str | None:
 def _warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=4)
+        warnings.warn(message, RuntimeWarning, stacklevel=5)
 
 
 @contextmanager
 def use(backend: str) -> Iterator[None]:
     """Within the block, calls with ``backend="auto"`` run ``backend``."""
-    _requested(backend)
+    requested(backend)
     token = _chosen.set(backend)
     try:
         yield

@@ -8,20 +8,28 @@ DistributedDataParallel, FSDP and Lightning do.
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.parallel import DistributedDataParallel
 
-if TYPE_CHECKING:
-    from dpmmd.encoders import Encoder
-    from dpmmd.privacy import Release
+from dpmmd._version import __version__
+from dpmmd.devices import device_of
+
+# Every process computes the same running statistics. PyTorch 2.13 gave the argument a new name.
+BUFFERS_STAY: dict[str, Any] = (
+    {"forward_sync_buffers": False}
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    else {"broadcast_buffers": False}
+)
 
 
 def reduce_means(means: Tensor, counts: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
@@ -141,7 +149,7 @@ def synchronise_batch_norm(module: nn.Module, group: dist.ProcessGroup) -> nn.Mo
         ValueError: not on CUDA, and with a batch norm that is not two-dimensional.
     """
     require_group()
-    device = next((p.device.type for p in module.parameters()), "cpu")
+    device = device_of(module).type
     if device == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(module, group)
     for name, layer in module.named_modules():
@@ -154,6 +162,12 @@ def synchronise_batch_norm(module: nn.Module, group: dist.ProcessGroup) -> nn.Mo
             layer.__class__ = _SyncedBatchNorm2d
             layer.group = group  # type: ignore[assignment]
     return module
+
+
+def replicated(module: nn.Module, group: dist.ProcessGroup) -> nn.Module:
+    """A module of equal weights in every process, as that of all together."""
+    synchronise_batch_norm(module, group)
+    return DistributedDataParallel(module, process_group=group, **BUFFERS_STAY)
 
 
 def join(timeout: float = 600.0) -> dist.ProcessGroup | None:
@@ -271,26 +285,19 @@ def require_same(what: str, value: Any, group: dist.ProcessGroup) -> None:
             )
 
 
-def require_alike(
-    release: Release, encoder: Encoder, group: dist.ProcessGroup, **more: Any
-) -> None:
+def require_alike(group: dist.ProcessGroup, **values: Any) -> None:
     """Raises a ValueError in every process that says in what they differ, if they do.
 
     Args:
-        release, encoder: what they train on; compared by hash and by `Encoder.spec`.
         group: whose processes are compared, all of which call this.
-        **more: as `require_same`.
+        **values: by name, as `require_same`; the version of dpmmd is compared before them.
 
     Raises:
         RuntimeError: torch.distributed has no initialised process group.
     """
-    import dpmmd
-
     require_group()
-    require_same("version", dpmmd.__version__, group)
-    require_same("release", release.metadata.array_sha256, group)
-    require_same("encoder", encoder.spec(), group)
-    for what, value in more.items():
+    require_same("version", __version__, group)
+    for what, value in values.items():
         require_same(what, value, group)
 
 

@@ -22,7 +22,6 @@ from dpmmd.data.classes import NAMES_FILE, listed, written_names
 from dpmmd.files import expanded, refuse_existing
 from dpmmd.privacy import Release
 from dpmmd.privacy.printed import markdown as escaped
-from dpmmd.privacy.report import facts, rows
 
 FORMATS = ("npz", "npz-float", "folder", "parquet")
 _ROW_GROUP = 1000  # images
@@ -184,7 +183,7 @@ def _write_folder(
             (folder / NAMES_FILE).write_text(f"{text}\n", "utf-8")
         inside = [folder / folders[label] for label in labels]
     for i, (image, place) in enumerate(zip(images, inside, strict=True)):
-        (place / f"{i:08d}.png").write_bytes(_png(image))
+        (place / f"{i:08d}.png").write_bytes(png(image))
 
 
 def _write_parquet(
@@ -212,7 +211,7 @@ def _write_parquet(
                 columns = [
                     pa.array(
                         [
-                            {"bytes": _png(image), "path": f"{start + i:08d}.png"}
+                            {"bytes": png(image), "path": f"{start + i:08d}.png"}
                             for i, image in enumerate(part)
                         ],
                         cell,
@@ -227,7 +226,8 @@ def _write_parquet(
         Path(temporary).unlink(missing_ok=True)
 
 
-def _png(image: NDArray[np.uint8]) -> bytes:
+def png(image: NDArray[np.uint8]) -> bytes:
+    """The file of an image [1 or 3, H, W]."""
     data = io.BytesIO()
     Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(data, "PNG")
     return data.getvalue()
@@ -264,6 +264,8 @@ def card(
         step: training step of the generator's weights.
         temperature, seed: of the latent points.
     """
+    from dpmmd.privacy.report import facts, rows  # and SciPy, which pictures do without
+
     f, m = facts(release), release.metadata
     version, source, encoder = (escaped(f[key]) for key in ("version", "source", "encoder"))
     n, channels, height, width = shape

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from dpmmd import encoders
 from dpmmd._torchvision import import_torchvision
 from dpmmd.encoders.weights import StrPath, WeightsError, WeightsNotFoundError, existing_file
+from dpmmd.errors import first_line
 
 INCEPTION = "inception-v3"
 HELD_OUT = ("efficientnet-lite0", "squeezenet1.1")  # come with packages, small enough for a CPU
@@ -139,7 +140,7 @@ def _inception(weights: StrPath | None, device: torch.device) -> Extractor:
             "inception-v3-compat", ["2048"], feature_extractor_weights_path=path
         )
     except Exception as error:  # a file of another kind, or no network, can raise nearly anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         if path is None:
             raise WeightsNotFoundError(
                 f"{INCEPTION}: its weights are neither in torch's cache nor could they be fetched "

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpmmd.functional import Once
+from dpmmd._ops.once import Once
 
 # images [m, C, H, W], labels [m] in 0..k-1 or None, k -> means [M, k, D], counts [k]
 Embed = Callable[[Tensor, Tensor | None, int], tuple[Tensor, Tensor]]

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from dpmmd import injection
+from dpmmd._ops.arguments import check_labels
+from dpmmd.bounds import Bound
+from dpmmd.devices import device_of
 from dpmmd.distributed import reduce_means, require_alike
 from dpmmd.encoders import Encoder
-from dpmmd.functional import adam_loss, check_labels, ema_loss, mean_embedding, mmd_loss
+from dpmmd.functional import adam_loss, ema_loss, mean_embedding, mmd_loss
 from dpmmd.microbatch import Chunk, micro_batched
 from dpmmd.privacy import PrivacyError, Release
 from dpmmd.privacy.printed import plain
@@ -91,9 +94,9 @@ class MMDLoss(nn.Module):
         super().__init__()
         if process_group is not None:  # first: what one process refuses must not leave others wait
             require_alike(
-                release,
-                encoder,
                 process_group,
+                release=release.metadata.array_sha256,
+                encoder=encoder.spec(),
                 loss={"estimator": estimator, "decay": decay, "lr": lr},
             )
         if estimator not in ESTIMATORS:
@@ -109,9 +112,10 @@ class MMDLoss(nn.Module):
         if state not in ("device", "host"):
             raise ValueError(f"state={state!r}: expected 'device' or 'host'.")
         check_encoder(release, encoder)
-        if estimator == "unbiased" and not release.metadata.bound.startswith("sphere"):
+        self.bound = Bound.of(release.metadata)
+        if estimator == "unbiased" and self.bound.ball:
             raise ValueError(
-                f"estimator='unbiased' with a release of bound={release.metadata.bound!r}: it "
+                f"estimator='unbiased' with a release of bound={self.bound.kind!r}: it "
                 "holds for spheres; use 'batch'."
             )
         if estimator == "unbiased" and release.shared is not None:
@@ -123,32 +127,17 @@ class MMDLoss(nn.Module):
             injection.check(backend)
         self.encoder, self.process_group, self.inject = encoder, process_group, inject
         self.estimator, self.decay, self.lr, self.backend = estimator, decay, lr, backend
-        m = release.metadata
-        self.moments, self.bound, self.clip = m.moments, m.bound, m.clip
-        self.joint_weight, self.num_classes, self.labelled = (
-            m.joint_weight,
-            m.num_classes,
-            m.labelled,
-        )
+        self.num_classes, self.labelled = release.metadata.num_classes, release.metadata.labelled
         self._chunk = None if micro_batch is None else Chunk(micro_batch)
-        device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
-        if state == "host":
-            device = torch.device("cpu")
+        device = torch.device("cpu") if state == "host" else device_of(encoder)
         target, shared = release.target, release.shared_target
         numbers = target.numel() + (0 if shared is None else shared.numel())
 
-        def matched(target: Tensor) -> _Difference:
-            return _Difference(
-                target.to(device),
-                estimator,
-                decay=decay,
-                lr=lr,
-                numbers=numbers,
-                backend=backend,
-            )
-
-        self.by_class = matched(target)
-        self.shared = None if shared is None else matched(shared)
+        options: dict[str, Any] = {"decay": decay, "lr": lr, "numbers": numbers, "backend": backend}
+        self.by_class = _Estimator(target.to(device), estimator, **options)
+        self.shared = None
+        if shared is not None:
+            self.shared = _Estimator(shared.to(device), estimator, **options)
 
     @property
     def micro_batch(self) -> int | None:
@@ -199,10 +188,10 @@ class MMDLoss(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Mean embedding [M, K, D] and class counts [K] of images."""
         options: dict[str, Any] = {
-            "moments": self.moments,
-            "bound": self.bound,
-            "clip": self.clip,
-            "joint_weight": self.joint_weight,
+            "moments": self.bound.moments,
+            "bound": self.bound.kind,
+            "clip": self.bound.clip,
+            "joint_weight": self.bound.joint_weight,
             "backend": self.backend,
         }
         if self.inject:
@@ -233,18 +222,18 @@ class MMDLoss(nn.Module):
         and n images in a class it is (n |m|^2 - c^2) / (n - 1). A class with one image has no
         pairs: its plain |m|^2 is taken.
         """
-        own = self.clip**2 / (1 if self.joint_weight is None else 2)  # a joint bound has halves
+        own = self.bound.clip**2 / (2 if self.bound.joint else 1)  # a joint bound has halves
         missing = (means.square().sum(dim=2) - own) / (counts.clamp(min=2) - 1)  # [M, K]
         return torch.where(counts > 1, missing, 0).sum()
 
     def extra_repr(self) -> str:
         return (
-            f"estimator={self.estimator!r}, moments={self.moments}, classes={self.num_classes}, "
-            f"bound={self.bound!r}"
+            f"estimator={self.estimator!r}, moments={self.bound.moments}, "
+            f"classes={self.num_classes}, bound={self.bound.kind!r}"
         )
 
 
-class _Difference(nn.Module):
+class _Estimator(nn.Module):
     """The estimate of ``target - means`` that the gradient follows, for one block of rows.
 
     Args:
@@ -285,28 +274,23 @@ class _Difference(nn.Module):
         target = self.target.to(means.dtype)
         if self.estimator in ("batch", "unbiased"):
             return mmd_loss(means, counts, target, backend=self.backend)
-        state = {"estimate": self.difference, "steps": self.steps}
+        options: dict[str, Any] = {
+            "estimate": self.difference,
+            "steps": self.steps,
+            "update": self.training,
+            "backend": self.backend,
+        }
         if self.estimator == "ema":
-            return ema_loss(
-                means,
-                counts,
-                target,
-                **state,
-                decay=self.decay,
-                update=self.training,
-                backend=self.backend,
-            )
+            return ema_loss(means, counts, target, decay=self.decay, **options)
         return adam_loss(
             means,
             counts,
             target,
-            **state,
             first_moment=self.first_moment,
             second_moment=self.second_moment,
             lr=self.lr,
             numbers=self.numbers,
-            update=self.training,
-            backend=self.backend,
+            **options,
         )
 
 

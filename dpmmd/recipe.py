@@ -22,10 +22,15 @@ from pydantic import (
     model_validator,
 )
 
+from dpmmd.bounds import Bound
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+
+GENERATED_AT_ONCE = 500  # images, where a set is sampled
 
 
 class RecipeError(ValueError):
@@ -34,6 +39,10 @@ class RecipeError(ValueError):
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+    def arguments(self) -> dict[str, Any]:
+        """The section as keywords of the function that it describes a call of."""
+        return {key: getattr(self, key) for key in type(self).model_fields}
 
 
 _S = TypeVar("_S", bound=_Section)
@@ -133,6 +142,19 @@ class GeneratorSection(_Section):
         given = {"name": name, "image_size": size, "channels": self.channels or channels}
         return self.model_copy(update=given)
 
+    def arguments(self) -> dict[str, Any]:
+        """Keywords of `dpmmd.generators.build`, but for num_classes.
+
+        Raises:
+            ValueError: there are blanks left.
+        """
+        if self.name is None or self.image_size is None or self.channels is None:
+            raise ValueError(
+                f"settings: {self}, expected a name, an image_size and channels; fill them in with "
+                "settings.completed(release.metadata.image_shape)."
+            )
+        return super().arguments()
+
 
 class TrainSection(_Section):
     """How a generator is trained on a release.
@@ -142,7 +164,8 @@ class TrainSection(_Section):
     `dpmmd.nn.MMDLoss`; ``graph`` records the whole step once as a CUDA graph and replays it (None:
     on a CUDA device, in one process and without ``memory``, where the generator is one of
     `dpmmd.generators`); ``compile`` runs generator and encoder through torch.compile. ``memory`` is
-    a budget for a step, such as "8GiB", or a fraction of what is free, "0.8": see `dpmmd.plan`.
+    a budget for a step, such as "8GiB", or a fraction of what is free, "0.8": see
+    `dpmmd.train.plan`.
     """
 
     steps: int = Field(default=2000, ge=1)
@@ -169,7 +192,7 @@ class SampleSection(_Section):
     """How many images the synthetic set holds (classes in equal parts)."""
 
     num_images: int = Field(default=60_000, ge=1)
-    batch_size: int = Field(default=500, ge=1)
+    batch_size: int = Field(default=GENERATED_AT_ONCE, ge=1)
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     seed: int = 0
 
@@ -238,7 +261,7 @@ class Recipe(_Section):
         """What would else be refused when privacy has been spent."""
         wanted = self.release
         if self.train.estimator == "unbiased":
-            if not wanted.bound.startswith("sphere"):
+            if Bound.of(wanted).ball:
                 raise ValueError(
                     f"train.estimator = 'unbiased' with release.bound = {wanted.bound!r}: it holds "
                     "for spheres; use 'batch'"

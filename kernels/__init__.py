@@ -2,7 +2,7 @@
 
 - `mean_embedding`: `forward` and `backward`, made of `row_statistics`, `class_sums`, `row_dots` and
   `gradient`;
-- `difference`: the difference estimators;
+- `estimator`: the estimators of target - means;
 - `bounded_sums`: exact class sums of bounded integer vectors.
 
 Importing a module here needs the package triton and touches no driver; nothing is compiled before

@@ -21,23 +21,36 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpmmd._cpu import _check_apart
+from dpmmd._contract.checks import check_sums
+from dpmmd.bounds import Bound
 from dpmmd.kernels import schedule as schedules
 from dpmmd.kernels import table
-from dpmmd.kernels.difference import bits_of, number
-from dpmmd.kernels.row_statistics import PARTS
 from dpmmd.kernels.schedule import class_range, clear_tiles, image_at, place_class, place_image
-from dpmmd.kernels.taps import Taps, brief, check_buffer, find_block, launch, load_tile, to_device
+from dpmmd.kernels.taps import (
+    PARTS,
+    Taps,
+    bits_of,
+    find_block,
+    launch,
+    launch_blocks,
+    load_tile,
+    number,
+    to_device,
+)
 
 GUARD = tl.constexpr(1.0 - 2.0**-20)
 ABOVE = tl.constexpr(1 << 31)  # no |q| of a vector within a limit reaches it
 FULL = tl.constexpr(1 << 30)  # of a sum's high part: 2^62, over every limit's square
+
+# Products are rounded before anything else happens to them, as PyTorch rounds them.
+_EXACT = {"enable_fp_fusion": False}
 
 
 @triton.jit
@@ -340,12 +353,10 @@ def finish_certificate(partials, valid, limits, within, n, parts):
     tl.store(within + image, fits.to(tl.int32))
 
 
-@triton.jit(
-    do_not_specialize=[
-        "addresses", "n", "blocks", "num_classes", "weight", "shared_taps", "columns",
-        "shared_columns",
-    ]
-)  # fmt: skip
+_ADD = ["addresses", "n", "blocks", "num_classes", "weight", "shared_taps"]
+
+
+@triton.jit(do_not_specialize=[*_ADD, "columns", "shared_columns"])
 def add_sums(
     addresses,
     records,
@@ -428,16 +439,166 @@ def add_sums(
             tl.store(to + offsets, tl.load(to + offsets, mask=inside) + q, mask=inside)
 
 
+class _Batch:
+    """A batch as its launches see it, and what they leave each other.
+
+    Attributes:
+        parts: blocks of columns of all taps.
+        blocks, norms: B and N of the module's docstring.
+        inverse, rate: float64 [N, n, B], of steps 1 and 2.
+        schedule: int32, the labels in their order, from step 1.
+        within: int32 [n], of step 4.
+        groups: what kernels need to know of the groups, as constants.
+    """
+
+    def __init__(self, taps: Taps, num_classes: int, bound: Bound) -> None:
+        self.taps, self.num_classes, self.bound = taps, num_classes, bound
+        self.config = table.lookup("bounded_sums", taps.device, taps.dtype, taps.dim)
+        self.parts = taps.blocks(self.config.block)
+        self.tiles = triton.cdiv(taps.n, self.config.rows)
+        self.ranges = taps.ranges(self.config.block, bound.per_tap)
+        self.blocks = bound.blocks(len(taps.widths))
+        self.norms = 2 if bound.per_tap and bound.bits == 3 else 1
+        self.weight = bits_of(bound.weight)
+        groups = bound.per_tap and self.blocks > 1
+        self.groups = {"MOMENTS": bound.bits, "NORMS": self.norms, "PER_TAP": int(groups)}
+        size = (self.norms, taps.n, self.blocks)
+        self.inverse, self.rate = self.empty(size, torch.float64), self.empty(size, torch.float64)
+        self.schedule = self.empty((schedules.size(taps.n, num_classes),), torch.int32)
+        self.within = self.empty((taps.n,), torch.int32)
+
+    def empty(self, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=self.taps.device)
+
+    def over_blocks(self, kernel: Any, rows: int, *args: Any, **constants: int) -> None:
+        launch_blocks(kernel, self.taps, self.config, rows, *args, **constants, **_EXACT)
+
+    def over_images(self, kernel: Any, grid: tuple[int, ...], *args: Any, **constants: int) -> None:
+        options = {"num_warps": table.FINISH_WARPS, **_EXACT}
+        launch(kernel, grid, self.taps.device, *args, **constants, **options)
+
+
+def _find_inverse(batch: _Batch, labels: Tensor) -> None:
+    """Step 1 and the schedule."""
+    n, parts, num_classes = batch.taps.n, batch.parts, batch.num_classes
+    largest = batch.empty((n, parts), torch.int32)
+    counts = batch.empty((num_classes,), torch.float32)
+    batch.over_blocks(partial_largest, batch.tiles, largest, batch.schedule, n, parts, num_classes)
+    batch.over_images(
+        finish_largest,
+        (n * batch.blocks + num_classes,),
+        largest,
+        batch.ranges,
+        labels,
+        batch.inverse,
+        counts,
+        batch.schedule,
+        n,
+        batch.blocks,
+        parts,
+        num_classes,
+        batch.weight,
+        MOMENTS=batch.bound.bits,
+        NORMS=batch.norms,
+    )
+
+
+def _find_rate(batch: _Batch, limits: Tensor) -> None:
+    """Step 2."""
+    bound, widths = batch.bound, batch.taps.widths
+    sizes = (batch.taps.n, batch.blocks, batch.parts)
+    share = 1.0 / math.sqrt(len(bound.moments) * len(widths)) if bound.per_tap else 1.0
+    bits = _fraction_bits(widths, len(bound.moments), bound.per_tap, batch.taps.device)
+    squares = batch.empty((batch.norms, batch.taps.n, batch.parts), torch.int64)
+    batch.over_blocks(
+        partial_squares,
+        batch.tiles,
+        batch.inverse,
+        bits,
+        squares,
+        *sizes,
+        batch.weight,
+        **batch.groups,
+    )
+    batch.over_images(
+        finish_squares,
+        (batch.taps.n * batch.blocks, batch.norms),
+        squares,
+        batch.ranges,
+        bits,
+        limits,
+        batch.inverse,
+        batch.rate,
+        *sizes,
+        bits_of(share),
+        bits_of(bound.clip * share),
+        BALL=int(bound.ball),
+    )
+
+
+def _certify(batch: _Batch, valid: Tensor, limits: Tensor, nonnegative: bool) -> None:
+    """Steps 3 and 4."""
+    n, parts = batch.taps.n, batch.parts
+    squares = batch.empty((2, n, parts), torch.int64)
+    batch.over_blocks(
+        partial_certificate,
+        batch.tiles,
+        batch.inverse,
+        batch.rate,
+        squares,
+        n,
+        batch.blocks,
+        parts,
+        batch.weight,
+        NONNEGATIVE=int(nonnegative),
+        **batch.groups,
+    )
+    valid = valid.view(torch.uint8)
+    batch.over_images(finish_certificate, (n,), squares, valid, limits, batch.within, n, parts)
+
+
+def _add(batch: _Batch, sums: Tensor, shared: Tensor | None, shared_taps: int) -> None:
+    """What is certified, into the sums."""
+    of_shared = sum(batch.taps.widths[:shared_taps])
+    own = batch.taps.dim - of_shared
+    for piece in batch.taps.launches(batch.config.block):
+        whole = own % piece.vector == of_shared % piece.vector == 0
+        launch(
+            add_sums,
+            (piece.blocks, batch.num_classes),
+            batch.taps.device,
+            piece.addresses,
+            piece.records,
+            batch.inverse,
+            batch.rate,
+            batch.within,
+            batch.schedule,
+            sums,
+            sums if shared is None else shared,
+            batch.taps.n,
+            batch.blocks,
+            batch.num_classes,
+            batch.weight,
+            shared_taps,
+            own,
+            of_shared,
+            TYPE=batch.taps.type,
+            VECTOR=piece.vector,
+            SHARED=int(shared_taps > 0),
+            SUMS=piece.vector if whole else 1,
+            **batch.groups,
+            **batch.config.options,
+            **_EXACT,
+        )
+
+
 def bounded_sums(
     features: Sequence[Tensor],
     labels: Tensor,
     valid: Tensor,
     limits: Tensor,
     *,
-    moments: Sequence[int],
-    joint_weight: float,
-    bound: str,
-    clip: float,
+    bound: Bound,
     nonnegative: bool,
     sums: Tensor,
     shared: Tensor | None = None,
@@ -455,102 +616,20 @@ def bounded_sums(
         labels: int64 [n].
         valid: bool [n].
         limits: int64 [n], greatest norm of each image's vector in grid units.
-        moments: (1,), (2,) or (1, 2); the last is the joint vector (f, joint_weight f^2).
-        joint_weight, bound, clip, nonnegative: as `dpmmd.privacy.sums.PrivateSums.add`.
+        bound, nonnegative: as `dpmmd.privacy.sums.PrivateSums.add`.
         sums: int64 [K, M D'], D' the columns of the taps that are not shared; added to.
         shared: int64 [1, M (D - D')], added to whatever the label; None where ``shared_taps`` is 0.
         shared_taps: how many leading taps are shared by all classes.
     """
     taps = Taps(features, planes=False)
-    n, device, widths = taps.n, taps.device, taps.widths
-    if not 0 <= shared_taps <= len(widths):
-        raise ValueError(f"shared_taps={shared_taps!r}: expected 0..{len(widths)}.")
-    of_shared = sum(widths[:shared_taps])
-    own = taps.dim - of_shared
-    check_buffer("labels", labels, (n,), device, torch.int64)
-    check_buffer("valid", valid, (n,), device, torch.bool)
-    check_buffer("limits", limits, (n,), device, torch.int64)
-    num_classes = sums.shape[0] if sums.ndim else 1
-    check_buffer("sums", sums, (num_classes, len(moments) * own), device, torch.int64)
-    outputs = {"sums": sums}
-    if (shared is None) != (shared_taps == 0):
-        raise ValueError(
-            f"shared: {brief(shared)} with shared_taps={shared_taps}; give both or neither."
-        )
-    if shared is not None:
-        check_buffer("shared", shared, (1, len(moments) * of_shared), device, torch.int64)
-        outputs["shared"] = shared
-    inputs = {f"features[{i}]": tap for i, tap in enumerate(taps.tensors)}
-    _check_apart(outputs, inputs | {"labels": labels, "valid": valid, "limits": limits})
-    if n == 0 or taps.dim == 0 or num_classes == 0:
+    check_sums(features, taps.widths, labels, valid, limits, bound, sums, shared, shared_taps)
+    if taps.n == 0 or taps.dim == 0 or sums.shape[0] == 0:
         return
-
-    per_tap, kind = bound.endswith("-per-tap"), sum(moments)
-    blocks = len(widths) if per_tap else 1
-    norms = 2 if per_tap and kind == 3 else 1
-    share = 1.0 / math.sqrt(len(moments) * len(widths)) if per_tap else 1.0
-    weight = bits_of(joint_weight)
-    config = table.lookup("bounded_sums", device, taps.dtype, taps.dim)
-    pieces, parts = taps.launches(config.block), taps.blocks(config.block)
-    ranges = taps.ranges(config.block, per_tap)
-    bits = _fraction_bits(widths, len(moments), per_tap, device)
-    tiles = triton.cdiv(n, config.rows)
-    inverse, rate = (
-        torch.empty(norms, n, blocks, dtype=torch.float64, device=device) for _ in range(2)
-    )
-    counts = torch.empty(num_classes, dtype=torch.float32, device=device)
-    schedule = torch.empty(schedules.size(n, num_classes), dtype=torch.int32, device=device)
-    within = torch.empty(n, dtype=torch.int32, device=device)
-    shape = {"ROWS": config.rows, "BLOCK": config.block, "TYPE": taps.type}
-    groups = {"MOMENTS": kind, "NORMS": norms, "PER_TAP": int(per_tap and blocks > 1)}
-    # Products are rounded before anything else happens to them, as PyTorch rounds them.
-    exact = {"enable_fp_fusion": False}
-    tuned = {"num_warps": config.num_warps, "num_stages": config.num_stages} | exact
-    finish = {"num_warps": table.FINISH_WARPS} | exact
-
-    largest = torch.empty(n, parts, dtype=torch.int32, device=device)
-    for piece in pieces:
-        launch(
-            partial_largest, (piece.blocks, tiles), device,
-            piece.addresses, piece.records, largest, schedule, n, parts, num_classes,
-            VECTOR=piece.vector, **shape, **tuned,
-        )  # fmt: skip
-    launch(
-        finish_largest, (n * blocks + num_classes,), device,
-        largest, ranges, labels, inverse, counts, schedule, n, blocks, parts, num_classes, weight,
-        MOMENTS=kind, NORMS=norms, **finish,
-    )  # fmt: skip
-    partials = torch.empty(2, n, parts, dtype=torch.int64, device=device)
-    for piece in pieces:
-        launch(
-            partial_squares, (piece.blocks, tiles), device,
-            piece.addresses, piece.records, inverse, bits, partials, n, blocks, parts, weight,
-            VECTOR=piece.vector, **shape, **groups, **tuned,
-        )  # fmt: skip
-    launch(
-        finish_squares, (n * blocks, norms), device,
-        partials, ranges, bits, limits, inverse, rate, n, blocks, parts,
-        bits_of(share), bits_of(clip * share), BALL=int(bound.startswith("ball")), **finish,
-    )  # fmt: skip
-    for piece in pieces:
-        launch(
-            partial_certificate, (piece.blocks, tiles), device,
-            piece.addresses, piece.records, inverse, rate, partials, n, blocks, parts, weight,
-            VECTOR=piece.vector, NONNEGATIVE=int(nonnegative), **shape, **groups, **tuned,
-        )  # fmt: skip
-    launch(
-        finish_certificate, (n,), device, partials, valid.view(torch.uint8), limits, within, n,
-        parts, **finish,
-    )  # fmt: skip
-    for piece in pieces:
-        launch(
-            add_sums, (piece.blocks, num_classes), device,
-            piece.addresses, piece.records, inverse, rate, within, schedule, sums,
-            sums if shared is None else shared, n, blocks, num_classes, weight, shared_taps, own,
-            of_shared, VECTOR=piece.vector, SHARED=int(shared_taps > 0),
-            SUMS=1 if own % piece.vector or of_shared % piece.vector else piece.vector,
-            **shape, **groups, **tuned,
-        )  # fmt: skip
+    batch = _Batch(taps, sums.shape[0], bound)
+    _find_inverse(batch, labels)
+    _find_rate(batch, limits)
+    _certify(batch, valid, limits, nonnegative)
+    _add(batch, sums, shared, shared_taps)
 
 
 @lru_cache(maxsize=256)

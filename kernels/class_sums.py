@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from dpmmd._contract.checks import check_buffer
+from dpmmd._contract.protocol import Saved
+from dpmmd.bounds import Bound
 from dpmmd.kernels import table
 from dpmmd.kernels.schedule import class_range, image_at
-from dpmmd.kernels.taps import Taps, check_buffer, find_block, launch, load_tile
+from dpmmd.kernels.taps import Taps, find_block, launch_blocks, load_tile
 
 
 @triton.jit(do_not_specialize=["addresses", "n", "dim", "blocks", "num_classes"])
@@ -78,67 +79,40 @@ def class_sums_kernel(
         tl.store(at + columns, sum2 * share, mask=columns < rest)
 
 
-def class_sums_into(
-    taps: Taps,
-    schedule: Tensor,
-    scale: Tensor,
-    *,
-    moments: Sequence[int],
-    joint_weight: float | None,
-    means: Tensor,
-) -> None:
+def class_sums_into(taps: Taps, bound: Bound, saved: Saved, means: Tensor) -> None:
     """One launch, into float32 means [M, K, D] (columns as they lie in memory).
 
     Args:
-        schedule: from `row_statistics`; empty without labels.
-        scale: [N, n, B], likewise.
+        saved: from `row_statistics`.
     """
-    num_classes = means.shape[1]
-    check_buffer("means", means, (len(moments), num_classes, taps.dim), taps.device)
+    num_classes, (scale, _projection, schedule) = means.shape[1], saved
+    check_buffer("means", means, (len(bound.moments), num_classes, taps.dim), taps.device)
     if taps.n == 0:
         means.zero_()
         return
-    config = table.lookup("class_sums", taps.device, taps.dtype, taps.dim)
-    for piece in taps.launches(config.block):
-        launch(
-            class_sums_kernel,
-            (piece.blocks, num_classes),
-            taps.device,
-            piece.addresses,
-            piece.records,
-            scale,
-            schedule,
-            means,
-            taps.n,
-            taps.dim,
-            scale.shape[2],
-            num_classes,
-            1.0 if joint_weight is None else joint_weight,
-            TYPE=taps.type,
-            VECTOR=piece.vector,
-            MOMENTS=sum(moments),
-            NORMS=scale.shape[0],
-            PER_TAP=int(scale.shape[2] > 1),
-            LABELLED=int(schedule.numel() > 0),
-            ROWS=config.rows,
-            BLOCK=config.block,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
-
-
-def class_sums(
-    taps: Taps,
-    schedule: Tensor,
-    scale: Tensor,
-    num_classes: int,
-    *,
-    moments: Sequence[int],
-    joint_weight: float | None,
-) -> Tensor:
-    """Means [M, K, D] in a new tensor; arguments as in `class_sums_into`."""
-    means = torch.empty(
-        len(moments), num_classes, taps.dim, dtype=torch.float32, device=taps.device
+    launch_blocks(
+        class_sums_kernel,
+        taps,
+        table.lookup("class_sums", taps.device, taps.dtype, taps.dim),
+        num_classes,
+        scale,
+        schedule,
+        means,
+        taps.n,
+        taps.dim,
+        scale.shape[2],
+        num_classes,
+        bound.weight,
+        MOMENTS=bound.bits,
+        NORMS=scale.shape[0],
+        PER_TAP=int(scale.shape[2] > 1),
+        LABELLED=int(schedule.numel() > 0),
     )
-    class_sums_into(taps, schedule, scale, moments=moments, joint_weight=joint_weight, means=means)
+
+
+def class_sums(taps: Taps, num_classes: int, bound: Bound, saved: Saved) -> Tensor:
+    """Means [M, K, D] in a new tensor; arguments as in `class_sums_into`."""
+    size = (len(bound.moments), num_classes, taps.dim)
+    means = torch.empty(size, dtype=torch.float32, device=taps.device)
+    class_sums_into(taps, bound, saved, means)
     return means

@@ -3,24 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpmmd._cpu import empty_gradient
+from dpmmd._contract.checks import brief
+from dpmmd._contract.protocol import Saved
+from dpmmd._contract.taps import empty_gradient, empty_gradients
+from dpmmd.bounds import Bound
 from dpmmd.kernels import table
 from dpmmd.kernels.row_dots import load_class_rows
 from dpmmd.kernels.schedule import count_tiles, image_at, tile_at
-from dpmmd.kernels.taps import TYPES, Taps, brief, find_block, launch, load_tile, tap_address
+from dpmmd.kernels.taps import TYPES, Taps, find_block, launch, load_tile, tap_address
+
+# Bits of a launch's RECTIFIED, which is 0 for the gradient of f.
+RECTIFIED, WITH_INCOMING, WITH_CEILING = 1, 2, 4
 
 
-@triton.jit(
-    do_not_specialize=[
-        "addresses", "gradients", "incoming", "n", "dim", "blocks", "num_classes", "ceiling",
-    ]
-)  # fmt: skip
+@triton.jit
+def load_norms(scale, coefficients, at, n, blocks, live, NORMS: tl.constexpr):
+    """s_1, e_1, s_2 and e_2 at entries [ROWS] of the first norm; the moments may share one."""
+    one = tl.load(scale + at, mask=live, other=0.0)
+    e_one = tl.load(coefficients + at, mask=live, other=0.0)
+    two = one
+    e_two = e_one
+    if NORMS == 2:
+        at += n.to(tl.int64) * blocks
+        two = tl.load(scale + at, mask=live, other=0.0)
+        e_two = tl.load(coefficients + at, mask=live, other=0.0)
+    return one, e_one, two, e_two
+
+
+@triton.jit
+def rectified(df, value, incoming, mask, ceiling, RECTIFIED: tl.constexpr):
+    """(incoming + df) [f > 0], the gradient of the x of which f = max(x, 0) is ``value``.
+
+    RECTIFIED & 2: the layers behind send something, at the pointers ``incoming``; & 4: f is
+    min(max(x, 0), ceiling).
+    """
+    if RECTIFIED & 2:
+        df += tl.load(incoming, mask=mask, other=0.0).to(tl.float32)
+    passes = value > 0
+    if RECTIFIED & 4:
+        passes = passes & (value < tl.cast(ceiling, tl.float32))
+    return tl.where(passes, df, 0.0)
+
+
+_SIZES = ["addresses", "gradients", "incoming", "n", "dim", "blocks", "num_classes", "ceiling"]
+
+
+@triton.jit(do_not_specialize=_SIZES)
 def gradient_kernel(
     addresses,
     gradients,
@@ -49,19 +84,16 @@ def gradient_kernel(
 ):
     """df = s_1 G_1[y] / n_y - e_1 f + 2 w f (s_2 G_2[y] / n_y - w e_2 f^2), w = weight.
 
-    Rows without use (s = 0) are not loaded, for they may hold NaN; their gradient is zero. A
-    program has one block and one tile of images of the same class. Grid [blocks of the launch,
-    tiles].
-
-    RECTIFIED: f = max(x, 0), and the gradient is that of x: (incoming + df) [f > 0]. Bit 1: there
-    is what comes in from the layers behind, [n, d_l]; bit 2: f = min(max(x, 0), ceiling).
+    Rows without use (s = 0) are not loaded, for they may hold NaN; their gradient is zero. With
+    RECTIFIED it is the gradient of x, as `rectified` says. A program has one block and one tile of
+    images of the same class. Grid [blocks of the launch, tiles].
     Shapes: features and gradients [n, d_l] a tap; scale, coefficients float32 [N, n, B]; G float32
     [M, K, D].
     Bytes: the features once, the gradients once, 4 M D a tile (from cache). Deterministic.
     """
     k, first, rows, count = tile_at(schedule, tl.program_id(1), n, num_classes, LABELLED)
     if rows > 0:
-        pointer, stride, rest, column, number, _block = find_block(
+        pointer, stride, rest, column, number, _ = find_block(
             addresses, records, TYPE, VECTOR, BLOCK
         )
         g, h = load_class_rows(upstream, k, num_classes, dim, column, rest, MOMENTS, VECTOR, BLOCK)
@@ -70,14 +102,7 @@ def gradient_kernel(
         images = image_at(schedule, first + row, live, LABELLED).to(tl.int64)
         at = images * blocks + number * PER_TAP
         share = 1.0 / count.to(tl.float32)
-        one = tl.load(scale + at, mask=live, other=0.0)
-        e_one = tl.load(coefficients + at, mask=live, other=0.0)
-        two = one
-        e_two = e_one
-        if NORMS == 2:
-            at += n.to(tl.int64) * blocks
-            two = tl.load(scale + at, mask=live, other=0.0)
-            e_two = tl.load(coefficients + at, mask=live, other=0.0)
+        one, e_one, two, e_two = load_norms(scale, coefficients, at, n, blocks, live, NORMS)
         used = (one != 0) | (two != 0)
         if RECTIFIED:
             value = load_tile(pointer, stride, images, live, rest, BLOCK)
@@ -105,40 +130,37 @@ def gradient_kernel(
         place = begin + images[:, None] * width + columns[None, :]
         mask = live[:, None] & (columns < rest)[None, :]
         if RECTIFIED:
-            if RECTIFIED & 2:
-                come = tap_address(incoming, tap).to(tl.pointer_type(TYPE))
-                if VECTOR > 1:
-                    come = tl.multiple_of(come, 16)
-                df += tl.load(come + place, mask=mask, other=0.0).to(tl.float32)
-            passes = value > 0
-            if RECTIFIED & 4:
-                passes = passes & (value < tl.cast(ceiling, tl.float32))
-            df = tl.where(passes, df, 0.0)
+            come = tap_address(incoming, tap).to(tl.pointer_type(TYPE))
+            if VECTOR > 1:
+                come = tl.multiple_of(come, 16)
+            df = rectified(df, value, come + place, mask, ceiling, RECTIFIED)
         tl.store(start + place, df.to(OUT), mask=mask)
 
 
-def gradient_into(
-    taps: Taps,
-    schedule: Tensor,
-    scale: Tensor,
-    coefficients: Tensor,
-    upstream: Tensor,
-    *,
-    moments: Sequence[int],
-    joint_weight: float | None,
-    gradients: Sequence[Tensor | None],
-) -> None:
+@dataclass(frozen=True)
+class Terms:
+    """What the gradients of all taps are made of, besides the features.
+
+    Attributes:
+        bound, saved: as given to and by `row_statistics`.
+        coefficients: float32 [N, n, B], from `row_dots`.
+        upstream: float32 [M, K, D], columns as they lie in memory.
+    """
+
+    bound: Bound
+    saved: Saved
+    coefficients: Tensor
+    upstream: Tensor
+
+
+def gradient_into(taps: Taps, terms: Terms, gradients: Sequence[Tensor | None]) -> None:
     """One launch, into one gradient a tap: dense, in the tap's order, float32 or its dtype.
 
     Args:
-        schedule, scale, coefficients: from `row_statistics` and `row_dots`.
-        upstream: float32 [M, K, D], columns as they lie in memory.
         gradients: None for a tap without one.
     """
-    types = {g.dtype for g in gradients if g is not None}
-    if not types or taps.n == 0:
+    if taps.n == 0 or all(g is None for g in gradients):
         return
-    (dtype,) = types
     for i, (tap, gradient) in enumerate(zip(taps.tensors, gradients, strict=True)):
         if gradient is not None and (
             gradient.shape != tap.shape
@@ -149,88 +171,61 @@ def gradient_into(
             raise ValueError(
                 f"gradients[{i}]: {brief(gradient)}, expected the shape of {brief(tap)}."
             )
-    _launch(
-        taps,
-        schedule,
-        scale,
-        coefficients,
-        upstream,
-        moments=moments,
-        joint_weight=joint_weight,
-        gradients=gradients,
-        dtype=dtype,
-    )
+    _launch(taps, terms, gradients)
+
+
+def gradient(taps: Taps, terms: Terms, needed: Sequence[bool]) -> list[Tensor]:
+    """New gradients with the taps' shapes, dtype and memory formats; empty where not needed."""
+    gradients = empty_gradients(taps.tensors, needed)
+    into = [g if wanted else None for g, wanted in zip(gradients, needed, strict=True)]
+    gradient_into(taps, terms, into)
+    return gradients
 
 
 def rectified_gradient(
     taps: Taps,
     column: int,
+    terms: Terms,
     f: Tensor,
     incoming: Tensor | None,
     ceiling: float | None,
-    schedule: Tensor,
-    scale: Tensor,
-    coefficients: Tensor,
-    upstream: Tensor,
-    *,
-    moments: Sequence[int],
-    joint_weight: float | None,
 ) -> Tensor:
     """Gradient of the x of which tap number ``column`` is f = min(max(x, 0), ceiling), one launch.
 
     Args:
-        taps: all taps, of which f alone need be alive.
+        taps: from `injection.backward`; f alone need be alive.
         f: [n, C, H, W], channels-last.
         incoming: what comes in from the layers behind, like f, or None.
-        schedule, scale, coefficients, upstream: as in `gradient_into`.
     """
     out = empty_gradient(f)
     if taps.n == 0 or f.numel() == 0:
         return out
-    addresses = list(taps.addresses)
-    addresses[column] = f.data_ptr()
-    taps.addresses = tuple(addresses)
+    flags = RECTIFIED
     if incoming is not None:
         incoming = incoming.to(f.dtype).contiguous(memory_format=torch.channels_last)
         if incoming.stride() != out.stride() or incoming.data_ptr() % 16:
             incoming = torch.empty_like(out).copy_(incoming)
-    gradients: list[Tensor | None] = [None] * len(addresses)
+        flags |= WITH_INCOMING
+    if ceiling is not None:
+        flags |= WITH_CEILING
+    gradients: list[Tensor | None] = [None] * len(taps.widths)
     gradients[column] = out
-    _launch(
-        taps,
-        schedule,
-        scale,
-        coefficients,
-        upstream,
-        moments=moments,
-        joint_weight=joint_weight,
-        gradients=gradients,
-        dtype=out.dtype,
-        incoming=incoming,
-        ceiling=ceiling,
-        rectified=True,
-    )
+    _launch(taps.at(column, f), terms, gradients, flags, incoming, ceiling)
     return out
 
 
 def _launch(
     taps: Taps,
-    schedule: Tensor,
-    scale: Tensor,
-    coefficients: Tensor,
-    upstream: Tensor,
-    *,
-    moments: Sequence[int],
-    joint_weight: float | None,
+    terms: Terms,
     gradients: Sequence[Tensor | None],
-    dtype: torch.dtype,
+    rectified: int = 0,
     incoming: Tensor | None = None,
     ceiling: float | None = None,
-    rectified: bool = False,
 ) -> None:
-    num_classes, labelled = upstream.shape[1], int(schedule.numel() > 0)
+    (dtype,) = {g.dtype for g in gradients if g is not None}
+    scale, _projection, schedule = terms.saved
+    num_classes, labelled = terms.upstream.shape[1], int(schedule.numel() > 0)
     config = table.lookup("gradient", taps.device, taps.dtype, taps.dim)
-    flags = 1 + 2 * (incoming is not None) + 4 * (ceiling is not None) if rectified else 0
     for piece in taps.launches(config.block, gradients):
         launch(
             gradient_kernel,
@@ -240,55 +235,23 @@ def _launch(
             piece.partners,
             piece.partners if incoming is None else (incoming.data_ptr(),),
             piece.records,
-            upstream,
+            terms.upstream,
             schedule,
             scale,
-            coefficients,
+            terms.coefficients,
             taps.n,
             taps.dim,
             scale.shape[2],
             num_classes,
-            1.0 if joint_weight is None else joint_weight,
+            terms.bound.weight,
             0.0 if ceiling is None else ceiling,
             TYPE=taps.type,
             OUT=TYPES[dtype],
             VECTOR=piece.vector,
-            MOMENTS=sum(moments),
+            MOMENTS=terms.bound.bits,
             NORMS=scale.shape[0],
             PER_TAP=int(scale.shape[2] > 1),
             LABELLED=labelled,
-            RECTIFIED=flags,
-            ROWS=config.rows,
-            BLOCK=config.block,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            RECTIFIED=rectified,
+            **config.options,
         )
-
-
-def gradient(
-    taps: Taps,
-    schedule: Tensor,
-    scale: Tensor,
-    coefficients: Tensor,
-    upstream: Tensor,
-    *,
-    moments: Sequence[int],
-    joint_weight: float | None,
-    needed: Sequence[bool],
-) -> list[Tensor | None]:
-    """New gradients with the taps' shapes, dtype and memory formats; None where not needed."""
-    gradients = [
-        empty_gradient(tap) if wanted else None
-        for tap, wanted in zip(taps.tensors, needed, strict=True)
-    ]
-    gradient_into(
-        taps,
-        schedule,
-        scale,
-        coefficients,
-        upstream,
-        moments=moments,
-        joint_weight=joint_weight,
-        gradients=gradients,
-    )
-    return gradients

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from dpmmd._contract.checks import check_buffer
+from dpmmd._contract.protocol import Saved
+from dpmmd.bounds import Bound
 from dpmmd.kernels import table
 from dpmmd.kernels.row_statistics import total
 from dpmmd.kernels.schedule import count_tiles, image_at, tile_at
-from dpmmd.kernels.taps import Taps, check_buffer, find_block, launch, load_tile
+from dpmmd.kernels.taps import Taps, find_block, launch, launch_blocks, load_tile
 
 
 @triton.jit
@@ -145,96 +146,69 @@ def finish_dots(
 def row_dots_into(
     taps: Taps,
     labels: Tensor | None,
-    schedule: Tensor,
-    scale: Tensor,
-    projection: Tensor,
+    bound: Bound,
+    saved: Saved,
     upstream: Tensor,
-    *,
-    moments: Sequence[int],
-    joint_weight: float | None,
     coefficients: Tensor,
 ) -> None:
     """Two launches, into float32 coefficients [N, n, B].
 
     Args:
-        labels, schedule, scale, projection: as given to and by `row_statistics`.
+        labels, bound, saved: as given to and by `row_statistics`.
         upstream: float32 [M, K, D], columns as they lie in memory.
     """
-    num_classes, blocks = upstream.shape[1], scale.shape[2]
-    check_buffer("coefficients", coefficients, scale.shape, taps.device)
+    num_classes, blocks = upstream.shape[1], saved.scale.shape[2]
+    check_buffer("coefficients", coefficients, saved.scale.shape, taps.device)
     if taps.n == 0:
         return
     config = table.lookup("row_dots", taps.device, taps.dtype, taps.dim)
-    parts, labelled = taps.blocks(config.block), int(labels is not None)
-    partials = torch.empty(len(moments), taps.n, parts, dtype=torch.float32, device=taps.device)
-    for piece in taps.launches(config.block):
-        launch(
-            partial_dots,
-            (piece.blocks, count_tiles(taps.n, num_classes if labelled else None)),
-            taps.device,
-            piece.addresses,
-            piece.records,
-            upstream,
-            schedule,
-            partials,
-            taps.n,
-            taps.dim,
-            parts,
-            num_classes,
-            TYPE=taps.type,
-            VECTOR=piece.vector,
-            MOMENTS=sum(moments),
-            LABELLED=labelled,
-            ROWS=config.rows,
-            BLOCK=config.block,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+    parts, kind = (
+        taps.blocks(config.block),
+        {"MOMENTS": bound.bits, "LABELLED": int(labels is not None)},
+    )
+    partials = torch.empty(
+        len(bound.moments), taps.n, parts, dtype=torch.float32, device=taps.device
+    )
+    launch_blocks(
+        partial_dots,
+        taps,
+        config,
+        count_tiles(taps.n, None if labels is None else num_classes),
+        upstream,
+        saved.schedule,
+        partials,
+        taps.n,
+        taps.dim,
+        parts,
+        num_classes,
+        **kind,
+    )
     launch(
         finish_dots,
         (taps.n * blocks,),
         taps.device,
         partials,
-        taps.ranges(config.block, blocks > 1),
-        labels if labels is not None else schedule,
-        schedule,
-        scale,
-        projection,
+        taps.ranges(config.block, bound.per_tap),
+        saved.schedule if labels is None else labels,
+        saved.schedule,
+        saved.scale,
+        saved.projection,
         coefficients,
         taps.n,
         blocks,
         parts,
         num_classes,
-        1.0 if joint_weight is None else joint_weight,
-        MOMENTS=sum(moments),
-        JOINT=int(joint_weight is not None),
-        LABELLED=labelled,
+        bound.weight,
+        JOINT=int(bound.joint),
         num_warps=table.FINISH_WARPS,
+        **kind,
     )
 
 
 def row_dots(
-    taps: Taps,
-    labels: Tensor | None,
-    schedule: Tensor,
-    scale: Tensor,
-    projection: Tensor,
-    upstream: Tensor,
-    *,
-    moments: Sequence[int],
-    joint_weight: float | None,
+    taps: Taps, labels: Tensor | None, bound: Bound, saved: Saved, upstream: Tensor
 ) -> Tensor:
     """Coefficients [N, n, B] in a new tensor; arguments as in `row_dots_into`."""
-    coefficients = torch.empty_like(scale)
-    row_dots_into(
-        taps,
-        labels,
-        schedule,
-        scale,
-        projection,
-        upstream,
-        moments=moments,
-        joint_weight=joint_weight,
-        coefficients=coefficients,
-    )
+    coefficients = torch.empty_like(saved.scale)
+    row_dots_into(taps, labels, bound, saved, upstream, coefficients)
     return coefficients

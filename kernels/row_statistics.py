@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from dpmmd._contract.checks import check_buffer
+from dpmmd._contract.protocol import Saved
+from dpmmd.bounds import Bound
 from dpmmd.kernels import schedule as schedules
 from dpmmd.kernels import table
 from dpmmd.kernels.schedule import clear_tiles, place_class, place_image
-from dpmmd.kernels.taps import TYPES, Taps, check_buffer, find_block, launch, load_tile
-
-PARTS = tl.constexpr(256)
+from dpmmd.kernels.taps import (
+    PARTS,
+    TYPES,
+    Taps,
+    find_block,
+    launch,
+    launch_blocks,
+    load_tile,
+)
 
 
 @triton.jit(do_not_specialize=["addresses", "n", "parts", "num_classes"])
@@ -193,141 +201,8 @@ def finish_statistics(
         place_class(labels, counts, schedule, program - n * blocks, n, num_classes)
 
 
-def row_statistics_into(
-    taps: Taps,
-    labels: Tensor | None,
-    *,
-    moments: Sequence[int],
-    bound: str,
-    clip: float,
-    joint_weight: float | None,
-    scale: Tensor,
-    projection: Tensor,
-    counts: Tensor,
-    schedule: Tensor,
-) -> None:
-    """Two launches, into float32 scale and projection [N, n, B], counts [K], int32 schedule.
-
-    Labels out of range stop the device with an assertion, as an index out of range does.
-    """
-    per_tap, joint = bound.endswith("-per-tap"), joint_weight is not None
-    blocks = len(taps.tensors) if per_tap else 1
-    num_classes = counts.shape[0]
-    size = (2 if len(moments) == 2 and not joint else 1, taps.n, blocks)
-    check_buffer("scale", scale, size, taps.device)
-    check_buffer("projection", projection, size, taps.device)
-    length = schedules.size(taps.n, None if labels is None else num_classes)
-    check_buffer("schedule", schedule, (length,), taps.device, torch.int32)
-    check_buffer("counts", counts, (num_classes,), taps.device)
-    config = table.lookup("row_statistics", taps.device, taps.dtype, taps.dim)
-    if taps.n == 0 or taps.dim == 0:
-        for buffer in (scale, projection):
-            buffer.zero_()
-        counts.zero_()
-        schedule.zero_()
-        if taps.n == 0:
-            return
-    partials = partial_statistics_of(taps, config, moments, schedule, num_classes, labels)
-    finish_into(
-        taps,
-        labels,
-        partials,
-        config.block,
-        moments=moments,
-        bound=bound,
-        clip=clip,
-        joint_weight=joint_weight,
-        scale=scale,
-        projection=projection,
-        counts=counts,
-        schedule=schedule,
-    )
-
-
-def partial_statistics_of(
-    taps: Taps,
-    config: table.Config,
-    moments: Sequence[int],
-    schedule: Tensor,
-    num_classes: int = 1,
-    labels: Tensor | None = None,
-) -> Tensor:
-    """float32 [M, n, blocks of all taps], by one launch; with labels it clears the schedule."""
-    parts = taps.blocks(config.block)
-    partials = torch.empty(len(moments), taps.n, parts, dtype=torch.float32, device=taps.device)
-    for piece in taps.launches(config.block):
-        launch(
-            partial_statistics,
-            (piece.blocks, triton.cdiv(taps.n, config.rows)),
-            taps.device,
-            piece.addresses,
-            piece.records,
-            partials,
-            schedule,
-            taps.n,
-            parts,
-            num_classes,
-            TYPE=taps.type,
-            VECTOR=piece.vector,
-            MOMENTS=sum(moments),
-            LABELLED=int(labels is not None),
-            ROWS=config.rows,
-            BLOCK=config.block,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
-    return partials
-
-
-def finish_into(
-    taps: Taps,
-    labels: Tensor | None,
-    partials: Tensor,
-    block: int,
-    *,
-    moments: Sequence[int],
-    bound: str,
-    clip: float,
-    joint_weight: float | None,
-    scale: Tensor,
-    projection: Tensor,
-    counts: Tensor,
-    schedule: Tensor,
-) -> None:
-    """One launch, from partial statistics in blocks of so many columns; as `row_statistics_into`.
-
-    The tiles of ``schedule`` are clear.
-    """
-    blocks, num_classes, labelled = scale.shape[2], counts.shape[0], int(labels is not None)
-    launch(
-        finish_statistics,
-        (taps.n * blocks + (num_classes if labelled else 0),),
-        taps.device,
-        partials,
-        taps.ranges(block, bound.endswith("-per-tap")),
-        labels if labels is not None else schedule,
-        scale,
-        projection,
-        counts,
-        schedule,
-        taps.n,
-        blocks,
-        partials.shape[2],
-        num_classes,
-        clip / math.sqrt(blocks),
-        1.0 if joint_weight is None else joint_weight,
-        MOMENTS=sum(moments),
-        JOINT=int(joint_weight is not None),
-        BALL=int(bound.startswith("ball")),
-        LABELLED=labelled,
-        num_warps=table.FINISH_WARPS,
-        debug=bool(labelled),
-        sanitize_overflow=False,
-    )
-
-
 def rectify(
-    x: Tensor, bias: Tensor | None, ceiling: float | None, moments: Sequence[int], dim: int
+    x: Tensor, bias: Tensor | None, ceiling: float | None, bound: Bound, dim: int
 ) -> Tensor:
     """f = min(max(x + bias, 0), ceiling) in the place of x; returns f's partial statistics.
 
@@ -335,6 +210,7 @@ def rectify(
         x: [n, C, H, W], float32 or bfloat16, channels-last.
         bias: [C] in x's dtype, or None.
         ceiling: None for none.
+        bound: whose moments are taken.
         dim: D, the features of all taps, which decides the size of blocks.
 
     Returns:
@@ -343,7 +219,7 @@ def rectify(
     (n, channels), columns = x.shape[:2], x[0].numel() if x.shape[0] else 0
     config = table.lookup("row_statistics", x.device, x.dtype, dim)
     parts = triton.cdiv(columns, config.block)
-    partials = torch.empty(len(moments), n, parts, dtype=torch.float32, device=x.device)
+    partials = torch.empty(len(bound.moments), n, parts, dtype=torch.float32, device=x.device)
     if n and columns:
         launch(
             rectify_kernel,
@@ -360,48 +236,138 @@ def rectify(
             TYPE=TYPES[x.dtype],
             BIAS=int(bias is not None),
             CEILING=int(ceiling is not None),
-            MOMENTS=sum(moments),
-            ROWS=config.rows,
-            BLOCK=config.block,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            MOMENTS=bound.bits,
+            **config.options,
         )
     return partials
 
 
-def row_statistics(
+def partial_statistics_of(
+    taps: Taps,
+    config: table.Config,
+    bound: Bound,
+    schedule: Tensor,
+    labels: Tensor | None = None,
+    num_classes: int = 1,
+) -> Tensor:
+    """float32 [M, n, blocks of all taps], by one launch; with labels it clears the schedule."""
+    parts = taps.blocks(config.block)
+    partials = torch.empty(
+        len(bound.moments), taps.n, parts, dtype=torch.float32, device=taps.device
+    )
+    launch_blocks(
+        partial_statistics,
+        taps,
+        config,
+        triton.cdiv(taps.n, config.rows),
+        partials,
+        schedule,
+        taps.n,
+        parts,
+        num_classes,
+        MOMENTS=bound.bits,
+        LABELLED=int(labels is not None),
+    )
+    return partials
+
+
+def finish_into(
     taps: Taps,
     labels: Tensor | None,
-    num_classes: int,
-    *,
-    moments: Sequence[int],
-    bound: str,
-    clip: float,
-    joint_weight: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Scale and projection [N, n, B], counts [K] and the schedule of the labels."""
-    blocks = len(taps.tensors) if bound.endswith("-per-tap") else 1
-    norms = 2 if len(moments) == 2 and joint_weight is None else 1
-    scale, projection = (
-        torch.empty(norms, taps.n, blocks, dtype=torch.float32, device=taps.device)
-        for _ in range(2)
+    bound: Bound,
+    partials: Tensor,
+    block: int,
+    saved: Saved,
+    counts: Tensor,
+) -> None:
+    """One launch, from partial statistics in blocks of so many columns; as `row_statistics_into`.
+
+    The tiles of the schedule are clear.
+    """
+    blocks, num_classes, labelled = saved.scale.shape[2], counts.shape[0], labels is not None
+    launch(
+        finish_statistics,
+        (taps.n * blocks + (num_classes if labelled else 0),),
+        taps.device,
+        partials,
+        taps.ranges(block, bound.per_tap),
+        saved.schedule if labels is None else labels,
+        saved.scale,
+        saved.projection,
+        counts,
+        saved.schedule,
+        taps.n,
+        blocks,
+        partials.shape[2],
+        num_classes,
+        bound.radius(len(taps.widths)),
+        bound.weight,
+        MOMENTS=bound.bits,
+        JOINT=int(bound.joint),
+        BALL=int(bound.ball),
+        LABELLED=int(labelled),
+        num_warps=table.FINISH_WARPS,
+        debug=labelled,
+        sanitize_overflow=False,
     )
-    counts = torch.empty(num_classes, dtype=torch.float32, device=taps.device)
-    schedule = torch.empty(
-        schedules.size(taps.n, None if labels is None else num_classes),
-        dtype=torch.int32,
-        device=taps.device,
+
+
+def row_statistics_into(
+    taps: Taps, labels: Tensor | None, bound: Bound, saved: Saved, counts: Tensor
+) -> None:
+    """Two launches, into float32 scale and projection [N, n, B], counts [K], int32 schedule.
+
+    Labels out of range stop the device with an assertion, as an index out of range does.
+    """
+    num_classes = counts.shape[0]
+    check_saved(taps, labels, num_classes, bound, saved)
+    check_buffer("counts", counts, (num_classes,), taps.device)
+    if taps.n == 0 or taps.dim == 0:
+        for buffer in (*saved, counts):
+            buffer.zero_()
+        if taps.n == 0:
+            return
+    config = table.lookup("row_statistics", taps.device, taps.dtype, taps.dim)
+    partials = partial_statistics_of(taps, config, bound, saved.schedule, labels, num_classes)
+    finish_into(taps, labels, bound, partials, config.block, saved, counts)
+
+
+def row_statistics(
+    taps: Taps, labels: Tensor | None, num_classes: int, bound: Bound
+) -> tuple[Saved, Tensor]:
+    """Scale and projection [N, n, B] with the schedule of the labels, and counts [K]."""
+    saved, counts = empty_statistics(taps, labels, num_classes, bound)
+    row_statistics_into(taps, labels, bound, saved, counts)
+    return saved, counts
+
+
+def empty_statistics(
+    taps: Taps, labels: Tensor | None, num_classes: int, bound: Bound
+) -> tuple[Saved, Tensor]:
+    """What `row_statistics_into` writes, not yet written."""
+    size, length = _sizes(taps, labels, num_classes, bound)
+    new = partial(torch.empty, device=taps.device)
+    saved = Saved(
+        new(size, dtype=torch.float32),
+        new(size, dtype=torch.float32),
+        new(length, dtype=torch.int32),
     )
-    row_statistics_into(
-        taps,
-        labels,
-        moments=moments,
-        bound=bound,
-        clip=clip,
-        joint_weight=joint_weight,
-        scale=scale,
-        projection=projection,
-        counts=counts,
-        schedule=schedule,
-    )
-    return scale, projection, counts, schedule
+    return saved, new(num_classes, dtype=torch.float32)
+
+
+def check_saved(
+    taps: Taps, labels: Tensor | None, num_classes: int, bound: Bound, saved: Saved
+) -> None:
+    """Refuses what is not of the shapes that `empty_statistics` has."""
+    size, length = _sizes(taps, labels, num_classes, bound)
+    check_buffer("scale", saved.scale, size, taps.device)
+    check_buffer("projection", saved.projection, size, taps.device)
+    check_buffer("schedule", saved.schedule, (length,), taps.device, torch.int32)
+
+
+def _sizes(
+    taps: Taps, labels: Tensor | None, num_classes: int, bound: Bound
+) -> tuple[tuple[int, int, int], int]:
+    """[N, n, B], and the length of the schedule."""
+    length = schedules.size(taps.n, None if labels is None else num_classes)
+    return (bound.norms, taps.n, bound.blocks(len(taps.widths))), length

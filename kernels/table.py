@@ -1,7 +1,7 @@
 """Launch parameters by operation, architecture, dtype and size: no autotuning at run time.
 
 Chosen among neighbours by time on an H200 (VGG19's taps, 128 images of 32 and 128 px, 1 and 10
-classes); `difference` and `bounded_sums` by arithmetic: 64 numbers or fewer a thread, so that
+classes); `estimator` and `bounded_sums` by arithmetic: 64 numbers or fewer a thread, so that
 several programs share a multiprocessor and keep some 40 KiB of loads in flight on it (latency times
 bandwidth). `tests/core/kernels_aot.py` holds every entry to its register budget.
 """
@@ -31,6 +31,16 @@ class Config:
     num_stages: int
     registers: int
 
+    @property
+    def options(self) -> dict[str, int]:
+        """What a launch is given of it."""
+        return {
+            "ROWS": self.rows,
+            "BLOCK": self.block,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
 
 ARCHITECTURES = (80, 90, 100)
 
@@ -48,7 +58,7 @@ _BF16: dict[str, tuple[tuple[float, Config], ...]] = {
     "class_sums": ((float("inf"), Config(256, 16, 1, 1, 168)),),
     "row_dots": ((float("inf"), Config(512, TILE_ROWS, 4, 1, 168)),),
     "gradient": ((float("inf"), Config(512, TILE_ROWS, 4, 1, 168)),),
-    "difference": ((float("inf"), Config(1024, 1, 4, 1, 80)),),
+    "estimator": ((float("inf"), Config(1024, 1, 4, 1, 80)),),
     "bounded_sums": ((float("inf"), Config(256, 8, 4, 1, 168)),),  # checked so on an H200
 }
 _FP32: dict[str, tuple[tuple[float, Config], ...]] = _BF16 | {

@@ -8,10 +8,11 @@ for each of them and copied to the device at the first call.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from contextlib import nullcontext
+from copy import copy
 from functools import lru_cache
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpmmd._cpu import PLANES, layout
+from dpmmd._contract import taps
+from dpmmd.kernels.table import Config
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 
@@ -30,10 +32,25 @@ MOST_TAPS = 64
 # CUDA's limit on a grid's second dimension.
 MOST_PROGRAMS = 65_535
 
+# How many partial results a program that finishes a reduction takes at a time.
+PARTS = tl.constexpr(256)
+
 # A block's record: which tap of the launch it is in, its first column there, the tap's columns and
 # its first column in D, the step from image to image, the tap's number among all taps, and the
 # block's number among all blocks, in the order of columns.
 FIELDS = tl.constexpr(8)
+
+
+@triton.jit
+def number(bits):
+    """The float64 whose bits an int64 has: arguments of kernels are float32 otherwise."""
+    return bits.to(tl.int64).to(tl.float64, bitcast=True)
+
+
+def bits_of(value: float) -> int:
+    """What `number` takes."""
+    bits: int = struct.unpack("<q", struct.pack("<d", value))[0]
+    return bits
 
 
 @triton.jit
@@ -102,49 +119,18 @@ class Launch(NamedTuple):
     blocks: int
 
 
-class Taps:
-    """Features of n images at L taps: checked, and in one piece a tap and image.
+class Taps(taps.Taps):
+    """Features of n images at L taps, float32 or bfloat16 on one device, in blocks of columns.
 
     Args:
-        features: L tensors [n, ...], float32 or bfloat16, on one device.
+        features: L tensors [n, ...].
         planes: whether maps [n, C, H, W] may stay in that order; else they are copied to
             channels-last.
-
-    Raises:
-        ValueError: dtype, device, layout or shape do not fit.
     """
 
     def __init__(self, features: Sequence[Tensor], *, planes: bool = True) -> None:
-        if not features:
-            raise ValueError("features: expected at least one tap.")
-        first = features[0]
-        self.tensors: list[Tensor] = []
-        for i, tap in enumerate(features):
-            if tap.layout != torch.strided or tap.device != first.device:
-                raise ValueError(
-                    f"features[{i}]: {brief(tap)}, expected a dense tensor on {first.device}."
-                )
-            if tap.dtype not in TYPES or tap.dtype != first.dtype:
-                expected = first.dtype if first.dtype in TYPES else "float32 or bfloat16"
-                raise ValueError(f"features[{i}]: {brief(tap)}, expected {expected}.")
-            if tap.ndim < 2 or tap.shape[0] != first.shape[0]:
-                raise ValueError(
-                    f"features[{i}]: {brief(tap)}, expected [n, ...] with n={first.shape[0]} as "
-                    "in features[0]."
-                )
-            how = layout(tap)
-            if how is None or (how == PLANES and not planes):
-                tap = tap.contiguous(
-                    memory_format=torch.channels_last if tap.ndim == 4 else torch.contiguous_format
-                )
-            self.tensors.append(tap)
-        self.n, self.dtype, self.device = first.shape[0], first.dtype, first.device
-        self.type = TYPES[first.dtype]
-        n = self.n
-        self.widths = tuple([t.numel() // n if n else prod(t.shape[1:]) for t in self.tensors])
-        self.dim = sum(self.widths)
-        self.steps = tuple([t.stride(0) for t in self.tensors]) if n > 1 else self.widths
-        self.addresses = tuple([t.data_ptr() for t in self.tensors])
+        super().__init__(features, TYPES, planes=planes)
+        self.type = TYPES[self.dtype]
 
     def launches(self, block: int, partners: Sequence[Tensor | None] | None = None) -> list[Launch]:
         """The taps that have columns (and partners, where given), in as few launches as can be.
@@ -174,6 +160,22 @@ class Taps:
             )
             for chosen, records, vector in _groups(*key)
         ]
+
+    def places(self) -> Taps:
+        """Where the taps lie, without the tensors; `at` says where one of them lies later."""
+        places = copy(self)
+        places.addresses, places.steps, places.tensors = self.addresses, self.steps, []
+        return places
+
+    def at(self, column: int, tap: Tensor) -> Taps:
+        """The same places, but for tap number ``column``, which is ``tap``."""
+        places = copy(self)
+        places.addresses = (
+            *self.addresses[:column],
+            tap.data_ptr(),
+            *self.addresses[column + 1 :],
+        )
+        return places
 
     def blocks(self, block: int) -> int:
         """How many blocks all taps are cut into."""
@@ -263,27 +265,24 @@ def launch(
         kernel[grid](*args, **options)
 
 
-def check_buffer(
-    name: str,
-    buffer: Tensor,
-    shape: Sequence[int],
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
+def launch_blocks(
+    kernel: Any, taps: Taps, config: Config, rows: int, *args: Any, **options: Any
 ) -> None:
-    """Refuses a tensor that a kernel could not take by its address."""
-    if (
-        buffer.dtype != dtype
-        or tuple(buffer.shape) != tuple(shape)
-        or buffer.device != device
-        or not buffer.is_contiguous()
-    ):
-        raise ValueError(
-            f"{name}: {brief(buffer)}{'' if buffer.is_contiguous() else ', not contiguous'}; "
-            f"expected {dtype} {list(shape)} on {device}, contiguous."
+    """A kernel over all blocks of columns: the features' addresses and records, then ``args``.
+
+    Args:
+        rows: the second dimension of the grid.
+    """
+    for piece in taps.launches(config.block):
+        launch(
+            kernel,
+            (piece.blocks, rows),
+            taps.device,
+            piece.addresses,
+            piece.records,
+            *args,
+            TYPE=taps.type,
+            VECTOR=piece.vector,
+            **config.options,
+            **options,
         )
-
-
-def brief(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"{value.dtype} {list(value.shape)} on {value.device}"
-    return type(value).__name__

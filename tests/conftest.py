@@ -9,6 +9,7 @@ from torch import nn
 
 import dpmmd
 from dpmmd.encoders import Encoder
+from dpmmd.run import no_noise as no_noise  # shows the integer sums themselves
 
 
 class TwoTaps(nn.Module):
@@ -55,11 +56,6 @@ def images(n: int, seed: int = 0, classes: int = 3) -> tuple[np.ndarray, np.ndar
         rng.integers(0, 256, (n, 1, 8, 8), dtype=np.uint8),
         rng.integers(0, classes, n, dtype=np.int64),
     )
-
-
-def no_noise(n: int, sd: float) -> np.ndarray:
-    """Test noise that is zero: shows the integer sums themselves."""
-    return np.zeros(n, np.int64)
 
 
 @pytest.fixture

@@ -27,19 +27,24 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MECHANISM = "dpmmd/privacy/mechanism.py"
+BLOCKS = "dpmmd/privacy/blocks.py"
+OPENING = "dpmmd/privacy/opening.py"
+SPENDING = "dpmmd/privacy/spending.py"
+COLLECTING = "dpmmd/privacy/collecting.py"
+NOISING = "dpmmd/privacy/noising.py"
 SUMS = "dpmmd/privacy/sums.py"
 NOISE = "dpmmd/privacy/noise.py"
 SENSITIVITY = "dpmmd/privacy/sensitivity.py"
 FILE = "dpmmd/privacy/release_file.py"
 ACCOUNTING = "dpmmd/privacy/accounting.py"
-LEDGER = "dpmmd/privacy/ledger.py"
+LEDGER = "dpmmd/privacy/ledger_file.py"
 CHECKS = "dpmmd/privacy/checks.py"
 ENCODER = "dpmmd/encoders/base.py"
 ITEMS = "dpmmd/data/items.py"
 DATASET = "dpmmd/data/dataset.py"
 DRAWS = "dpmmd/data/draws.py"
 PIXELS = "dpmmd/data/pixels.py"
-TRAIN = "dpmmd/train.py"
+CHECKPOINT = "dpmmd/train/checkpoint.py"
 PARTIAL = "dpmmd/privacy/partial.py"
 _RANKS = "tests/privacy/test_ranks.py"
 _REPLAY = "tests/privacy/test_noise_replay.py"
@@ -68,12 +73,13 @@ class Mutation:
 
 
 _NOISED = "torch.from_numpy(drawn).view_as(values)"
-_SD = "sd = noise_level.sd_over_sensitivity * moved"
+_SD = "level.sd_over_sensitivity * moved"
 _CERTIFY = "return certify(integers, limits, nonnegative=nonnegative)"
 _UNCERTIFIED = "return integers, torch.stack([(q != 0).any(dim=1) for q in integers]).any(dim=0)"
 _SPHERE = "rate = limits * GUARD / norm"
 _UNBOUNDED = "rate = limits * _power_of_two(exponent) / clip"
-_COUNTS = "_noised(raw_counts, sd, sampler, 1 / counts_block.bound, torch.float64)"
+_COUNTS = "_noised(raw.counts, sd, sampler, unit, torch.float64)"
+_OF_PART = "_noised(sums, sd, sampler, part.unit)"
 _SHARED_DRAW = (
     "sampler, memory = (lambda n, s, fresh=sampler: memory.setdefault(n, fresh(n, s))), {}"
 )
@@ -96,7 +102,7 @@ MUTATIONS = (
     Mutation(
         "half-the-noise",
         "every coordinate gets half the standard deviation that is declared",
-        (Edit(MECHANISM, "sampler(values.numel(), sd)", "sampler(values.numel(), sd / 2)"),),
+        (Edit(NOISING, "sampler(values.numel(), sd)", "sampler(values.numel(), sd / 2)"),),
         (
             _DECLARED_SD,
             f"{_AUDIT}[signed-zero-out]",
@@ -105,7 +111,7 @@ MUTATIONS = (
     Mutation(
         "no-noise",
         "the raw sums leave",
-        (Edit(MECHANISM, f"values += {_NOISED}", "pass"),),
+        (Edit(NOISING, f"values += {_NOISED}", "pass"),),
         (
             _DECLARED_SD,
             f"{_AUDIT}[signed-zero-out]",
@@ -116,7 +122,7 @@ MUTATIONS = (
         "noise is drawn twice for the same sums and averaged: sqrt(2) too little",
         (
             Edit(
-                MECHANISM,
+                NOISING,
                 f"values += {_NOISED}",
                 "values += torch.from_numpy("
                 "(sampler(values.numel(), sd) + sampler(values.numel(), sd)) // 2"
@@ -139,8 +145,8 @@ MUTATIONS = (
                 MECHANISM,
                 "sampler = insecure_test_noise or rounded_gaussian",
                 "memory: dict[int, Any] = {}\n"
-                "    fresh = insecure_test_noise or rounded_gaussian\n"
-                "    sampler = lambda n, sd: memory.setdefault(n, fresh(n, sd))",
+                "        fresh = insecure_test_noise or rounded_gaussian\n"
+                "        sampler = lambda n, sd: memory.setdefault(n, fresh(n, sd))",
             ),
         ),
         ("tests/privacy/test_release.py::test_every_block_has_noise_of_its_own",),
@@ -172,7 +178,15 @@ MUTATIONS = (
     Mutation(
         "noise-scaled-by-private-n",
         "under add-remove the standard deviation depends on the number of images",
-        (Edit(MECHANISM, _SD, f"{_SD} * (1 + 1 / images.num_images)"),),
+        (
+            Edit(
+                MECHANISM,
+                "    raw = layout.blocks.zero(layout.device)\n",
+                "    sd = scale.sd * (1 + 1 / opened.images.num_images)\n"
+                "    scale = _Scale(scale.sensitivity, sd, scale.mu)\n"
+                "    raw = layout.blocks.zero(layout.device)\n",
+            ),
+        ),
         (_ADD_REMOVE,),
     ),
     Mutation(
@@ -180,10 +194,10 @@ MUTATIONS = (
         "a class of many images gets less noise, the declared sd is that of the smallest",
         (
             Edit(
-                MECHANISM,
-                "sums, sd, sampler, part.unit\n",
-                "sums, sd / int(raw_counts._sums.max() // counts_block.bound"
-                " if counts_block else 1) ** 0.5, sampler, part.unit\n",
+                NOISING,
+                _OF_PART,
+                "_noised(sums, sd / int(raw.counts._sums.max() // blocks.counts.bound"
+                " if blocks.counts else 1) ** 0.5, sampler, part.unit)",
             ),
         ),
         (_DECLARED_SD,),
@@ -193,10 +207,10 @@ MUTATIONS = (
         "the embedding that picks the checkpoint is the private one",
         (
             Edit(
-                MECHANISM,
-                "sums, sd, sampler, part.unit\n",
-                "sums, sd, (lambda n, _: np.zeros(n, np.int64))"
-                ' if part.block.name == "selection" else sampler, part.unit\n',
+                NOISING,
+                _OF_PART,
+                "_noised(sums, sd, (lambda n, _: np.zeros(n, np.int64))"
+                ' if part.block.name == "selection" else sampler, part.unit)',
             ),
         ),
         (
@@ -209,10 +223,10 @@ MUTATIONS = (
         "the means of pixels are released as they are",
         (
             Edit(
-                MECHANISM,
-                "sums, sd, sampler, part.unit\n",
-                "sums, sd, (lambda n, _: np.zeros(n, np.int64))"
-                ' if part.block.name == "pixels" else sampler, part.unit\n',
+                NOISING,
+                _OF_PART,
+                "_noised(sums, sd, (lambda n, _: np.zeros(n, np.int64))"
+                ' if part.block.name == "pixels" else sampler, part.unit)',
             ),
         ),
         ("tests/privacy/test_release.py::test_every_block_has_noise_of_its_own",),
@@ -222,9 +236,9 @@ MUTATIONS = (
         "the products of all classes counted as if they lay in their class's row",
         (
             Edit(
-                MECHANISM,
-                '"sums", True, name == "products")',
-                '"sums", True)',
+                BLOCKS,
+                "grouped or shared > 0 or kind.pooled",
+                "grouped or shared > 0",
             ),
         ),
         ("tests/privacy/test_release.py::test_pixel_moments",),
@@ -232,19 +246,25 @@ MUTATIONS = (
     Mutation(
         "pixels-as-if-nonnegative",
         "means of pixels in a signed basis counted as if no entry were negative",
-        (Edit(MECHANISM, '"sums", _nonnegative(pixels))', '"sums", True)'),),
+        (
+            Edit(
+                BLOCKS,
+                "one.moments == (2,) or its.nonnegative",
+                'one.moments == (2,) or its.nonnegative or name == "pixels"',
+            ),
+        ),
         ("tests/privacy/test_release.py::test_pixel_moments",),
     ),
     Mutation(
         "products-less-noise",
         "what is above the diagonal has the noise of its half",
-        (Edit(MECHANISM, "sd / math.sqrt(2)", "sd / 2"),),
+        (Edit(NOISING, "sd / math.sqrt(2)", "sd / 2"),),
         ("tests/privacy/test_release.py::test_every_block_has_noise_of_its_own",),
     ),
     Mutation(
         "products-of-a-group",
         "the products of every image of a group are bounded as if it were alone",
-        (Edit(MECHANISM, "rows, valid, limits)", "rows, valid, limits * share)"),),
+        (Edit(COLLECTING, "places, valid, limits)", "places, valid, limits * share)"),),
         ("tests/privacy/test_units.py::test_a_large_group_weighs_no_more_than_a_small_one",),
     ),
     Mutation(
@@ -266,10 +286,9 @@ MUTATIONS = (
         "exact class counts are released, and every class mean is divided by them",
         (
             Edit(
-                MECHANISM,
+                NOISING,
                 _COUNTS,
-                "_noised(raw_counts, sd, lambda n, _: np.zeros(n, np.int64),"
-                " 1 / counts_block.bound, torch.float64)",
+                "_noised(raw.counts, sd, lambda n, _: np.zeros(n, np.int64), unit, torch.float64)",
             ),
         ),
         ("tests/privacy/test_release.py::test_every_block_has_noise_of_its_own", _ADD_REMOVE),
@@ -279,17 +298,17 @@ MUTATIONS = (
         "what is released are means over the exact class counts",
         (
             Edit(
-                MECHANISM,
-                "sums_out = torch.stack([sums for sums, _ in released])",
-                "sums_out = torch.stack([sums / exact for sums, _ in released])",
+                NOISING,
+                "torch.stack([sums for sums, _ in phi])",
+                "torch.stack([sums / exact for sums, _ in phi])",
             ),
             Edit(
-                MECHANISM,
-                "    noised = {\n        part.block.name: (_noised",
+                NOISING,
+                "    arrays: dict[str, Tensor] = {}\n",
                 "    exact = 1.0\n"
-                "    if counts_block is not None:\n"
-                "        exact = (raw_counts._sums / counts_block.bound).clamp(min=1)\n"
-                "    noised = {\n        part.block.name: (_noised",
+                "    if blocks.counts is not None:\n"
+                "        exact = (raw.counts._sums / blocks.counts.bound).clamp(min=1)\n"
+                "    arrays: dict[str, Tensor] = {}\n",
             ),
         ),
         (_SUMS_OF, _DECLARED_SD),
@@ -550,7 +569,7 @@ MUTATIONS = (
         "the pieces of a long vector get the same noise: their differences have none",
         (
             Edit(
-                MECHANISM,
+                NOISING,
                 "    result = torch.empty(whole.shape, dtype=dtype)\n",
                 f"    {_SHARED_DRAW}\n    result = torch.empty(whole.shape, dtype=dtype)\n",
             ),
@@ -562,7 +581,7 @@ MUTATIONS = (
         "the products of all classes get the same noise: their differences have none",
         (
             Edit(
-                MECHANISM,
+                NOISING,
                 "    rows, columns = torch.triu_indices(d, d, 1)\n",
                 f"    {_SHARED_DRAW}\n    rows, columns = torch.triu_indices(d, d, 1)\n",
             ),
@@ -572,7 +591,7 @@ MUTATIONS = (
     Mutation(
         "noise-a-little-small",
         "the sd of what is added is 0.1 % below the declared one",
-        (Edit(MECHANISM, "sampler(values.numel(), sd)", "sampler(values.numel(), sd * 0.999)"),),
+        (Edit(NOISING, "sampler(values.numel(), sd)", "sampler(values.numel(), sd * 0.999)"),),
         (
             f"{_NOISING}::test_every_released_number_has_a_draw_of_its_own",
             f"{_NOISING}::test_a_vector_of_several_pieces_has_a_draw_for_every_number",
@@ -585,8 +604,8 @@ MUTATIONS = (
         (
             Edit(
                 MECHANISM,
-                "sd = noise_level.sd_over_sensitivity * moved",
-                "sd = noise_level.sd_over_sensitivity * moved * 0.999",
+                _SD,
+                f"{_SD} * 0.999",
             ),
         ),
         (f"{_NOISING}::test_the_sampler_is_asked_for_the_declared_sd_of_every_block",),
@@ -596,9 +615,9 @@ MUTATIONS = (
         "a block of small weight gets that much less noise",
         (
             Edit(
-                MECHANISM,
-                "sums, sd, sampler, part.unit\n",
-                "sums, sd * part.block.bound / GRID, sampler, part.unit\n",
+                NOISING,
+                _OF_PART,
+                "_noised(sums, sd * part.block.bound / 2**30, sampler, part.unit)",
             ),
         ),
         (f"{_NOISING}::test_every_released_number_has_a_draw_of_its_own",),
@@ -608,9 +627,9 @@ MUTATIONS = (
         "the counts get half the sd",
         (
             Edit(
-                MECHANISM,
-                "_noised(raw_counts, sd, sampler,",
-                "_noised(raw_counts, sd / 2, sampler,",
+                NOISING,
+                "_noised(raw.counts, sd, sampler,",
+                "_noised(raw.counts, sd / 2, sampler,",
             ),
         ),
         (f"{_NOISING}::test_every_released_number_has_a_draw_of_its_own",),
@@ -620,8 +639,8 @@ MUTATIONS = (
         "the diagonal of the products is released as it is",
         (
             Edit(
-                MECHANISM,
-                "_with_noise(square.diagonal().clone(), sd, sampler, unit)",
+                NOISING,
+                "with_noise(square.diagonal().clone(), sd, sampler, unit)",
                 "square.diagonal() * unit",
             ),
         ),
@@ -632,8 +651,8 @@ MUTATIONS = (
         "what is above the diagonal is released as it is",
         (
             Edit(
-                MECHANISM,
-                "_with_noise(square[rows, columns], sd / math.sqrt(2), sampler, unit)",
+                NOISING,
+                "with_noise(square[rows, columns], sd / math.sqrt(2), sampler, unit)",
                 "square[rows, columns] * unit",
             ),
         ),
@@ -644,7 +663,7 @@ MUTATIONS = (
         "what is below the diagonal is released as it is",
         (
             Edit(
-                MECHANISM,
+                NOISING,
                 "out[rows, columns] = out[columns, rows] = above",
                 "out[rows, columns], out[columns, rows] = above, square[rows, columns] * unit",
             ),
@@ -656,9 +675,9 @@ MUTATIONS = (
         "what is below the diagonal has noise of its own: the mean of both has too little",
         (
             Edit(
-                MECHANISM,
+                NOISING,
                 "out[rows, columns] = out[columns, rows] = above",
-                "out[rows, columns], out[columns, rows] = above, _with_noise("
+                "out[rows, columns], out[columns, rows] = above, with_noise("
                 "square[rows, columns], sd / math.sqrt(2), sampler, unit)",
             ),
         ),
@@ -667,7 +686,11 @@ MUTATIONS = (
     Mutation(
         "unit-forgotten",
         "what is released is in grid units of another bound than its block's",
-        (Edit(MECHANISM, "return self.clip / self.block.bound", "return self.clip / GRID"),),
+        (
+            Edit(
+                BLOCKS, "return self.bound.clip / self.block.bound", "return self.bound.clip / GRID"
+            ),
+        ),
         (f"{_NOISING}::test_every_released_number_has_a_draw_of_its_own",),
     ),
     Mutation(
@@ -675,12 +698,71 @@ MUTATIONS = (
         "a release that goes on takes the groups of its first images for those of the rest",
         (
             Edit(
-                MECHANISM,
-                "(first + done) * batch_size",
-                "(2 * first + done - numbers.start) * batch_size",
+                COLLECTING,
+                "(spent.numbers.start + done) * layout.batch_size",
+                "(spent.numbers.start + done - spent.done) * layout.batch_size",
             ),
         ),
         ("tests/privacy/test_partial.py::test_it_goes_on_with_the_shares_of_its_own_images",),
+    ),
+    # ------------------------------------------------------------------------- from step to step
+    Mutation(
+        "raw-sums-are-sealed",
+        "what is sealed is the first block as it was before its noise",
+        (
+            Edit(
+                MECHANISM,
+                "        noised = noise(raw, layout.blocks, scale.sd, sampler)\n",
+                "        kept = raw.parts[0]._sums.clone() * layout.blocks.parts[0].unit\n"
+                "        noised = noise(raw, layout.blocks, scale.sd, sampler)\n"
+                '        noised.arrays["sums"][0].copy_(kept)\n',
+            ),
+        ),
+        (
+            "tests/privacy/test_release.py::test_every_block_has_noise_of_its_own",
+            _DECLARED_SD,
+        ),
+    ),
+    Mutation(
+        "counts-of-the-sums-are-sealed",
+        "the divisors are the exact class counts, though noised ones were made",
+        (
+            Edit(
+                MECHANISM,
+                "        noised = noise(raw, layout.blocks, scale.sd, sampler)\n",
+                "        kept = None if raw.counts is None else raw.counts._sums[:, 0].clone()\n"
+                "        noised = noise(raw, layout.blocks, scale.sd, sampler)\n"
+                "        if kept is not None:\n"
+                "            noised.counts.copy_(kept / layout.blocks.counts.bound)\n",
+            ),
+        ),
+        ("tests/privacy/test_release.py::test_every_block_has_noise_of_its_own", _ADD_REMOVE),
+    ),
+    Mutation(
+        "collected-before-the-spend",
+        "images are read when the ledger has not yet got the release",
+        (
+            Edit(
+                SPENDING,
+                "    if book is not None and asked:\n",
+                "    next(iter(images.batches(layout.batch_size)))\n"
+                "    if book is not None and asked:\n",
+            ),
+        ),
+        ("tests/privacy/test_ledger.py::test_a_crash_after_the_spend_leaves_it_counted",),
+    ),
+    Mutation(
+        "calibrated-for-other-blocks",
+        "the noise is made for the first block alone, and all of them are released",
+        (
+            Edit(
+                MECHANISM,
+                "scale = _calibrated(level, adjacency, layout.blocks)",
+                "scale = _calibrated("
+                "level, adjacency, Blocks(layout.blocks.parts[:1], None, layout.blocks.classes))",
+            ),
+        ),
+        ("tests/privacy/test_release.py::test_a_release_passes_its_own_check",),
     ),
     # ------------------------------------------------------------------------- several processes
     Mutation(
@@ -689,17 +771,16 @@ MUTATIONS = (
         (
             Edit(
                 MECHANISM,
-                "        one.reduce(ranks)\n",
-                "        values = (one._sums, one._shared)\n"
-                "        for v in values:\n"
-                "            v += torch.from_numpy((insecure_test_noise or rounded_gaussian)"
-                "(v.numel(), sd)).view_as(v)\n"
-                "        one.reduce(ranks)\n",
+                "    collect(opened, layout, raw, spent, ranks, progress=shown)\n",
+                "    drawn = insecure_test_noise or rounded_gaussian\n"
+                "    ranks.reduce = lambda v: Ranks.reduce(ranks, v + torch.from_numpy("
+                "drawn(v.numel(), scale.sd)).view_as(v))\n"
+                "    collect(opened, layout, raw, spent, ranks, progress=shown)\n",
             ),
             Edit(
                 MECHANISM,
                 "sampler = insecure_test_noise or rounded_gaussian",
-                "sampler = lambda n, sd: np.zeros(n, np.int64)",
+                "sampler = lambda n, sd: torch.zeros(n, dtype=torch.int64).numpy()",
             ),
         ),
         (f"{_RANKS}::test_the_integers_are_those_of_one_process[2]",),
@@ -708,7 +789,7 @@ MUTATIONS = (
         "noise-in-every-rank",
         "every rank draws noise for the same sums: the noises of several releases can be averaged",
         (
-            Edit(MECHANISM, "    if ranks.rank:\n        return", "    if False:\n        return"),
+            Edit(MECHANISM, "if ranks.rank:\n            return", "if False:\n            return"),
             Edit(SUMS, "        if ranks.rank:\n", "        if False:\n"),
         ),
         (
@@ -725,7 +806,7 @@ MUTATIONS = (
     Mutation(
         "ranks-not-compared",
         "ranks with other data, encoders or arguments add up their sums under rank 0's claim",
-        (Edit(MECHANISM, "ranks.agree(", "ranks.gather("),),
+        (Edit(SPENDING, "ranks.agree(", "ranks.gather("),),
         (f"{_RANKS}::test_one_spend_and_what_is_refused_everywhere",),
     ),
     Mutation(
@@ -733,9 +814,9 @@ MUTATIONS = (
         "each image is summed as often as there are ranks: the sensitivity is that many times more",
         (
             Edit(
-                MECHANISM,
-                "ranks.shard(images.num_batches(batch_size))",
-                "range(images.num_batches(batch_size))",
+                SPENDING,
+                "ranks.shard(images.num_batches(layout.batch_size))",
+                "range(images.num_batches(layout.batch_size))",
             ),
         ),
         (f"{_RANKS}::test_the_integers_are_those_of_one_process[2]",),
@@ -1014,8 +1095,8 @@ MUTATIONS = (
             Edit(
                 MECHANISM,
                 _SD,
-                "sd = noise_level.sd_over_sensitivity * sensitivity("
-                'adjacency, [b for b in blocks if b.name != "phi2"])',
+                "level.sd_over_sensitivity * sensitivity("
+                'adjacency, [b for b in blocks.all() if b.name != "phi2"])',
             ),
         ),
         (
@@ -1045,9 +1126,9 @@ MUTATIONS = (
         "the sensitivity of signed taps is that of ReLU outputs: sqrt(2) too small",
         (
             Edit(
-                MECHANISM,
-                'return all(tap.sign == "nonnegative" for tap in encoder.taps)',
-                "return True",
+                BLOCKS,
+                'return cls(sizes, all(tap["sign"] == "nonnegative" for tap in spec["taps"]))',
+                "return cls(sizes, True)",
             ),
             Edit(SUMS, "if nonnegative and q.shape[1]:", "if False:"),
         ),
@@ -1061,7 +1142,7 @@ MUTATIONS = (
         "every image of a group contributes as if it were alone",
         (
             Edit(
-                MECHANISM,
+                COLLECTING,
                 "int(part.block.bound) // share",
                 "int(part.block.bound) // (share * 0 + 1)",
             ),
@@ -1076,9 +1157,9 @@ MUTATIONS = (
         "the counts of a group are not bounded",
         (
             Edit(
-                MECHANISM,
-                "int(counts_block.bound) // share",
-                "int(counts_block.bound) // (share * 0 + 1)",
+                COLLECTING,
+                "int(blocks.counts.bound) // share",
+                "int(blocks.counts.bound) // (share * 0 + 1)",
             ),
         ),
         (f"{_UNITS}::test_a_group_shares_one_contribution_among_its_images",),
@@ -1086,7 +1167,7 @@ MUTATIONS = (
     Mutation(
         "spread-forgotten",
         "shared taps, or groups, are taken for images whose label parts the rows",
-        (Edit(MECHANISM, "limit, nonnegative, grouped or spread)", "limit, nonnegative, False)"),),
+        (Edit(BLOCKS, "kind.weight), nonnegative, spread)", "kind.weight), nonnegative, False)"),),
         ("tests/privacy/test_units.py::test_shared_taps_and_counts_move_together",),
     ),
     Mutation(
@@ -1103,7 +1184,7 @@ MUTATIONS = (
         "the row that all classes share is released as it is",
         (
             Edit(
-                MECHANISM,
+                NOISING,
                 "for whole in sums.take())",
                 "for whole, sampler in zip(sums.take(),"
                 " (sampler, lambda n, _: np.zeros(n, np.int64)), strict=True))",
@@ -1123,7 +1204,7 @@ MUTATIONS = (
         "under add-remove the exact number of images stands in the file",
         (
             Edit(
-                MECHANISM,
+                OPENING,
                 "num_units=num_units if public_n else None",
                 "num_units=num_units",
             ),
@@ -1135,7 +1216,7 @@ MUTATIONS = (
         "the number of images stands in the file, though a group may be exchanged for a larger one",
         (
             Edit(
-                MECHANISM,
+                OPENING,
                 "num_units = images.num_images if images.groups is None else",
                 "num_units = images.num_images if True else",
             ),
@@ -1145,7 +1226,7 @@ MUTATIONS = (
     Mutation(
         "no-image-raises",
         "an empty data set stops the release under add-remove, one image does not",
-        (Edit(MECHANISM, "allow_empty=not public_n", "allow_empty=False"),),
+        (Edit(OPENING, "allow_empty=not public_n", "allow_empty=False"),),
         ("tests/privacy/test_partial.py::test_no_image_is_released_as_one_is_under_add_remove",),
     ),
     Mutation(
@@ -1157,7 +1238,7 @@ MUTATIONS = (
     Mutation(
         "partial-sums-kept",
         "raw sums stay behind when the release is done",
-        (Edit(MECHANISM, "        store.delete()", "        pass"),),
+        (Edit(MECHANISM, "    if store is not None:\n        store.delete()\n", ""),),
         ("tests/privacy/test_partial.py::test_it_goes_on_to_the_same_bits",),
     ),
     Mutation(
@@ -1172,7 +1253,7 @@ MUTATIONS = (
     Mutation(
         "half-a-batch-kept",
         "an interruption within a batch: its images are summed twice in some blocks",
-        (Edit(MECHANISM, "if store is not None and whole:", "if store is not None:"),),
+        (Edit(COLLECTING, "if store is not None and whole:", "if store is not None:"),),
         (
             "tests/privacy/test_partial.py::test_an_interruption_within_a_batch_keeps_whole_batches_only",
         ),
@@ -1182,14 +1263,14 @@ MUTATIONS = (
         "a second release from the same sums hides behind the ledger's line of the first",
         (
             Edit(
-                MECHANISM,
-                "if book is not None and not (spend and book.is_open(spend)):",
-                "if book is not None and not spend:",
+                SPENDING,
+                "if book is not None and not (line and book.is_open(line)):",
+                "if book is not None and not line:",
             ),
             Edit(
                 MECHANISM,
-                "    if book is not None and spend is not None:",
-                "    if book is not None and spend is not None and book.is_open(spend):",
+                "    if book is not None and line is not None:",
+                "    if book is not None and line is not None and book.is_open(line):",
             ),
         ),
         ("tests/privacy/test_partial.py::test_a_spend_that_was_released_is_not_used_again",),
@@ -1200,8 +1281,8 @@ MUTATIONS = (
         (
             Edit(
                 MECHANISM,
-                "disable=not (progress and public_n and sizes is None and ranks.rank == 0)",
-                "disable=not progress",
+                "shown = progress and public.num_units is not None and opened.sizes is None and ",
+                "shown = progress and ",
             ),
         ),
         (_ADD_REMOVE,),
@@ -1212,9 +1293,10 @@ MUTATIONS = (
         (
             Edit(
                 MECHANISM,
-                "    classes = num_classes or 1\n",
-                "    classes = num_classes or 1\n"
-                '    __import__("logging").getLogger("dpmmd").info("%d", images.num_images)\n',
+                "    public = opened.public\n",
+                "    public = opened.public\n"
+                '    __import__("logging").getLogger("dpmmd").info('
+                '"%d", opened.images.num_images)\n',
             ),
         ),
         ("tests/privacy/test_release.py::test_messages_under_add_remove_do_not_depend_on_n",),
@@ -1225,8 +1307,9 @@ MUTATIONS = (
         (
             Edit(
                 MECHANISM,
-                "    if public_n:\n        _warn_delta(delta, num_units)",
-                "    _warn_delta(delta, num_units)",
+                "    if public.num_units is not None:\n"
+                "        _warn_delta(delta, public.num_units)",
+                "    _warn_delta(delta, opened.images.num_images)",
             ),
         ),
         ("tests/privacy/test_release.py::test_messages_under_add_remove_do_not_depend_on_n",),
@@ -1263,7 +1346,7 @@ MUTATIONS = (
         "a file may claim other noise than its mu needs",
         (
             Edit(CHECKS, '("sd", m.sensitivity / m.mu, _CLOSE),', ""),
-            Edit(CHECKS, '("noise_sd", m.sd / _GRID * m.clip, _CLOSE),', ""),
+            Edit(CHECKS, '("noise_sd", m.sd / GRID * m.clip, _CLOSE),', ""),
         ),
         (f"{_CLAIM}[change2]",),
     ),
@@ -1288,13 +1371,19 @@ MUTATIONS = (
     Mutation(
         "stamp-lost-in-the-checkpoint",
         "the checkpoint of a release stamped NOT PRIVATE says that it is private",
-        (Edit(TRAIN, '"private": self.metadata.private,', '"private": True,'),),
+        (
+            Edit(
+                CHECKPOINT,
+                '"private": _Field(lambda task, _: task.release.metadata.private)',
+                '"private": _Field(lambda task, _: True)',
+            ),
+        ),
         ("tests/train/test_train.py::test_the_stamp_is_carried_on",),
     ),
     Mutation(
         "stamp-lost-on-loading",
         "a generator loaded from such a checkpoint says that it is private",
-        (Edit(TRAIN, 'bool(state["private"]),', "True,"),),
+        (Edit(CHECKPOINT, 'bool(state["private"]),', "True,"),),
         ("tests/train/test_train.py::test_the_stamp_is_carried_on",),
     ),
     Mutation(
@@ -1302,10 +1391,10 @@ MUTATIONS = (
         "private images are read before the budget is asked",
         (
             Edit(
-                MECHANISM,
-                "    if book is not None and not (spend and book.is_open(spend)):\n",
-                "    next(iter(images.batches(batch_size)))\n"
-                "    if book is not None and not (spend and book.is_open(spend)):\n",
+                SPENDING,
+                "    asked: dict[str, Any] = {}\n",
+                "    next(iter(images.batches(layout.batch_size)))\n"
+                "    asked: dict[str, Any] = {}\n",
             ),
         ),
         (
@@ -1380,9 +1469,10 @@ MUTATIONS = (
         "whether an image is zero in one block moves the counts while its label stays",
         (
             Edit(
-                MECHANISM,
-                "raw_counts.add_counts(labels, valid, ",
-                "raw_counts.add_counts(labels, valid & features[id(parts[-1].encoder)][0].any(1), ",
+                COLLECTING,
+                "raw.counts.add_counts(labels, valid, ",
+                "raw.counts.add_counts(labels, valid"
+                " & features[blocks.parts[-1].kind.encoder][0].any(1), ",
             ),
         ),
         (
@@ -1444,7 +1534,9 @@ MUTATIONS = (
         "an image with a NaN raises in the encoder, which its neighbour does not",
         (
             Edit(
-                MECHANISM, "valid = valid & ((pixels >= 0) & (pixels <= 1))", "valid & (pixels > 0)"
+                COLLECTING,
+                "valid = valid & ((pixels >= 0) & (pixels <= 1))",
+                "valid & (pixels > 0)",
             ),
         ),
         (f"{_BAD}[nan-replace-one]",),
@@ -1534,8 +1626,8 @@ MUTATIONS = (
         "rows after the last record count as further images",
         (
             Edit(
-                MECHANISM,
-                "    valid = valid & (torch.arange(batch_size, device=device) < records)\n",
+                COLLECTING,
+                "    valid = valid & (torch.arange(size, device=device) < num_images - start)\n",
                 "",
             ),
         ),

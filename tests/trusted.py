@@ -26,28 +26,49 @@ TRUSTED = frozenset(name for names in MODULES.values() for name in names)
 # a name ending in a dot stands for a package. What each of these must keep to is said here.
 INSIDE = {
     "dpmmd": "names of public modules; the trusted code takes __version__ of it and nothing else",
+    "dpmmd._cores": "a table of the cores by name",
+    "dpmmd._cores.plain": "means and losses of generated images; sums nothing",
+    "dpmmd._contract": "a docstring",
+    "dpmmd._contract.protocol": "what a core provides: names and types",
+    "dpmmd._contract.slot": "ReLUs of a generator's training; sums nothing",
+    "dpmmd._lazy": "imports what a package offers when it is first used",
     "dpmmd._memory": "asks the C library to return freed memory",
     "dpmmd._torchvision": "imports torchvision, whose models are encoders",
+    "dpmmd._version": "a constant",
+    "dpmmd._warn": "gives a warning the line of the caller",
     "dpmmd.bounds": "names of bounds, and what arguments are refused",
+    "dpmmd.devices": "which device a module is on",
+    "dpmmd.errors": "an exception that a release never raises",
     "dpmmd.files": "writes released files whole or not at all",
     "dpmmd.data": "sources: one image's pixels are a function of that image alone, in silence",
     "dpmmd.data.": "the same",
     "dpmmd.encoders": "one image's features are a function of that image alone",
     "dpmmd.encoders.": "the same; whatever they compute is certified before it counts",
     "dpmmd.kernels": "a docstring",
+    "dpmmd.kernels.class_sums": "means of generated images; the sums of a release are others",
+    "dpmmd.kernels.estimator": "losses of generated images",
+    "dpmmd.kernels.gradient": "gradients of generated images",
+    "dpmmd.kernels.injection": "means and gradients of generated images",
+    "dpmmd.kernels.mean_embedding": "the same",
+    "dpmmd.kernels.row_dots": "gradients of generated images",
+    "dpmmd.kernels.row_statistics": "means of generated images",
     "dpmmd.privacy": "names of public functions",
-    "dpmmd.privacy.audit": "attacks releases of made-up images; a release never calls it",
+    "dpmmd.privacy.canaries": "attacks releases of made-up images; a release never calls it",
     "dpmmd.privacy.evidence": "what the report says of tests; sees nothing private",
     "dpmmd.privacy.pipeline": "checks the data holder's pipeline; a release never calls it",
+    "dpmmd.privacy.probes": "the same",
+    "dpmmd.privacy.readings": "the same",
+    "dpmmd.privacy.verdicts": "the same",
     "dpmmd.privacy.printed": "writes released numbers for people, rounded outward",
     "dpmmd.privacy.report": "sees noised releases only",
 }
 # Modules that could import what no name in them shows, and what they import or look for.
 DYNAMIC = {
-    "dpmmd.privacy.sums": "imports the names in _ON_CUDA, which are constants",
+    "dpmmd._lazy": "imports what the packages that use it name in constants",
     "dpmmd.privacy.evidence": "looks for the files of the modules above",
     "dpmmd._torchvision": "imports torchvision, a constant",
     "dpmmd.backends": "looks for triton, a constant",
+    "dpmmd._cores.triton": "the same",
     "dpmmd.data.named": "imports torchvision's data sets, and looks for a package: constants",
     "dpmmd.encoders.weights": "looks for packages that carry weights: constants",
 }
@@ -98,7 +119,7 @@ def _resolved(name: str, attribute: str) -> frozenset[str]:
         return frozenset({name, whole})
     path = path_of(name)
     if path is not None and path.name == "__init__.py":  # a name that the package imports itself
-        for node in _executed(ast.parse(path.read_text())):
+        for node in ast.walk(ast.parse(path.read_text())):  # TYPE_CHECKING: what it has lazily
             if isinstance(node, ast.ImportFrom) and any(
                 (alias.asname or alias.name) == attribute for alias in node.names
             ):

@@ -12,7 +12,6 @@ where it must not takes its process along and no other.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import json
 import math
@@ -30,6 +29,7 @@ from torch import Tensor
 
 from benches.gpu.device import NoGraph, brief, poisoned, tf32
 from dpmmd import backends, functional, reference
+from dpmmd._cores import named
 from dpmmd.bounds import BOUNDS
 
 SLACK = 4 * 2.0**-23  # division on a GPU is not correctly rounded: 2 ulp, once or twice
@@ -269,14 +269,7 @@ def difference(
 
 def bounded_sums_of(backend: str) -> Callable[..., None]:
     """The function of a backend that adds bounded integers to int64 sums."""
-    if backend == "triton":
-        from dpmmd.kernels.bounded_sums import bounded_sums
-
-        return bounded_sums
-    if backend in ("cuda", "cpu"):
-        module = importlib.import_module(f"dpmmd._{backend}")
-        return module.bounded_sums
-    return _definition_of_sums
+    return _definition_of_sums if backend == "torch" else named(backend).bounded_sums
 
 
 def _definition_of_sums(

@@ -16,6 +16,8 @@ from benches.gpu.inputs import Scale
 from benches.gpu.measure import Call, Measure, sets_of
 from benches.shapes import Case
 from dpmmd import functional, reference
+from dpmmd._contract.protocol import Saved
+from dpmmd.bounds import Bound
 
 COPY = "copy"
 CASES: tuple[tuple[int, tuple[int, ...]], ...] = ((1, (1,)), (10, (1, 2)))  # K, moments
@@ -57,7 +59,7 @@ def pieces(measure: Measure, scale: Scale, broken: set[tuple[str, str]]) -> None
 
 def _pieces(measure: Measure, like: Case, broken: set[tuple[str, str]]) -> None:
     from dpmmd.kernels.class_sums import class_sums_into
-    from dpmmd.kernels.gradient import gradient_into
+    from dpmmd.kernels.gradient import Terms, gradient_into
     from dpmmd.kernels.row_dots import row_dots, row_dots_into
     from dpmmd.kernels.row_statistics import row_statistics, row_statistics_into
     from dpmmd.kernels.taps import Taps
@@ -65,42 +67,28 @@ def _pieces(measure: Measure, like: Case, broken: set[tuple[str, str]]) -> None:
     device = measure.device
     count = sets_of(like.feature_bytes, device.cache_bytes)
     labels, upstream = inputs.labels(like, device.device), inputs.target(like, device.device)
-    kind: dict[str, Any] = {"moments": like.moments, "joint_weight": None}
-    bound: dict[str, Any] = {"bound": "sphere", "clip": 1.0}
+    bound = Bound(like.moments)
     means = torch.empty_like(upstream)
     calls: dict[str, list[Call]] = {name: [] for name in BYTES}
     for seed in range(count):
         maps = inputs.features(like, device.device, seed)
         taps = Taps(maps)
-        scale, projection, counts, schedule = row_statistics(
-            taps, labels, like.classes, **kind, **bound
-        )
-        coefficients = row_dots(taps, labels, schedule, scale, projection, upstream, **kind)
+        saved, counts = row_statistics(taps, labels, like.classes, bound)
+        coefficients = row_dots(taps, labels, bound, saved, upstream)
+        terms = Terms(bound, saved, coefficients, upstream)
         gradients = [torch.empty_like(f) for f in maps]
-        calls["row statistics"].append(
-            functools.partial(
-                row_statistics_into,
-                taps, labels, scale=torch.empty_like(scale),
-                projection=torch.empty_like(projection), counts=counts, schedule=schedule,
-                **kind, **bound,
-            )
-        )  # fmt: skip
-        calls["class sums"].append(
-            functools.partial(class_sums_into, taps, schedule, scale, means=means, **kind)
-        )
-        calls["row dots"].append(
-            functools.partial(
-                row_dots_into,
-                taps, labels, schedule, scale, projection, upstream, coefficients=coefficients,
-                **kind,
-            )
-        )  # fmt: skip
-        calls["gradient"].append(
-            functools.partial(
-                gradient_into,
-                taps, schedule, scale, coefficients, upstream, gradients=gradients, **kind,
-            )
-        )  # fmt: skip
+        again = Saved(*(torch.empty_like(buffer) for buffer in saved))
+        for name, call in {
+            "row statistics": functools.partial(
+                row_statistics_into, taps, labels, bound, again, counts
+            ),
+            "class sums": functools.partial(class_sums_into, taps, bound, saved, means),
+            "row dots": functools.partial(
+                row_dots_into, taps, labels, bound, saved, upstream, coefficients
+            ),
+            "gradient": functools.partial(gradient_into, taps, terms, gradients),
+        }.items():
+            calls[name].append(call)
     for name, (reads, vectors, belongs) in BYTES.items():
         if ("triton", belongs) in broken:
             measure.budget.skip(f"{name}, triton", "its check failed")
@@ -302,13 +290,7 @@ def _sums(
     into = torch.zeros(
         like.classes, len(like.moments) * like.dim, dtype=torch.int64, device=device.device
     )
-    options: dict[str, Any] = {
-        "moments": like.moments,
-        "joint_weight": 1.0,
-        "bound": "sphere",
-        "clip": 1.0,
-        "nonnegative": True,
-    }
+    options = {"bound": Bound(like.moments, joint_weight=1.0), "nonnegative": True}
     variants: dict[str, list[Call]] = {}
     for backend in present:
         if backend != "torch" and (backend, "sums") not in broken:

@@ -19,11 +19,13 @@ from benches.gpu.checks import bounded_sums_of
 from benches.gpu.device import brief
 from benches.gpu.inputs import Scale
 from benches.gpu.measure import Call, Measure, Row
-from benches.gpu.steps import encoder_of, no_noise
+from benches.gpu.steps import encoder_of
 from dpmmd import backends, reference
+from dpmmd._cores import named
 from dpmmd.bounds import Bound
 from dpmmd.encoders import Encoder
 from dpmmd.privacy.sums import PrivateSums
+from dpmmd.run import no_noise
 
 RELEASE, WHOLE = "release, encoder and sums", "dpmmd.release, images in memory"
 ALONE = "encoder alone"
@@ -31,9 +33,9 @@ ALONE = "encoder alone"
 
 def serves(backend: str, device: torch.device) -> bool:
     """Whether `PrivateSums` takes a backend's kernel where that backend is asked for."""
-    function = bounded_sums_of(backend)
+    core = named(backend)
     features, one = [torch.ones(1, 8, device=device)], torch.ones(1, device=device).long()
-    with mock.patch(f"{function.__module__}.bounded_sums", wraps=function) as called:
+    with mock.patch.object(core, "bounded_sums", wraps=core.bounded_sums) as called:
         with backends.use(backend):
             PrivateSums(1, 8, device=device).add(
                 features, one * 0, one.bool(), one, bound=Bound(), nonnegative=True,
@@ -73,9 +75,7 @@ def _sums(
     y = (torch.arange(batch) % scale.classes).to(device.device)
     valid = torch.ones(batch, dtype=torch.bool, device=device.device)
     limits = torch.full((batch,), 1 << 30, device=device.device)
-    options: dict[str, Any] = {
-        "moments": (1,), "joint_weight": 1.0, "bound": "sphere", "clip": 1.0, "nonnegative": True
-    }  # fmt: skip
+    options: dict[str, Any] = {"bound": Bound(), "nonnegative": True}
 
     def loop(add: Callable[[list[Tensor]], None] | None) -> None:
         with torch.inference_mode():

@@ -23,9 +23,11 @@ from benches.gpu.device import brief, tf32
 from benches.gpu.inputs import Scale
 from benches.gpu.measure import Call, Measure, Row
 from dpmmd import backends
+from dpmmd.devices import device_of
 from dpmmd.encoders import Encoder
 from dpmmd.nn import MMDLoss
 from dpmmd.recipe import GeneratorSection, TrainSection
+from dpmmd.run import no_noise
 
 STEP, CAPTURED, TRAIN = "training step", "training step, captured", "dpmmd train, a step"
 FLOOR = "sum of the last tap"
@@ -46,7 +48,7 @@ class Step:
         capturable: bool,
     ) -> None:
         self.generator, self.loss, self.batch, self.classes = generator, loss, batch, classes
-        self.device = next(generator.parameters()).device
+        self.device = device_of(generator)
         capturable = capturable and self.device.type == "cuda"
         self.optimizer = torch.optim.Adam(generator.parameters(), lr=1e-3, capturable=capturable)
 
@@ -78,10 +80,6 @@ def release_of(encoder: Encoder, classes: int, moments: tuple[int, ...] = (1, 2)
         adjacency="replace-one", num_classes=classes, moments=moments, batch_size=20,
         progress=False, insecure_test_noise=no_noise,
     )  # fmt: skip
-
-
-def no_noise(n: int, sd: float) -> np.ndarray:
-    return np.zeros(n, np.int64)
 
 
 def generator_of(scale: Scale, pixels: int, device: torch.device) -> nn.Module:
@@ -247,7 +245,7 @@ def _trained(
     """A step of `dpmmd.train.train`, by the difference of a long and a short run."""
     few, many = scale.train_steps
     kinds: dict[str, dict[str, Any]] = {backend: {}}
-    if next(encoder.parameters()).is_cuda:  # both, whatever the default does
+    if device_of(encoder).type == "cuda":  # both, whatever the default does
         kinds = {f"{backend}, graph = {str(g).lower()}": {"graph": g} for g in (False, True)}
     for name, chosen in kinds.items():
 

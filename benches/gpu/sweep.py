@@ -8,11 +8,11 @@ What is printed is to be pasted into kernels/table.py, and held to its register 
 
 from __future__ import annotations
 
-import functools
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,10 +24,12 @@ from benches.gpu.device import NoGraph, brief
 from benches.gpu.inputs import Scale
 from benches.gpu.measure import Call, sets_of
 from benches.shapes import Case
+from dpmmd._contract.protocol import Step
+from dpmmd.bounds import Bound
 
 GAIN = 0.02
 BLOCKS, ROWS, WARPS, STAGES = (64, 4096), (1, 64), (1, 16), (1, 4)
-FIXED_ROWS = ("row_dots", "gradient", "difference")  # table.TILE_ROWS, or without rows
+FIXED_ROWS = ("row_dots", "gradient", "estimator")  # table.TILE_ROWS, or without rows
 
 Found = dict[tuple[str, torch.dtype], dict[int, Any]]  # columns -> Config
 
@@ -69,8 +71,8 @@ def operations(
     """Operation of the table -> calls on each set of inputs, and their last results."""
     from dpmmd.kernels.bounded_sums import bounded_sums
     from dpmmd.kernels.class_sums import class_sums_into
-    from dpmmd.kernels.difference import difference
-    from dpmmd.kernels.gradient import gradient_into
+    from dpmmd.kernels.estimator import estimate
+    from dpmmd.kernels.gradient import Terms, gradient_into
     from dpmmd.kernels.row_dots import row_dots_into
     from dpmmd.kernels.row_statistics import row_statistics, row_statistics_into
     from dpmmd.kernels.taps import Taps
@@ -80,7 +82,7 @@ def operations(
     y = (torch.arange(like.n) % like.classes).to(where)
     valid = torch.ones(like.n, dtype=torch.bool, device=where)
     limits = torch.full((like.n,), 1 << 30, device=where)
-    kind: dict[str, Any] = {"moments": like.moments, "joint_weight": None}
+    bound = Bound(like.moments)
     calls: dict[str, list[Call]] = {}
     results: dict[str, Callable[[], Sequence[Tensor]]] = {}
     means = torch.empty_like(upstream)
@@ -89,32 +91,20 @@ def operations(
     for seed in range(sets_of(like.feature_bytes, device.cache_bytes)):
         maps = inputs.features(like, where, seed)
         taps = Taps(maps)
-        bound: dict[str, Any] = {"bound": "sphere", "clip": 1.0}
-        scale, projection, found, schedule = row_statistics(
-            taps, labels, like.classes, **kind, **bound
-        )
-        coefficients, gradients = torch.zeros_like(scale), [torch.empty_like(f) for f in maps]
-        given = (taps, schedule, scale)
+        saved, found = row_statistics(taps, labels, like.classes, bound)
+        coefficients, gradients = torch.zeros_like(saved.scale), [torch.empty_like(f) for f in maps]
+        terms = Terms(bound, saved, coefficients, upstream)
         a_call: dict[str, Call] = {
-            "row_statistics": functools.partial(
-                row_statistics_into, taps, labels, scale=scale, projection=projection,
-                counts=found, schedule=schedule, **kind, **bound,
+            "row_statistics": partial(row_statistics_into, taps, labels, bound, saved, found),
+            "class_sums": partial(class_sums_into, taps, bound, saved, means),
+            "row_dots": partial(row_dots_into, taps, labels, bound, saved, upstream, coefficients),
+            "gradient": partial(gradient_into, taps, terms, gradients),
+            "bounded_sums": partial(
+                bounded_sums, maps, y, valid, limits, bound=bound, nonnegative=True, sums=sums
             ),
-            "class_sums": functools.partial(class_sums_into, *given, means=means, **kind),
-            "row_dots": functools.partial(
-                row_dots_into, taps, labels, schedule, scale, projection, upstream,
-                coefficients=coefficients, **kind,
-            ),
-            "gradient": functools.partial(
-                gradient_into, *given, coefficients, upstream, gradients=gradients, **kind
-            ),
-            "bounded_sums": functools.partial(
-                bounded_sums, maps, y, valid, limits, moments=like.moments, joint_weight=1.0,
-                bound="sphere", clip=1.0, nonnegative=True, sums=sums,
-            ),
-        }  # fmt: skip
+        }
         results |= {
-            "row_statistics": lambda s=scale, p=projection: [s, p],  # type: ignore[misc]
+            "row_statistics": lambda s=saved: [s.scale, s.projection],  # type: ignore[misc]
             "class_sums": lambda: [means],
             "row_dots": lambda c=coefficients: [c],  # type: ignore[misc]
             "gradient": lambda g=gradients: g,  # type: ignore[misc]
@@ -123,18 +113,12 @@ def operations(
         for name, call in a_call.items():
             calls.setdefault(name, []).append(call)
     if like.dtype == torch.float32:
-        state: dict[str, Any] = {
-            name: torch.zeros_like(upstream)
-            for name in ("estimate", "first_moment", "second_moment")
-        }
+        names = ("estimate", "first_moment", "second_moment")
+        state = {name: torch.zeros_like(upstream) for name in names}
         state["steps"] = torch.zeros_like(counts)
-        calls["difference"] = [
-            functools.partial(
-                difference, upstream, counts, upstream * 0.9, estimator="adam", lr=1e-3,
-                **state,
-            )
-        ]  # fmt: skip
-        results["difference"] = lambda: list(state.values())
+        step = Step("adam", lr=1e-3, **state)
+        calls["estimator"] = [partial(estimate, upstream, counts, upstream * 0.9, step)]
+        results["estimator"] = lambda: list(state.values())
     return {name: (calls[name], results[name]) for name in calls}
 
 
@@ -163,7 +147,7 @@ def results_of(
     operation: str, calls: Sequence[Call], results: Callable[[], Sequence[Tensor]]
 ) -> list[Tensor]:
     """What a call leaves, from a state of zeros where it adds to what is there."""
-    if operation in ("bounded_sums", "difference"):
+    if operation in ("bounded_sums", "estimator"):
         for tensor in results():
             tensor.zero_()
     calls[-1]()

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benches.rows import between
+
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benches" / "results" / "quality" / "fashion-mnist.json"
 CLASSIFIERS = ("logistic_regression", "mlp", "cnn")
@@ -335,10 +337,8 @@ def update(path: Path) -> None:
     text = path.read_text()
     for name, table in (("claims", claims()), ("tried", tried()), ("ablations", ablations())):
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-        if not table:
-            continue
-        head, _, rest = text.partition(begin)
-        text = f"{head}{begin}\n{table}\n{end}{rest.partition(end)[2]}"
+        if table:
+            text = between(text, begin, end, table)
     path.write_text(text)
 
 

@@ -96,8 +96,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from dpmmd.data import open_source
     from dpmmd.evaluate import evaluate
     from dpmmd.functional import mean_embedding
+    from dpmmd.generators import build
     from dpmmd.recipe import GeneratorSection
-    from dpmmd.train import build_generator, sample
+    from dpmmd.train import sample
 
     keep_freed_memory()
     encoder = dpmmd.encoders.load("squeezenet1.1", image_size=options.image_size)
@@ -125,8 +126,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(options.seed)
     rng = torch.Generator().manual_seed(options.seed)
     look = GeneratorSection(base_channels=32).completed((1, 28, 28))
-    generator = build_generator(look, CLASSES).train()
-    average = build_generator(look, CLASSES)
+    generator = build(**look.arguments(), num_classes=CLASSES).train()
+    average = build(**look.arguments(), num_classes=CLASSES)
     average.load_state_dict(generator.state_dict())
     optimizer = torch.optim.Adam(generator.parameters(), lr=4e-3, betas=(0.5, 0.999))
     batch, started = options.batch_size, perf_counter()

@@ -9,13 +9,13 @@
     Status forward(const MeanEmbedding&, Phases);                   \
     std::size_t backward_workspace(const MeanEmbedding&);           \
     Status backward(const MeanEmbedding&, Phases);                  \
-    std::size_t difference_workspace(const Difference&);            \
-    Status difference(const Difference&);                           \
+    std::size_t estimator_workspace(const Estimator&);              \
+    Status estimator(const Estimator&);                             \
     std::size_t bounded_sums_workspace(const BoundedSums&);         \
     Status bounded_sums(const BoundedSums&);                        \
     constexpr Operations operations{                                \
         #name,          forward_workspace,    forward,    backward_workspace,     backward, \
-        difference_workspace, difference, bounded_sums_workspace, bounded_sums};            \
+        estimator_workspace, estimator, bounded_sums_workspace, bounded_sums};              \
     }
 
 DPMMD_DECLARE(baseline)

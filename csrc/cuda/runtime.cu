@@ -15,7 +15,7 @@ int device_count() {
 
 int load() {
     int error = load_mean_embedding();
-    if (!error) error = load_difference();
+    if (!error) error = load_estimator();
     if (!error) error = load_bounded_sums();
     if (error) (void)cudaGetLastError();
     return error;

@@ -169,7 +169,7 @@ void mean_embedding(const Operations& o, Type type, int moments, bool per_tap, i
     expect(o.backward(e, Phases::both) == Status::label_out_of_range, "label", o.level);
 }
 
-void difference(const Operations& o, Difference::Estimator estimator, int threads) {
+void estimator(const Operations& o, Estimator::Kind kind, int threads) {
     const size_t size = 2 * 3 * 5001;
     Exact<float> means(size), target(size), estimate(size), first(size), second(size);
     Exact<float> gradient(size), counts(3), steps(3), value(1);
@@ -179,8 +179,8 @@ void difference(const Operations& o, Difference::Estimator estimator, int thread
         estimate.data[i] = first.data[i] = second.data[i] = 0;
     }
     for (size_t k = 0; k < 3; ++k) counts.data[k] = static_cast<float>(k), steps.data[k] = 0;
-    Difference e{};
-    e.estimator = estimator;
+    Estimator e{};
+    e.kind = kind;
     e.update = true;
     e.moments = 2;
     e.num_classes = 3;
@@ -197,12 +197,12 @@ void difference(const Operations& o, Difference::Estimator estimator, int thread
     e.gradient = gradient.data;
     e.value = value.data;
     e.threads = threads;
-    Exact<std::byte> space(o.difference_workspace(e));
+    Exact<std::byte> space(o.estimator_workspace(e));
     e.workspace = space.data;
-    e.workspace_bytes = o.difference_workspace(e);
-    expect(o.difference(e) == Status::ok, "difference", o.level);
+    e.workspace_bytes = o.estimator_workspace(e);
+    expect(o.estimator(e) == Status::ok, "estimator", o.level);
     expect(gradient.data[0] == 0, "an absent class has no gradient", o.level);
-    if (estimator == Difference::Estimator::batch) {
+    if (kind == Estimator::Kind::batch) {
         double expected = 0;
         for (size_t i = 0; i < size; ++i) {
             const double d = static_cast<double>(target.data[i]) - means.data[i];
@@ -272,9 +272,9 @@ int main() {
                     }
                 }
             }
-            using Estimator = Difference::Estimator;
-            for (Estimator estimator : {Estimator::batch, Estimator::ema, Estimator::adam}) {
-                difference(o, estimator, threads);
+            using Kind = Estimator::Kind;
+            for (Kind kind : {Kind::batch, Kind::ema, Kind::adam}) {
+                estimator(o, kind, threads);
             }
         }
     }

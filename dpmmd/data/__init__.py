@@ -5,6 +5,7 @@ which yields batches of one fixed shape in one fixed order. An image that cannot
 an invalid row of zeros: it is never reported, never stops a run and never changes a shape.
 """
 
+from dpmmd.data import inspect as inspect
 from dpmmd.data.arrays import ArraySource
 from dpmmd.data.fetch import fetch_fashion_mnist
 from dpmmd.data.loader import prefetch

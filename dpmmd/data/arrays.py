@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dpmmd.data.labels import as_groups, as_labels
 from dpmmd.data.pixels import OUTSIDE, SCALES, Geometry, Unusable, to_float
+from dpmmd.data.request import Request
 from dpmmd.data.rows import StreamedRows
 from dpmmd.data.source import (
     Batch,
@@ -137,6 +138,18 @@ class ArraySource(ImageSource):
                 labels = torch.zeros(self.num_images, dtype=torch.int64)
             return self._images.clone(memory_format=torch.contiguous_format), labels.clone()
         return super().arrays(batch_size)
+
+
+def requested(images: Any, labels: Any, request: Request, **described: Any) -> ArraySource:
+    """Arrays as the source that was asked for; `described` are further arguments of the class."""
+    return ArraySource(
+        images,
+        labels,
+        num_classes=request.num_classes,
+        geometry=request.geometry,
+        group_by=request.group_by,
+        **described,
+    )
 
 
 def _refuse_shared_rows(images: Any, name: str) -> None:

@@ -6,19 +6,22 @@ import copy
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, Subset, TensorDataset
 
-from dpmmd.data.arrays import ArraySource
+from dpmmd.data.arrays import requested
 from dpmmd.data.classes import written_names
 from dpmmd.data.draws import Draws, callers_streams
 from dpmmd.data.items import ItemSource, Refused
 from dpmmd.data.labels import as_labels, check_label_range, groups_at, one_label
 from dpmmd.data.once import refuse_repeated_items
-from dpmmd.data.pixels import Geometry, Unusable, from_item, is_interrupt, quiet
+from dpmmd.data.pixels import Unusable, from_item, is_interrupt
+from dpmmd.data.request import Request
+from dpmmd.data.silence import quiet
 from dpmmd.data.source import ImageSource, source_identity
 
 # torchvision data sets that hold everything in .data: class name -> (source name, labels).
@@ -30,16 +33,7 @@ _IN_MEMORY = {
 }
 
 
-def open_dataset(
-    dataset: Any,
-    *,
-    geometry: Geometry,
-    num_classes: int | None,
-    image_key: str | None,
-    label_key: str | None,
-    workers: int,
-    group_by: str | None = None,
-) -> ImageSource:
+def open_dataset(dataset: Any, request: Request) -> ImageSource:
     """A map-style Dataset as a source; in-memory ones take the array path."""
     if isinstance(dataset, IterableDataset) or not all(
         hasattr(dataset, method) for method in ("__getitem__", "__len__")
@@ -50,42 +44,23 @@ def open_dataset(
         )
     name, identity = _describe(dataset)
     refuse_repeated_items(dataset, name)
+    group_by = request.group_by
     groups = None if group_by is None else _attribute(dataset, group_by, name)
     known = _IN_MEMORY.get(type(dataset).__name__) if _is_torchvision(dataset) else None
     if known is not None and _is_plain(dataset):
-        return ArraySource(
+        return requested(
             dataset.data,
             getattr(dataset, known[1]),
+            request,
             name=name,
             identity=identity,
             class_names=_class_names(dataset),
-            num_classes=num_classes,
-            geometry=geometry,
             groups=groups,
-            group_by=group_by,
         )
     if type(dataset) is TensorDataset and len(dataset.tensors) in (1, 2):  # not its subclasses
-        return ArraySource(
-            *dataset.tensors,
-            name=name,
-            identity=identity,
-            num_classes=num_classes,
-            geometry=geometry,
-            groups=groups,
-            group_by=group_by,
-        )
-    return DatasetSource(
-        dataset,
-        name=name,
-        identity=identity,
-        geometry=geometry,
-        num_classes=num_classes,
-        image_key=image_key,
-        label_key=label_key,
-        workers=workers,
-        groups=groups,
-        group_by=group_by,
-    )
+        images, labels = (*dataset.tensors, None)[:2]
+        return requested(images, labels, request, name=name, identity=identity, groups=groups)
+    return DatasetSource(dataset, request, name=name, identity=identity, groups=groups)
 
 
 class DatasetSource(ItemSource):
@@ -101,23 +76,12 @@ class DatasetSource(ItemSource):
     """
 
     def __init__(
-        self,
-        dataset: Any,
-        *,
-        name: str,
-        identity: str,
-        geometry: Geometry,
-        num_classes: int | None,
-        image_key: str | None,
-        label_key: str | None,
-        workers: int,
-        groups: Any = None,
-        group_by: str | None = None,
+        self, dataset: Any, request: Request, *, name: str, identity: str, groups: Any = None
     ) -> None:
         self._dataset = dataset
-        self._image_key = image_key or "image"
-        self._label_key = label_key or "label"
-        self._num_classes = num_classes
+        self._image_key = request.image_key or "image"
+        self._label_key = request.label_key or "label"
+        self._num_classes = request.num_classes
         self._key: bytes | None = None  # of the records' draws; None: another one at each reading
         self._draws: Draws | None = None
         super().__init__(
@@ -126,15 +90,12 @@ class DatasetSource(ItemSource):
             num_images=len(dataset),
             labels=_targets(dataset, name),
             class_names=_class_names(dataset),
-            num_classes=None,
-            geometry=geometry,
-            workers=workers,
+            request=replace(request, num_classes=None),
             groups=groups,
-            group_by=group_by,
         )
         self.labelled = True
-        if num_classes is not None:
-            self.check_labels(num_classes)
+        if request.num_classes is not None:
+            self.check_labels(request.num_classes)
         self._settle_shape()
 
     def check_labels(self, num_classes: int) -> None:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from dpmmd.data.classes import folder_names
 from dpmmd.data.items import FileSource
 from dpmmd.data.leftovers import family_of, leftover, listed, other_extension
 from dpmmd.data.once import SECOND_NAME, SECOND_WAY, FileKey, copies_in, key_of
-from dpmmd.data.pixels import EXTENSIONS, Encoded, Geometry, Unusable
+from dpmmd.data.pixels import EXTENSIONS, Encoded, Unusable
+from dpmmd.data.request import Request
 from dpmmd.data.source import check_num_classes, file_identity
 
 COPY = "a copy of another file, by its name and by its bytes"
@@ -46,14 +47,7 @@ def forbidden_left_out() -> Iterator[None]:
         _leave_out_forbidden.reset(token)
 
 
-def open_folder(
-    path: Path,
-    *,
-    geometry: Geometry,
-    num_classes: int | None,
-    workers: int,
-    group_by: str | None = None,
-) -> FolderSource:
+def open_folder(path: Path, request: Request) -> FolderSource:
     """Image files under `path`, in sorted order, each file once (`dpmmd.data.once`).
 
     Sub-folders are the classes 0..K-1, sorted by name, or as numbers where all names are whole
@@ -70,6 +64,7 @@ def open_folder(
             `num_classes` does not say; one file in two classes or in two groups; images outside of
             a group's folder.
     """
+    group_by, num_classes = request.group_by, request.num_classes
     tree = _Tree(path)
     folders, loose = tree.top()
     _refuse_splits(path, path, folders if not loose else [])
@@ -95,11 +90,8 @@ def open_folder(
         identity=file_identity("folder", path),
         labels=torch.tensor([i.label for i in images], dtype=torch.int64) if labelled else None,
         class_names=folder_names(path, folders) if labelled else None,
-        num_classes=num_classes,
-        geometry=geometry,
-        workers=workers,
+        request=request,
         groups=groups,
-        group_by=group_by,
     )
 
 
@@ -119,16 +111,17 @@ class FolderSource(FileSource):
         *,
         conflict: tuple[str, str] | None,
         passed_over: Counter[str],
-        **common: Any,
+        request: Request,
+        **described: Any,
     ) -> None:
         self.folder = folder
         self._conflict = conflict
-        self._copies = _copies(folder, images, common["groups"])
+        self._copies = _copies(folder, images, described["groups"])
         self.passed_over = dict(passed_over)
-        num_classes = common.pop("num_classes")
-        super().__init__([image.path for image in images], num_classes=None, **common)
-        if num_classes is not None:
-            self.check_labels(num_classes)
+        paths = [image.path for image in images]
+        super().__init__(paths, request=replace(request, num_classes=None), **described)
+        if request.num_classes is not None:
+            self.check_labels(request.num_classes)
 
     @property
     def paths(self) -> tuple[str, ...]:

@@ -16,15 +16,15 @@ from torch.utils.data import DataLoader, Dataset
 from dpmmd.data.labels import as_groups
 from dpmmd.data.pixels import (
     Encoded,
-    Geometry,
     Unusable,
     common_shape,
     decode,
     header_shape,
     is_interrupt,
-    quiet,
     reason_of,
 )
+from dpmmd.data.request import Request
+from dpmmd.data.silence import quiet
 from dpmmd.data.source import (
     Batch,
     ImageSource,
@@ -38,15 +38,6 @@ if TYPE_CHECKING:
 
 _HEADER_CHUNK = 1024
 _T = TypeVar("_T")
-
-
-def check_workers(workers: int) -> int:
-    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
-        raise ValueError(
-            f"workers={workers!r}: expected a whole number of processes, at least 0; try 0 "
-            "(decode in this process)."
-        )
-    return workers
 
 
 class Refused(Unusable):
@@ -78,11 +69,8 @@ class ItemSource(ImageSource):
         num_images: int,
         labels: Tensor | None,
         class_names: tuple[str, ...] | None,
-        num_classes: int | None,
-        geometry: Geometry,
-        workers: int,
+        request: Request,
         groups: Any = None,
-        group_by: str | None = None,
     ) -> None:
         self.name = name
         self.identity = identity
@@ -90,15 +78,15 @@ class ItemSource(ImageSource):
         self.class_names = class_names
         self._labels = labels
         self.labelled = labels is not None
-        self._geometry = geometry
-        self.decoding = geometry.decoding
-        self._workers = check_workers(workers)
+        self._geometry = request.geometry
+        self.decoding = request.geometry.decoding
+        self._workers = request.workers
         self._order: Tensor | None = None  # of the records; None: as they are numbered
         self._raises = False  # where the data set, not a record, has a mistake
-        if groups is not None and group_by is not None:
-            self.group_by = group_by
-            self.groups = as_groups(groups, num_images, group_by, name)
-        check_source_labels(labels, num_classes, name, class_names)
+        if groups is not None and request.group_by is not None:
+            self.group_by = request.group_by
+            self.groups = as_groups(groups, num_images, request.group_by, name)
+        check_source_labels(labels, request.num_classes, name, class_names)
 
     def _settle_shape(self) -> None:
         """Fix the image shape: from the declaration alone, or from every record's header."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpmmd.data.pixels import quiet
+from dpmmd.data.silence import quiet
 from dpmmd.data.source import Batch
 
 _AHEAD = 1  # batches that wait, besides the one in use and the one that is being read
@@ -33,7 +33,7 @@ def prefetch(batches: Iterator[Batch], device: torch.device) -> Generator[Batch,
     Close the generator (`contextlib.closing`) to stop the thread after the batch that it is
     reading; it is a daemon, so that a source which hangs does not keep the process. What the source
     raises comes out in its place. Until the end neither the reading thread nor the caller's warns
-    about anything (`dpmmd.data.pixels.quiet`).
+    about anything (`dpmmd.data.silence.quiet`).
 
     To a CUDA device the batches go through pinned memory on a stream of their own, and the caller's
     current stream waits for them; no thread but the reading one waits for the device.

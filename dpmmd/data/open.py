@@ -12,18 +12,18 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dpmmd.data.arrays import ArraySource
+from dpmmd.data.arrays import requested
 from dpmmd.data.classes import check_class_names
 from dpmmd.data.dataset import open_dataset
 from dpmmd.data.folder import open_folder
-from dpmmd.data.items import check_workers
 from dpmmd.data.leftovers import described, leftover, may_be_images
-from dpmmd.data.named import LSUN_CATEGORIES, NAMED, Request
+from dpmmd.data.named import LSUN_CATEGORIES, NAMED, Asked
 from dpmmd.data.npz import open_npz
 from dpmmd.data.parquet import ParquetSource
 from dpmmd.data.pixels import Geometry
 from dpmmd.data.remote import AnyPath, as_path, is_url
-from dpmmd.data.source import ImageSource, check_not_empty, check_num_classes
+from dpmmd.data.request import Request
+from dpmmd.data.source import ImageSource, check_not_empty
 from dpmmd.data.tars import TarSource, expand
 
 SOURCE_NAMES: tuple[str, ...] = tuple(NAMED)
@@ -117,13 +117,8 @@ def open_source(
     Warns:
         UserWarning: files that may be images are not counted (`ImageSource.passed_over`).
     """
-    geometry = Geometry.declare(image_size, channels, crop, background)
-    check_workers(workers)
-    if num_classes is not None:
-        check_num_classes(num_classes)
-    opened = _open(
-        source,
-        geometry,
+    request = Request(
+        geometry=Geometry.declare(image_size, channels, crop, background),
         split=split,
         num_classes=num_classes,
         root=root,
@@ -132,18 +127,26 @@ def open_source(
         label_key=label_key,
         workers=workers,
         group_by=group_by,
+        allow_empty=allow_empty,
     )
-    if group_by is not None and opened.group_by != group_by:
-        raise ValueError(
-            f"group_by={group_by!r}: source {opened.name!r} does not say which images belong "
-            "together; give a parquet file or .npz with such a column, a folder with a folder a "
-            "group, a Dataset with such an attribute, or (images, labels, groups)."
-        )
-    check_class_names(opened.class_names if opened.labelled else None, num_classes, opened.name)
-    if not allow_empty:
-        check_not_empty(opened.num_images, opened.name)
+    opened = _open(source, request)
+    _check(opened, request)
     _warn_passed_over(opened)
     return opened
+
+
+def _check(opened: ImageSource, request: Request) -> None:
+    """Raise ValueError where the source has not what was asked for."""
+    if request.group_by is not None and opened.group_by != request.group_by:
+        raise ValueError(
+            f"group_by={request.group_by!r}: source {opened.name!r} does not say which images "
+            "belong together; give a parquet file or .npz with such a column, a folder with a "
+            "folder a group, a Dataset with such an attribute, or (images, labels, groups)."
+        )
+    names = opened.class_names if opened.labelled else None
+    check_class_names(names, request.num_classes, opened.name)
+    if not request.allow_empty:
+        check_not_empty(opened.num_images, opened.name)
 
 
 def _warn_passed_over(source: ImageSource) -> None:
@@ -157,131 +160,72 @@ def _warn_passed_over(source: ImageSource) -> None:
         )
 
 
-def _open(
-    source: Any,
-    geometry: Geometry,
-    *,
-    split: str,
-    num_classes: int | None,
-    root: str | os.PathLike[str] | None,
-    download: bool,
-    image_key: str | None,
-    label_key: str | None,
-    workers: int,
-    group_by: str | None,
-) -> ImageSource:
+def _open(source: Any, request: Request) -> ImageSource:
     if isinstance(source, ImageSource):
-        return _as_declared(source, geometry, num_classes)
+        return _as_declared(source, request)
     if isinstance(source, str) and source.partition(":")[0] in NAMED:
-        return _open_named(
-            Request(
-                name=source,
-                split=split,
-                geometry=geometry,
-                num_classes=num_classes,
-                root=None if root is None else Path(root).expanduser(),
-                download=download,
-                label_key=label_key,
-                workers=workers,
-            )
-        )
+        return _open_named(source, request)
     if isinstance(source, str) and not source.rpartition("://")[2].strip():
         raise ValueError(
             f"source={source!r}: expected a name, a path or a URL with a path, and it is empty; "
             "give '.' for the current folder."
         )
     if isinstance(source, str | os.PathLike):
-        shards = [os.fspath(source)]
-        if is_url(shards[0]) or not Path(shards[0]).expanduser().exists():
-            shards = expand(shards[0])
-        path, *others = [as_path(shard) for shard in shards]
-        for each in (path, *others):
-            if not each.exists():
-                raise _not_found(each if others else source, each)
-        if tars := _tars(path, others):
-            return TarSource(
-                path if not others else path.parent / os.fspath(source).rpartition("/")[2],
-                tars,
-                geometry=geometry,
-                num_classes=num_classes,
-                image_key=image_key,
-                label_key=label_key,
-                workers=workers,
-                group_by=group_by,
-            )
-        if others:
-            raise ValueError(
-                f"source={str(source)!r}: a pattern of files other than .tar; expected tar shards, "
-                "or a folder of parquet shards."
-            )
-        if isinstance(path, Path) and path.is_file() and path.suffix == ".npz":
-            return open_npz(
-                path,
-                split=split,
-                geometry=geometry,
-                num_classes=num_classes,
-                image_key=image_key,
-                label_key=label_key,
-                group_by=group_by,
-            )
-        if path.suffix == ".parquet" or _holds(path, ".parquet"):
-            return ParquetSource(
-                path,
-                split=split,
-                geometry=geometry,
-                num_classes=num_classes,
-                image_key=image_key,
-                label_key=label_key,
-                workers=workers,
-                group_by=group_by,
-            )
-        if isinstance(path, Path) and path.is_dir():
-            return open_folder(
-                path,
-                geometry=geometry,
-                num_classes=num_classes,
-                workers=workers,
-                group_by=group_by,
-            )
-        raise ValueError(
-            f"source={str(source)!r} is of an unknown kind: expected .npz, .parquet, .tar or a "
-            "folder of images or shards (at a URL: .parquet, .tar or a folder of them); convert it "
-            "to one of these."
-        )
+        return _open_path(source, request)
     if isinstance(source, tuple):
-        if len(source) not in (2, 3):
-            raise ValueError(
-                f"source is a tuple of {len(source)}: expected (images, labels) or (images, "
-                "labels, groups); give labels None when there are none."
-            )
-        if len(source) == 3 and group_by is None:
-            raise ValueError(
-                "source is a tuple with groups: expected group_by, what they are, e.g. 'patient'."
-            )
-        return ArraySource(
-            *source[:2],
-            num_classes=num_classes,
-            geometry=geometry,
-            groups=source[2] if len(source) == 3 else None,
-            group_by=group_by,
-        )
+        return _open_tuple(source, request)
     if isinstance(source, Dataset) or (
         hasattr(source, "__getitem__")
         and hasattr(source, "__len__")
         and not isinstance(source, np.ndarray | Tensor | list | dict)
     ):
-        return open_dataset(
-            source,
-            geometry=geometry,
-            num_classes=num_classes,
-            image_key=image_key,
-            label_key=label_key,
-            workers=workers,
-            group_by=group_by,
-        )
+        return open_dataset(source, request)
     raise TypeError(
         f"source is a {type(source).__name__}: expected a torch Dataset, a tuple (images, "
         "labels), a path, a name or an ImageSource; wrap plain arrays as (images, None)."
+    )
+
+
+def _open_tuple(source: tuple[Any, ...], request: Request) -> ImageSource:
+    if len(source) not in (2, 3):
+        raise ValueError(
+            f"source is a tuple of {len(source)}: expected (images, labels) or (images, "
+            "labels, groups); give labels None when there are none."
+        )
+    if len(source) == 3 and request.group_by is None:
+        raise ValueError(
+            "source is a tuple with groups: expected group_by, what they are, e.g. 'patient'."
+        )
+    images, labels, groups = (*source, None)[:3]
+    return requested(images, labels, request, groups=groups)
+
+
+def _open_path(source: str | os.PathLike[str], request: Request) -> ImageSource:
+    shards = [os.fspath(source)]
+    if is_url(shards[0]) or not Path(shards[0]).expanduser().exists():
+        shards = expand(shards[0])
+    path, *others = [as_path(shard) for shard in shards]
+    for each in (path, *others):
+        if not each.exists():
+            raise _not_found(each if others else source, each)
+    if tars := _tars(path, others):
+        whole = path if not others else path.parent / os.fspath(source).rpartition("/")[2]
+        return TarSource(whole, tars, request)
+    if others:
+        raise ValueError(
+            f"source={str(source)!r}: a pattern of files other than .tar; expected tar shards, "
+            "or a folder of parquet shards."
+        )
+    if isinstance(path, Path) and path.is_file() and path.suffix == ".npz":
+        return open_npz(path, request)
+    if path.suffix == ".parquet" or _holds(path, ".parquet"):
+        return ParquetSource(path, request)
+    if isinstance(path, Path) and path.is_dir():
+        return open_folder(path, request)
+    raise ValueError(
+        f"source={str(source)!r} is of an unknown kind: expected .npz, .parquet, .tar or a "
+        "folder of images or shards (at a URL: .parquet, .tar or a folder of them); convert it "
+        "to one of these."
     )
 
 
@@ -301,11 +245,11 @@ def _tars(path: AnyPath, others: list[AnyPath]) -> list[AnyPath]:
     return []
 
 
-def _open_named(request: Request) -> ImageSource:
-    name, colon, category = request.name.partition(":")
+def _open_named(source: str, request: Request) -> ImageSource:
+    name, colon, category = source.partition(":")
     if colon and (name != "lsun" or category not in LSUN_CATEGORIES):
         raise ValueError(
-            f"source={request.name!r}: expected a plain name, or 'lsun:<category>' with one of "
+            f"source={source!r}: expected a plain name, or 'lsun:<category>' with one of "
             f"{', '.join(LSUN_CATEGORIES)}.{_suggest(category, LSUN_CATEGORIES)}"
         )
     splits = NAMED[name].splits
@@ -314,10 +258,11 @@ def _open_named(request: Request) -> ImageSource:
             f"split={request.split!r}: {name!r} has no such split; expected one of "
             f"{', '.join(splits)}."
         )
-    return NAMED[name].open(request)
+    return NAMED[name].open(Asked(source, request))
 
 
-def _as_declared(source: ImageSource, geometry: Geometry, num_classes: int | None) -> ImageSource:
+def _as_declared(source: ImageSource, request: Request) -> ImageSource:
+    geometry = request.geometry
     channels, height, width = source.image_shape
     if geometry.output_shape(channels, height, width) != (channels, height, width):
         raise ValueError(
@@ -325,8 +270,8 @@ def _as_declared(source: ImageSource, geometry: Geometry, num_classes: int | Non
             f"{source.name!r} is open already, with image shape {source.image_shape}; expected "
             "the same. Declare the shape where the source is first opened."
         )
-    if num_classes is not None:
-        source.check_labels(num_classes)
+    if request.num_classes is not None:
+        source.check_labels(request.num_classes)
     return source
 
 

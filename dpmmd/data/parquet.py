@@ -20,8 +20,9 @@ from dpmmd.data.items import EncodedSource
 from dpmmd.data.labels import as_labels, label_type_error
 from dpmmd.data.leftovers import OTHER_SPLIT
 from dpmmd.data.once import FileKey, inside, refuse_copied_shards, shards_in
-from dpmmd.data.pixels import Encoded, Geometry, Unusable
+from dpmmd.data.pixels import Encoded, Unusable
 from dpmmd.data.remote import AnyPath, opened
+from dpmmd.data.request import Request
 from dpmmd.data.source import file_identity
 
 NO_FILE = "a cell without an image, or whose file is another cell's or not in the shard's folder"
@@ -51,20 +52,10 @@ class ParquetSource(EncodedSource):
     element away and adds at most one, and does not change the number of rows.
     """
 
-    def __init__(
-        self,
-        path: AnyPath,
-        *,
-        split: str,
-        geometry: Geometry,
-        num_classes: int | None,
-        image_key: str | None,
-        label_key: str | None,
-        workers: int,
-        group_by: str | None = None,
-    ) -> None:
+    def __init__(self, path: AnyPath, request: Request) -> None:
+        group_by = request.group_by
         pq = _pyarrow_parquet()
-        files, part, passed = _shards(path, split)
+        files, part, passed = _shards(path, request.split)
         refuse_copied_shards(files, path.name)
         self.passed_over = passed
         self._groups: list[tuple[AnyPath, int]] = []  # (shard, row group) in order
@@ -79,9 +70,9 @@ class ParquetSource(EncodedSource):
                     schema = parquet.schema_arrow
                     _check_bytes(parquet.metadata, path)
                     if position == 0:
-                        self._column = _image_column(schema, image_key, path)
+                        self._column = _image_column(schema, request.image_key, path)
                         self.columns = tuple(schema.names)
-                        label_column = _label_column(schema, label_key, path)
+                        label_column = _label_column(schema, request.label_key, path)
                         class_names = _class_names(schema, label_column)
                         _check_column(schema, group_by, "group_by", path)
                     elif {self._column, label_column, group_by} - {None} - set(schema.names):
@@ -116,11 +107,8 @@ class ParquetSource(EncodedSource):
             num_images=self._ends[-1] if self._ends else 0,
             labels=torch.cat(labels) if labels else None,
             class_names=class_names,
-            num_classes=num_classes,
-            geometry=geometry,
-            workers=workers,
+            request=request,
             groups=None if group_by is None else groups,
-            group_by=group_by,
         )
         named.check(self._labels, self.groups, path)
         self._named = named.rows

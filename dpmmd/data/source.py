@@ -5,21 +5,19 @@ from __future__ import annotations
 import hashlib
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from dpmmd.data.classes import check_class_names
+from dpmmd.data.inspection import Inspection
 from dpmmd.data.labels import check_label_range
+from dpmmd.data.pixels import Unusable
 from dpmmd.data.remote import AnyPath
-
-if TYPE_CHECKING:
-    from dpmmd.data.inspect import Inspection
-    from dpmmd.data.pixels import Unusable
 
 
 @dataclass(frozen=True)
@@ -79,6 +77,8 @@ class ImageSource(ABC):
     groups: Tensor | None = None
     passed_over: Mapping[str, int] = MappingProxyType({})
     decoding: Mapping[str, str] | None = None
+    # `dpmmd.data.inspect` puts it here: it knows all kinds of sources, and this module none.
+    _inspector: ClassVar[Callable[..., Inspection]]
 
     @abstractmethod
     def batches(self, batch_size: int) -> Iterator[Batch]:
@@ -121,9 +121,7 @@ class ImageSource(ABC):
             everything: decode every record, not only look at headers.
             progress: whether to show a progress bar.
         """
-        from dpmmd.data.inspect import inspect_source
-
-        return inspect_source(self, everything=everything, progress=progress)
+        return ImageSource._inspector(self, everything=everything, progress=progress)
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

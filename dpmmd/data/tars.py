@@ -18,8 +18,9 @@ from dpmmd.data.labels import as_labels
 from dpmmd.data.leftovers import leftover, listed, other_extension
 from dpmmd.data.members import DamagedTar, Member, Walk
 from dpmmd.data.once import refuse_copied_shards, shards_in, without_second_names
-from dpmmd.data.pixels import EXTENSIONS, Encoded, Geometry, Unusable
+from dpmmd.data.pixels import EXTENSIONS, Encoded, Unusable
 from dpmmd.data.remote import AnyPath, opened
+from dpmmd.data.request import Request
 from dpmmd.data.source import file_identity
 
 UNENDED = "a shard without the mark of its end, perhaps cut short"
@@ -67,18 +68,8 @@ class TarSource(EncodedSource):
     (`dpmmd.data.once`). So an exchange of one record changes one vector.
     """
 
-    def __init__(
-        self,
-        path: AnyPath,
-        files: Sequence[AnyPath],
-        *,
-        geometry: Geometry,
-        num_classes: int | None,
-        image_key: str | None,
-        label_key: str | None,
-        workers: int,
-        group_by: str | None = None,
-    ) -> None:
+    def __init__(self, path: AnyPath, files: Sequence[AnyPath], request: Request) -> None:
+        label_key, group_by = request.label_key, request.group_by
         if path.is_dir():
             shards, others = shards_in(path, ".tar")
         else:
@@ -91,7 +82,7 @@ class TarSource(EncodedSource):
         groups: list[Any] = []
         columns: set[str] = set()  # keys of the .json members
         for number, file in enumerate(self._files):
-            shard = _Shard(image_key, label_key, group_by, path.name, passed)
+            shard = _Shard(request, path.name, passed)
             records = shard.read(file)
             columns |= shard.keys
             for record in records:
@@ -124,11 +115,8 @@ class TarSource(EncodedSource):
             num_images=len(labels),
             labels=None if missing else as_labels(numbers, len(labels), path.name),
             class_names=None,
-            num_classes=num_classes,
-            geometry=geometry,
-            workers=workers,
+            request=request,
             groups=None if group_by is None else groups,
-            group_by=group_by,
         )
         self._settle_shape()
 
@@ -175,15 +163,9 @@ class _Record:
 class _Shard:
     """Finds the records of a shard, without reading its images."""
 
-    def __init__(
-        self,
-        image_key: str | None,
-        label_key: str | None,
-        group_by: str | None,
-        name: str,
-        passed: Counter[str],
-    ) -> None:
-        self.image_key, self.label_key, self.group_by = image_key, label_key, group_by
+    def __init__(self, request: Request, name: str, passed: Counter[str]) -> None:
+        image_key, label_key = request.image_key, request.label_key
+        self.image_key, self.label_key, self.group_by = image_key, label_key, request.group_by
         self.name, self.passed = name, passed
         self.images = EXTENSIONS if image_key is None else {f".{image_key.lower()}"}
         self.label_keys = _LABEL_KEYS if label_key is None else (label_key,)

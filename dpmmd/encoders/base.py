@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dpmmd.devices import device_of
 from dpmmd.encoders.layers import Rectified, Rectify
 
 SIGNS = ("nonnegative", "signed")
@@ -268,7 +269,7 @@ class Encoder(nn.Module):
     @torch.no_grad()
     def _probe(self, signs: Mapping[str, str]) -> tuple[Tap, ...]:
         """Run one image through, and learn the shapes."""
-        device = next((p.device for p in self.backbone.parameters()), torch.device("cpu"))
+        device = device_of(self.backbone)
         generator = torch.Generator().manual_seed(0)
         image, other = torch.rand(2, 3, *self.image_size, generator=generator).to(device)
         first = self._probe_maps(torch.stack((image, other)))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from importlib import import_module
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,92 +20,52 @@ LOGISTIC_ITERATIONS = 100  # the suite's: 5,000
 MLP_EPOCHS = 20  # the suite's: 200
 
 
-def _logistic_regression(seed: int) -> Any:
-    from sklearn.linear_model import LogisticRegression
+class _Model(NamedTuple):
+    module: str
+    name: str
+    options: dict[str, Any]
+    draws: bool = True  # whether it takes a seed
 
-    return LogisticRegression(max_iter=LOGISTIC_ITERATIONS, random_state=seed)
-
-
-def _random_forest(seed: int) -> Any:
-    from sklearn.ensemble import RandomForestClassifier
-
-    return RandomForestClassifier(n_estimators=100, class_weight="balanced", random_state=seed)
-
-
-def _gaussian_nb(seed: int) -> Any:
-    from sklearn.naive_bayes import GaussianNB
-
-    return GaussianNB()
+    def __call__(self, seed: int) -> Any:
+        drawn = {"random_state": seed} if self.draws else {}
+        return getattr(import_module(self.module), self.name)(**self.options, **drawn)
 
 
-def _bernoulli_nb(seed: int) -> Any:
-    from sklearn.naive_bayes import BernoulliNB
-
-    return BernoulliNB(binarize=0.5)
-
-
-def _linear_svm(seed: int) -> Any:
-    from sklearn.svm import LinearSVC
-
-    return LinearSVC(max_iter=10_000, tol=1e-8, loss="hinge", random_state=seed)
-
-
-def _decision_tree(seed: int) -> Any:
-    from sklearn.tree import DecisionTreeClassifier
-
-    return DecisionTreeClassifier(class_weight="balanced", random_state=seed)
-
-
-def _lda(seed: int) -> Any:
-    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-
-    return LinearDiscriminantAnalysis(solver="eigen", tol=1e-8, shrinkage=0.5)
-
-
-def _adaboost(seed: int) -> Any:
-    from sklearn.ensemble import AdaBoostClassifier
-
-    # the suite's algorithm is SAMME.R, which scikit-learn has dropped; this is SAMME
-    return AdaBoostClassifier(n_estimators=100, random_state=seed)
-
-
-def _mlp(seed: int) -> Any:
-    from sklearn.neural_network import MLPClassifier
-
-    return MLPClassifier(hidden_layer_sizes=(100,), max_iter=MLP_EPOCHS, random_state=seed)
-
-
-def _bagging(seed: int) -> Any:
-    from sklearn.ensemble import BaggingClassifier
-
-    return BaggingClassifier(max_samples=0.1, n_estimators=20, random_state=seed)
-
-
-def _gbm(seed: int) -> Any:
-    from sklearn.ensemble import GradientBoostingClassifier
-
-    return GradientBoostingClassifier(subsample=0.1, n_estimators=50, random_state=seed)
-
-
-def _xgboost(seed: int) -> Any:
-    from xgboost import XGBClassifier
-
-    return XGBClassifier(colsample_bytree=0.1, n_estimators=50, random_state=seed)
-
-
-MODELS: dict[str, Callable[[int], Any]] = {
-    "logistic_regression": _logistic_regression,
-    "random_forest": _random_forest,
-    "gaussian_nb": _gaussian_nb,
-    "bernoulli_nb": _bernoulli_nb,
-    "linear_svm": _linear_svm,
-    "decision_tree": _decision_tree,
-    "lda": _lda,
-    "adaboost": _adaboost,
-    "mlp": _mlp,
-    "bagging": _bagging,
-    "gbm": _gbm,
-    "xgboost": _xgboost,
+MODELS = {
+    "logistic_regression": _Model(
+        "sklearn.linear_model", "LogisticRegression", {"max_iter": LOGISTIC_ITERATIONS}
+    ),
+    "random_forest": _Model(
+        "sklearn.ensemble",
+        "RandomForestClassifier",
+        {"n_estimators": 100, "class_weight": "balanced"},
+    ),
+    "gaussian_nb": _Model("sklearn.naive_bayes", "GaussianNB", {}, draws=False),
+    "bernoulli_nb": _Model("sklearn.naive_bayes", "BernoulliNB", {"binarize": 0.5}, draws=False),
+    "linear_svm": _Model(
+        "sklearn.svm", "LinearSVC", {"max_iter": 10_000, "tol": 1e-8, "loss": "hinge"}
+    ),
+    "decision_tree": _Model("sklearn.tree", "DecisionTreeClassifier", {"class_weight": "balanced"}),
+    "lda": _Model(
+        "sklearn.discriminant_analysis",
+        "LinearDiscriminantAnalysis",
+        {"solver": "eigen", "tol": 1e-8, "shrinkage": 0.5},
+        draws=False,
+    ),
+    # The suite's algorithm is SAMME.R, which scikit-learn has dropped; this is SAMME.
+    "adaboost": _Model("sklearn.ensemble", "AdaBoostClassifier", {"n_estimators": 100}),
+    "mlp": _Model(
+        "sklearn.neural_network",
+        "MLPClassifier",
+        {"hidden_layer_sizes": (100,), "max_iter": MLP_EPOCHS},
+    ),
+    "bagging": _Model(
+        "sklearn.ensemble", "BaggingClassifier", {"max_samples": 0.1, "n_estimators": 20}
+    ),
+    "gbm": _Model(
+        "sklearn.ensemble", "GradientBoostingClassifier", {"subsample": 0.1, "n_estimators": 50}
+    ),
+    "xgboost": _Model("xgboost", "XGBClassifier", {"colsample_bytree": 0.1, "n_estimators": 50}),
 }
 PACKAGES = {"xgboost": ("xgboost", "xgboost")}  # what else than scikit-learn a model needs
 

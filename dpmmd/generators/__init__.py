@@ -10,7 +10,7 @@ Any module with that call and an attribute ``z_dim`` can be trained instead:
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
 
 from torch import nn
 
@@ -21,19 +21,7 @@ from dpmmd.generators.resnet import ResNetGenerator
 __all__ = ["NAMES", "ConvGenerator", "DCGANGenerator", "ResNetGenerator", "build"]
 
 
-class _Builder(Protocol):
-    def __call__(
-        self,
-        *,
-        num_classes: int | None,
-        image_size: int,
-        channels: int,
-        z_dim: int,
-        base_channels: int,
-    ) -> nn.Module: ...
-
-
-_REGISTRY: dict[str, _Builder] = {
+_REGISTRY: dict[str, Callable[..., nn.Module]] = {
     "conv": ConvGenerator,
     "dcgan": DCGANGenerator,
     "resnet": ResNetGenerator,

@@ -36,9 +36,7 @@ from collections.abc import Callable, Iterable
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-import mpmath
-from scipy.optimize import brentq
-from scipy.special import erfcx, log_ndtr
+import mpmath  # and scipy where it is used: it takes half a second to import
 
 _SQRT2 = math.sqrt(2.0)
 _MU_MIN, _MU_MAX = 1e-8, 1e4
@@ -165,6 +163,8 @@ def _log_delta(mu: float, epsilon: float) -> float:
     e^eps * exp(-(t + mu/2)^2 / 2) = exp(-(t - mu/2)^2 / 2). What is left is a difference of two
     values of the scaled tail erfcx, which loses no digits to a large exponent.
     """
+    from scipy.special import erfcx, log_ndtr
+
     t = epsilon / mu
     u = (t - mu / 2) / _SQRT2
     v = (t + mu / 2) / _SQRT2
@@ -228,6 +228,8 @@ def epsilon(*, mu: float, delta: float) -> float:
     Returns:
         epsilon >= 0, rounded up by a relative 1e-9 at most.
     """
+    from scipy.optimize import brentq
+
     mu, delta = _check_mu(mu), _check_delta(delta)
     if _Curve(mu, 0.0).meets(delta):
         return 0.0
@@ -266,6 +268,8 @@ def calibrate(*, epsilon: float, delta: float) -> Calibration:
         >>> round(calibrate(epsilon=1.0, delta=1e-6).sd_over_sensitivity, 6)
         4.224679
     """
+    from scipy.optimize import brentq
+
     epsilon, delta = _check_epsilon(epsilon), _check_delta(delta)
     target = math.log(delta)
 

@@ -19,20 +19,19 @@ from dpmmd.encoders.base import PRECISIONS, SIGNS
 from dpmmd.encoders.pixels import LARGEST
 from dpmmd.privacy.accounting import calibrate
 from dpmmd.privacy.accounting import delta as delta_of
-from dpmmd.privacy.printed import plain, up
-from dpmmd.privacy.release_file import (
-    FURTHER,
+from dpmmd.privacy.blocks import GRID, KINDS, Blocks, Features
+from dpmmd.privacy.metadata import (
     BlockRecord,
+    Metadata,
     PrivacyError,
-    Release,
     array_hash,
     unit_of,
     unrecordable,
 )
+from dpmmd.privacy.printed import plain, up
 from dpmmd.privacy.sensitivity import ADJACENCIES
 from dpmmd.privacy.sums import GRID_BITS
 
-_GRID = 1 << GRID_BITS
 _CLOSE = 1e-12  # relative: numbers that were computed from each other in doubles
 _GUESS = 1e-6  # mu of another version of the accounting, of which this one is tight
 _EARLIER = 2e-8  # delta of files of format 2, whose mu was rounded less carefully
@@ -51,12 +50,14 @@ class Checks:
     """The checks of one release.
 
     Args:
-        release: with arrays of its own, which nobody changes while they are checked.
+        metadata: what it says of itself.
+        arrays: its arrays by name, all that a release may have, in the order of their hash; None
+            for those that are not there. Nobody changes them while they are checked.
         where: the file, for messages.
     """
 
-    def __init__(self, release: Release, where: str) -> None:
-        self.release, self.m, self.where = release, release.metadata, plain(where, None)
+    def __init__(self, metadata: Metadata, arrays: Mapping[str, Tensor | None], where: str) -> None:
+        self.m, self.arrays, self.where = metadata, arrays, plain(where, None)
 
     def run(self) -> None:
         """Raises a PrivacyError that names the first field which contradicts the others."""
@@ -178,7 +179,7 @@ class Checks:
         """Names, kinds, signs and sizes follow from the encoders; a weight is on the grid."""
         m = self.m
         names = [block.name for block in m.blocks]
-        expected = self._expected()
+        expected = self._expected().records()
         if names != [block.name for block in expected]:
             self.refuse("blocks", names, ", ".join(block.name for block in expected))
         for block, other in zip(m.blocks, expected, strict=True):
@@ -189,52 +190,30 @@ class Checks:
                         value,
                         f"{getattr(other, key)!r}, which follows from encoder, classes and unit",
                     )
-            if not 2.0**-20 <= block.bound <= 1 or block.bound * _GRID % 1:
+            if not 2.0**-20 <= block.bound <= 1 or block.bound * GRID % 1:
                 self.refuse(
                     f"blocks.{block.name}.bound", block.bound, f"a multiple of 2^-{GRID_BITS} to 1"
                 )
 
-    def _expected(self) -> list[BlockRecord]:
+    def _expected(self) -> Blocks:
         """The blocks that `dpmmd.release` would have made, of any weights."""
-        m, classes, grouped = self.m, self.m.num_classes, self.m.unit != "image"
-        found = {block.name for block in m.blocks}
-
-        def block(name: str, by_class: int, shared: int, sign: bool, spread: bool) -> BlockRecord:
-            return BlockRecord(
-                name=name,
-                kind="counts" if name == "counts" else "sums",
-                bound=1.0,
-                nonnegative=sign,
-                spread=grouped or spread,
-                size=classes * by_class + shared,
-                shared=shared,
-            )
-
-        of_taps = [math.prod(tap["shape"]) for tap in m.encoder["taps"]]
-        alike, own = sum(of_taps[: m.shared_taps]), sum(of_taps[m.shared_taps :])
-        groups = [m.moments] if m.joint_weight is not None else [(moment,) for moment in m.moments]
-        result = []
-        for group in groups:
-            name, sign = (
-                "+".join(f"phi{n}" for n in group),
-                group == (2,) or _nonnegative(m.encoder),
-            )
-            n = len(group)
-            result.append(block(name, n * own, n * alike, sign, m.shared_taps > 0))
-        if m.pixel_encoder is not None:
-            d = m.pixel_encoder["taps"][0]["shape"][0]
-            pairs = d * (d + 1) // 2
-            result.append(block("pixels", d, 0, _nonnegative(m.pixel_encoder), False))
-            if "products" in found:
-                result.append(block("products", 0, pairs, True, True))
-            if "class_products" in found:
-                result.append(block("class_products", pairs, 0, True, False))
-        if m.selection_encoder is not None:
-            size = sum(math.prod(tap["shape"]) for tap in m.selection_encoder["taps"])
-            result.append(block("selection", size, 0, _nonnegative(m.selection_encoder), False))
-        if m.labelled or m.adjacency == "add-remove":
-            result.append(block("counts", 1, 0, False, False))
-        return result
+        m, found = self.m, {block.name for block in self.m.blocks}
+        specs = {"encoder": m.encoder, "pixel_encoder": m.pixel_encoder}
+        specs["selection_encoder"] = m.selection_encoder
+        features = {name: Features.of(spec) for name, spec in specs.items() if spec is not None}
+        return Blocks.of(
+            features,
+            Bound.of(m),
+            classes=m.num_classes,
+            shared_taps=m.shared_taps,
+            weights={
+                name: float(name in found)
+                for name, kind in KINDS.items()
+                if kind.products and kind.encoder in features
+            },
+            with_counts=m.labelled or m.adjacency == "add-remove",
+            grouped=m.unit != "image",
+        )
 
     def _claim(self) -> None:
         """(epsilon, delta) follow from mu, mu from sd and sensitivity, that from the blocks."""
@@ -244,7 +223,7 @@ class Checks:
             ("sensitivity", m.sensitivity_under(m.adjacency), _CLOSE),
             ("mu", calibrate(epsilon=m.epsilon, delta=m.delta).mu, _GUESS),
             ("sd", m.sensitivity / m.mu, _CLOSE),
-            ("noise_sd", m.sd / _GRID * m.clip, _CLOSE),
+            ("noise_sd", m.sd / GRID * m.clip, _CLOSE),
         ):
             if not math.isclose(getattr(m, field), expected, rel_tol=tolerance):
                 self._refuse_claim(f"{field} = {getattr(m, field)!r}, expected {expected!r}")
@@ -260,36 +239,22 @@ class Checks:
         )
 
     def _arrays(self) -> None:
-        release, m = self.release, self.m
-        classes, moments = m.num_classes, len(m.moments)
-        blocks = {block.name: block for block in m.blocks}
-        phi = m.blocks[0]
-        shared = phi.shared if m.joint_weight is None else phi.shared // 2
-        columns = (phi.size - phi.shared) // (classes if m.joint_weight is None else 2 * classes)
-        d = blocks["pixels"].size // classes if "pixels" in blocks else 0
-        shapes: dict[str, tuple[int, ...]] = {
-            "sums": (moments, classes, columns),
-            "counts": (classes,),
-            "shared": (moments, 1, shared),
-            "pixels": (classes, d),
-            "products": (d, d),
-            "class_products": (classes, d, d),
-        }
-        if "selection" in blocks:
-            shapes["selection"] = (classes, blocks["selection"].size // classes)
-        for name in ("sums", "counts", *FURTHER):
-            there = name in ("sums", "counts", "shared") or name in blocks
-            there = there and (name != "shared" or m.shared_taps > 0)
-            self._array(name, getattr(release, name), shapes[name] if there else None)
+        m = self.m
+        blocks, phi = {block.name: block for block in m.blocks}, m.blocks[0]
+        shapes = self._expected().shapes()
+        for name, values in self.arrays.items():
+            self._array(name, values, shapes.get(name))
+        counts = self.arrays["counts"]
+        assert counts is not None  # `_array` refused that
         if "counts" in blocks:
-            self._counts(release.counts, blocks["counts"])
+            self._counts(counts, blocks["counts"])
         if m.private and m.num_units is not None:
             for name, block in {"sums": phi, "shared": phi, **blocks}.items():
-                if (values := getattr(release, name, None)) is not None:
+                if (values := self.arrays.get(name)) is not None:
                     self._reach(name, values, block, m.clip if block is phi else 1.0)
-        if "counts" not in blocks and release.counts.tolist() != [m.num_units]:
-            self.refuse("counts", release.counts.tolist(), f"[num_units] = [{m.num_units}]")
-        found = array_hash(*(getattr(release, name) for name in ("sums", "counts", *FURTHER)))
+        if "counts" not in blocks and counts.tolist() != [m.num_units]:
+            self.refuse("counts", counts.tolist(), f"[num_units] = [{m.num_units}]")
+        found = array_hash(*self.arrays.values())
         if found != m.array_sha256:
             raise PrivacyError(
                 f"{self.where}: the arrays do not match the hash in the metadata, array_sha256; "
@@ -300,7 +265,7 @@ class Checks:
         """At least 1, and whole grid units unless it is the 1 that less is raised to."""
         if float(counts.min()) < 1:
             self.refuse("counts", float(counts.min()), "at least 1")
-        unit = 1 / (block.bound * _GRID)
+        unit = 1 / (block.bound * GRID)
         whole = (counts / unit).round()
         off = (whole * unit - counts).abs() > 1e-15 * counts
         off &= (whole < 2**51) & (counts != 1)  # above, a double has no digits for it
@@ -316,7 +281,7 @@ class Checks:
         """
         assert self.m.num_units is not None
         scale = clip / block.bound  # of the noise; that of products between two is less
-        noise = (_SDS * self.m.sd + 1) / _GRID * scale
+        noise = (_SDS * self.m.sd + 1) / GRID * scale
         limit = (self.m.num_units * clip + noise) * (1 + 1e-6)
         if values.numel() and (found := float(values.abs().max())) > limit:
             self.refuse(
@@ -339,10 +304,6 @@ class Checks:
             self.refuse(name, "not finite", "finite numbers")
         if name.endswith("products") and not torch.equal(values, values.mT):
             self.refuse(name, "not symmetric", "a symmetric matrix of products")
-
-
-def _nonnegative(spec: Mapping[str, Any]) -> bool:
-    return all(tap["sign"] == "nonnegative" for tap in spec["taps"])
 
 
 def _sizes(value: object, length: int) -> bool:

@@ -15,28 +15,44 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dpmmd._version import __version__
+
 # What (epsilon, delta) of one release rests on, by part: Python modules.
 MODULES = {
     "the mechanism": (
         "dpmmd.privacy.accounting",
+        "dpmmd.privacy.blocks",
+        "dpmmd.privacy.collecting",
+        "dpmmd.privacy.layout",
         "dpmmd.privacy.mechanism",
         "dpmmd.privacy.noise",
+        "dpmmd.privacy.noising",
+        "dpmmd.privacy.opening",
         "dpmmd.privacy.ranks",
         "dpmmd.privacy.sensitivity",
+        "dpmmd.privacy.spending",
         "dpmmd.privacy.sums",
     ),
     "its files: releases, partial sums, the ledger": (
         "dpmmd.privacy.checks",
+        "dpmmd.privacy.composition",
         "dpmmd.privacy.ledger",
+        "dpmmd.privacy.ledger_file",
+        "dpmmd.privacy.metadata",
         "dpmmd.privacy.partial",
         "dpmmd.privacy.release_file",
     ),
-    "which core sums, and its only caller": ("dpmmd._cpu", "dpmmd.backends"),
-    "sums on a CUDA device, in CUDA C++: the caller": ("dpmmd._cuda",),
+    "which core sums, and its only caller": (
+        "dpmmd._cores.arguments",
+        "dpmmd._contract.checks",
+        "dpmmd._cores.cpu",
+        "dpmmd._contract.taps",
+        "dpmmd.backends",
+    ),
+    "sums on a CUDA device, in CUDA C++: the caller": ("dpmmd._cores.cuda",),
     "sums on a CUDA device, in Triton": (
+        "dpmmd._cores.triton",
         "dpmmd.kernels.bounded_sums",
-        "dpmmd.kernels.difference",
-        "dpmmd.kernels.row_statistics",
         "dpmmd.kernels.schedule",
         "dpmmd.kernels.table",
         "dpmmd.kernels.taps",
@@ -138,17 +154,15 @@ def python_digest() -> str | None:
 
 def native_digest() -> str | None:
     """sha256 over the sources of the compiled module; "" where there is none and none runs."""
-    from dpmmd import _cpu
+    from dpmmd._cores import cpu
 
-    if _cpu.missing is not None:
+    if cpu.missing is not None:
         return ""
-    return getattr(_cpu._native, "sources", None)
+    return getattr(cpu._native, "sources", None)
 
 
 def record(path: Path | None = None) -> dict[str, Any] | None:
     """What evidence.json says, if it is of exactly the code that is installed; else None."""
-    import dpmmd
-
     try:
         found = json.loads((path or RECORD).read_text(encoding="ascii"))
         tests = {str(test): int(passed) for test, passed in found["tests"].items()}
@@ -163,7 +177,7 @@ def record(path: Path | None = None) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     same = (
-        result["version"] == dpmmd.__version__
+        result["version"] == __version__
         and result["python_sha256"] == python_digest()
         and native_digest() in ("", result["native_sha256"])
         and all(tests.get(test, 0) > 0 for _, test in EVIDENCE)
@@ -178,12 +192,10 @@ def facts(version: str) -> dict[str, Any]:
         ``tested``: one line that says which run is on record, or that none is; ``evidence``: what
         each test shows, its name and how often it passed; empty where no run is on record.
     """
-    import dpmmd
-
-    if version != dpmmd.__version__:
+    if version != __version__:
         return {
             "tested": f"This release was made by dpmmd {version!r}, and this is dpmmd "
-            f"{dpmmd.__version__!r}: no run of the tests is on record here for the code that made "
+            f"{__version__!r}: no run of the tests is on record here for the code that made "
             "it. Install that version to see its own.",
             "evidence": [],
         }

@@ -21,12 +21,12 @@ import re
 import stat
 import tempfile
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO
 
+from dpmmd._warn import warn
 from dpmmd.files import expanded
-from dpmmd.privacy.release_file import PrivacyError
+from dpmmd.privacy.metadata import PrivacyError
 from dpmmd.privacy.sums import PrivateSums
 
 FILE = "partial.sums"  # of rank 2 of 4: partial.sums-2-of-4
@@ -98,10 +98,9 @@ class PartialSums:
             ) from None
         os.close(descriptor)
         os.unlink(temporary)
-        warnings.warn(
+        warn(
             f"partial_sums={str(folder)!r}: raw private statistics are kept there until the "
-            "release is done. Do not copy or back up this folder.",
-            stacklevel=3,
+            "release is done. Do not copy or back up this folder."
         )
         self._due = time.monotonic() + SECONDS
 

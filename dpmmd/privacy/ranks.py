@@ -20,7 +20,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ParamSpec, TypeVar
 
@@ -28,11 +27,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dpmmd.privacy.release_file import FURTHER, Metadata, Release
+from dpmmd._warn import warn
 
 BEAT = 16  # batches from one sign of life to the next
 _PIECE = 1 << 24  # numbers sent at once
 T = TypeVar("T")
+Told = tuple[Any, Mapping[str, Tensor]]  # facts that can be pickled, and arrays
 P = ParamSpec("P")
 
 
@@ -119,32 +119,32 @@ class Ranks:
                 dist.reduce(piece, self._first, dist.ReduceOp.SUM, group=self.group)
         return sums
 
-    def share(self, release: Release | None) -> Release:
-        """Rank 0's release, in all ranks. It is complete, whatever happens to the others."""
+    def share(self, release: Told | None) -> Told:
+        """What rank 0 released, in all ranks. It is complete, whatever happens to the others."""
         try:
             return self._share(release)
         except _OtherRankFailed as error:
             if release is None:
                 raise
-            warnings.warn(f"the release is complete, but not all got it: {error}", stacklevel=2)
+            warn(f"the release is complete, but not all got it: {error}")
             return release
 
-    def _share(self, release: Release | None) -> Release:
+    def _share(self, release: Told | None) -> Told:
         if self.group is None and release is not None:
             return release
         self.beat()
-        names = ("sums", "counts", *FURTHER)
-        tensors = {n: getattr(release, n) for n in names if getattr(release, n, None) is not None}
-        shapes = {n: (t.shape, t.dtype) for n, t in tensors.items()}
-        told: list[Any] = [None if release is None else (release.metadata.model_dump(), shapes)]
+        facts, tensors = release or (None, {})
+        shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+        told: list[Any] = [(facts, shapes)]
+        found = {}
         with _told():
             dist.broadcast_object_list(told, self._first, group=self.group)
             for name, (shape, dtype) in told[0][1].items():
                 tensor = tensors.get(name, torch.empty(0, dtype=dtype)).to(self._device)
                 tensor = tensor if release is not None else tensor.new_empty(shape)
                 dist.broadcast(tensor, self._first, group=self.group)
-                tensors[name] = tensor.cpu()
-        return release or Release(metadata=Metadata.model_validate(told[0][0]), **tensors)
+                found[name] = tensor.cpu()
+        return release or (told[0][0], found)
 
 
 def in_all(function: Callable[P, T]) -> Callable[P, T]:

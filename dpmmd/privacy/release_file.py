@@ -8,36 +8,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
-import re
 import tempfile
-import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as encode
 from torch import Tensor
 
+from dpmmd._warn import warn
 from dpmmd.files import expanded, write_atomically
+from dpmmd.privacy.checks import Checks
+from dpmmd.privacy.metadata import Metadata, PrivacyError
 from dpmmd.privacy.printed import plain, up
-from dpmmd.privacy.sensitivity import Block, sensitivity
 
 FORMATS = (2, 3)  # that are read; what was added to 3 has the values of before in a file of 2
-# Arrays that a release may have, in the order of its fields.
-FURTHER = ("selection", "shared", "pixels", "products", "class_products")
-LARGEST = 1 << 40  # units, and values of an image
 _UNREADABLE = (SafetensorError, ValueError, TypeError, LookupError, RuntimeError, AttributeError)
-_STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class PrivacyError(ValueError):
-    """A release that cannot be trusted, or cannot be used as asked."""
 
 
 class UnsavedRelease(OSError):
@@ -51,67 +41,6 @@ class UnsavedRelease(OSError):
     def __init__(self, message: str, release: Release, saved: Path | None) -> None:
         super().__init__(message)
         self.release, self.saved = release, saved
-
-
-class BlockRecord(BaseModel):
-    """One block of the noised vector: its bound relative to the first block's, and its size."""
-
-    model_config = _STRICT
-    name: str
-    kind: Literal["sums", "counts"]
-    bound: float
-    nonnegative: bool
-    spread: bool
-    size: int
-    shared: int  # how many of them lie in the row that all classes share
-
-
-class Metadata(BaseModel):
-    """What a release says about itself; all of it public.
-
-    ``sd`` and ``sensitivity`` are in grid units (one image's bound is 2^``grid_bits``);
-    ``noise_sd`` is the same noise in the unit of the released sums, for a block of bound 1; a
-    block of another bound (its weight) has ``noise_sd / bound``.
-    """
-
-    model_config = _STRICT
-    format: Literal[2, 3] = 3
-    version: str
-    private: bool  # False: test noise, the whole file is stamped NOT PRIVATE
-    adjacency: str
-    unit: str  # "image", or "group by ..." for all images of a group together
-    epsilon: float
-    delta: float
-    mu: float
-    sd: float
-    sensitivity: float
-    noise_sd: float
-    grid_bits: int
-    moments: tuple[int, ...]
-    bound: str
-    clip: float
-    joint_weight: float | None
-    blocks: tuple[BlockRecord, ...]
-    num_classes: int
-    labelled: bool
-    class_names: tuple[str, ...] | None = None  # of the classes 0..K-1; None: nobody named them
-    num_units: int | None  # N, images or groups; None: it is private (add-remove)
-    image_shape: tuple[int, int, int]  # (C, H, W) that images were brought to
-    source: str
-    encoder: dict[str, Any]
-    pixel_encoder: dict[str, Any] | None = None
-    selection_encoder: dict[str, Any] | None = None
-    shared_taps: int = 0
-    decoding: dict[str, str] | None = None  # how files became pixels; None: they were none
-    array_sha256: str = ""
-
-    def sensitivity_under(self, adjacency: str) -> float:
-        """L2 sensitivity of the released blocks in grid units, by any adjacency."""
-        grid = 2**self.grid_bits
-        return sensitivity(
-            adjacency,
-            [Block(b.name, b.kind, b.bound * grid, b.nonnegative, b.spread) for b in self.blocks],
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,10 +118,7 @@ class Release:
             FileExistsError: ``path`` exists and ``overwrite`` is False.
         """
         path = expanded(path)
-        tensors = {"sums": self.sums.contiguous(), "counts": self.counts.contiguous()}
-        for name in FURTHER:
-            if (tensor := getattr(self, name)) is not None:
-                tensors[name] = tensor.contiguous()
+        tensors = {k: v.contiguous() for k, v in arrays_of(self).items() if v is not None}
         text = self.metadata.model_dump_json()
         data = encode(tensors, metadata={"dpmmd": text, "sha256": _text_hash(text)})
         write_atomically(path, data, overwrite=overwrite)
@@ -209,8 +135,6 @@ class Release:
             PrivacyError: it is not a release, is truncated, does not match its hashes, or one of
                 its fields does not follow from the others; the message names the field.
         """
-        from dpmmd.privacy.checks import Checks
-
         path = expanded(path)
         if not path.is_file():
             raise FileNotFoundError(
@@ -238,8 +162,17 @@ class Release:
             metadata,
             *(tensors.get(further) for further in FURTHER),
         )
-        Checks(release, str(path)).run()
+        Checks(metadata, arrays_of(release), str(path)).run()
         return release
+
+
+# Arrays that a release may have, in the order of its fields and of their hash.
+FURTHER = tuple(f.name for f in fields(Release) if f.name not in ("sums", "counts", "metadata"))
+
+
+def arrays_of(release: Release) -> dict[str, Tensor | None]:
+    """All arrays by name, in the order of their hash; None for those that it has not."""
+    return {name: getattr(release, name) for name in ("sums", "counts", *FURTHER)}
 
 
 def save_spent(release: Release, path: Path) -> None:
@@ -267,7 +200,7 @@ def save_spent(release: Release, path: Path) -> None:
             )
         if isinstance(error, Exception):
             raise UnsavedRelease(message, release, saved) from error
-        warnings.warn(message, stacklevel=3)  # interrupted
+        warn(message)  # interrupted
         raise
 
 
@@ -311,31 +244,6 @@ def _metadata(kept: Mapping[str, str], where: str) -> Metadata:
     return Metadata.model_validate_json(text, strict=True)
 
 
-def unrecordable(metadata: Metadata) -> Iterator[tuple[str, object, str]]:
-    """What a source or an encoder of one's own says of itself and a file does not hold.
-
-    Asked before the spend, so that no release is made that cannot be read, and of every file.
-
-    Yields:
-        The field, its value, and what was expected.
-    """
-    m = metadata
-    for field in ("encoder", "selection_encoder"):
-        found = (getattr(m, field) or {}).get("weights_sha256", "random")
-        if found != "random" and not re.fullmatch("[0-9a-f]{64}", str(found)):
-            yield f"{field}.weights_sha256", found, "64 hexadecimal digits, or 'random'"
-    if (decoding := m.decoding) is not None and not (
-        decoding.keys() == {"orientation", "background"}
-        and decoding["orientation"] == "EXIF"
-        and re.fullmatch("#[0-9a-f]{6}", decoding["background"])
-    ):
-        yield "decoding", decoding, "null, or orientation 'EXIF' and background '#rrggbb'"
-    if m.num_units is not None and not 1 <= m.num_units <= LARGEST:
-        yield "num_units", m.num_units, f"at least 1, at most {LARGEST}"
-    if math.prod(m.image_shape) > LARGEST:
-        yield "image_shape", m.image_shape, f"at most {LARGEST} values"
-
-
 def _reason(error: Exception) -> str:
     """One line; of metadata the first field that is wrong."""
     if isinstance(error, ValidationError):
@@ -343,21 +251,6 @@ def _reason(error: Exception) -> str:
         field = ".".join(str(part) for part in first["loc"])
         return plain(f"{field}: {first['msg'].lower()}")
     return plain((str(error).splitlines() or [type(error).__name__])[0])
-
-
-def unit_of(group_by: str | None) -> str:
-    """What `Metadata.unit` says: one image, or all images of a group."""
-    return "image" if group_by is None else f"group by {group_by}"
-
-
-def array_hash(sums: Tensor, counts: Tensor, *further: Tensor | None) -> str:
-    """sha256 over the little-endian bytes of the released arrays; ``further`` as in FURTHER."""
-    digest = hashlib.sha256()
-    for tensor in (sums, counts, *further):
-        if tensor is not None:
-            kind = "<f8" if tensor is counts else "<f4"
-            digest.update(np.ascontiguousarray(tensor.numpy(), dtype=kind).data)
-    return digest.hexdigest()
 
 
 def _text_hash(text: str) -> str:

@@ -11,9 +11,9 @@ from scipy.special import ndtr, ndtri
 from dpmmd.data.classes import listed
 from dpmmd.privacy import accounting, evidence
 from dpmmd.privacy.ledger import Ledger
+from dpmmd.privacy.metadata import BlockRecord, Metadata, Stated
 from dpmmd.privacy.printed import at_least, down, percent, plain, up
 from dpmmd.privacy.printed import markdown as escaped
-from dpmmd.privacy.release_file import Metadata, Release
 from dpmmd.privacy.sensitivity import ADJACENCIES
 
 _IMAGE_MEANING = {
@@ -42,7 +42,7 @@ def meaning(adjacency: str, unit: str) -> str:
     return (_IMAGE_MEANING if unit == "image" else _GROUP_MEANING)[adjacency]
 
 
-def facts(release: Release, ledger: Ledger | None = None) -> dict[str, Any]:
+def facts(release: Stated, ledger: Ledger | None = None) -> dict[str, Any]:
     """The report as a JSON-able dictionary; every number follows from ``mu`` and the metadata.
 
     With a ledger it also has the total over all releases of the same population, and raises
@@ -50,28 +50,6 @@ def facts(release: Release, ledger: Ledger | None = None) -> dict[str, Any]:
     makes them harmless.
     """
     m = release.metadata
-    blocks = []
-    for block in m.blocks:
-        # phi blocks are released in units of the clip norm; selection and counts in their own
-        norm = m.clip if block.name.startswith("phi") else 1.0
-        noise_sd = m.sd / 2**m.grid_bits * norm / block.bound
-        noise_norm = noise_sd * math.sqrt((block.size - block.shared) / m.num_classes)
-        shared_norm = noise_sd * math.sqrt(block.shared) / (m.num_units or release.counts.sum())
-        blocks.append(
-            {
-                "name": block.name,
-                "kind": block.kind,
-                "bound": norm,  # of one unit's vector, in that of the released sums
-                "weight": block.bound,
-                "nonnegative": block.nonnegative,
-                "size": block.size,
-                "noise_sd": noise_sd,  # of a class sum; of a count, in images
-                "expected_noise_norm_per_class": [noise_norm / n for n in release.counts.tolist()]
-                if block.kind == "sums"
-                else None,  # of a class mean, with the released divisors
-                "expected_noise_norm_shared": float(shared_norm) if block.shared else None,
-            }
-        )
     result = {
         "private": m.private,
         "promise": promise(release),
@@ -97,7 +75,7 @@ def facts(release: Release, ledger: Ledger | None = None) -> dict[str, Any]:
         "assumed_public": _public(release),
         "sensitivity": at_least(Fraction(m.sensitivity) / 2**m.grid_bits * Fraction(m.clip)),
         "sd_over_sensitivity": -at_least(-Fraction(m.sd) / Fraction(m.sensitivity)),
-        "blocks": blocks,
+        "blocks": [_block(release, block) for block in m.blocks],
         "not_covered": [*NOT_COVERED, _ONE_IMAGE if m.unit == "image" else _OTHER_GROUPS],
         **evidence.facts(m.version),  # "tested" and "evidence"
         "source": m.source,
@@ -110,6 +88,29 @@ def facts(release: Release, ledger: Ledger | None = None) -> dict[str, Any]:
     if ledger is not None:
         result["ledger"] = _ledger_facts(release, ledger)
     return result
+
+
+def _block(release: Stated, block: BlockRecord) -> dict[str, Any]:
+    """What one block holds, and its noise."""
+    m = release.metadata
+    # phi blocks are released in units of the clip norm; selection and counts in their own
+    norm = m.clip if block.name.startswith("phi") else 1.0
+    noise_sd = m.sd / 2**m.grid_bits * norm / block.bound
+    noise_norm = noise_sd * math.sqrt((block.size - block.shared) / m.num_classes)
+    shared_norm = noise_sd * math.sqrt(block.shared) / (m.num_units or release.counts.sum())
+    by_class = [noise_norm / n for n in release.counts.tolist()]
+    return {
+        "name": block.name,
+        "kind": block.kind,
+        "bound": norm,  # of one unit's vector, in that of the released sums
+        "weight": block.bound,
+        "nonnegative": block.nonnegative,
+        "size": block.size,
+        "noise_sd": noise_sd,  # of a class sum; of a count, in images
+        # of a class mean, with the released divisors
+        "expected_noise_norm_per_class": by_class if block.kind == "sums" else None,
+        "expected_noise_norm_shared": float(shared_norm) if block.shared else None,
+    }
 
 
 def true_positives(mu: float, false_positives: float) -> float:
@@ -140,7 +141,7 @@ def _by_adjacency(m: Metadata) -> dict[str, dict[str, float] | None]:
     return result
 
 
-def _ledger_facts(release: Release, ledger: Ledger) -> dict[str, Any]:
+def _ledger_facts(release: Stated, ledger: Ledger) -> dict[str, Any]:
     entry = ledger.entry_of(release)
     total = ledger.total(entry.population, unit=entry.unit)
     delta = release.metadata.delta
@@ -164,7 +165,7 @@ def _ledger_facts(release: Release, ledger: Ledger) -> dict[str, Any]:
     }
 
 
-def promise(release: Release) -> str:
+def promise(release: Stated) -> str:
     """The guarantee in one sentence."""
     m = release.metadata
     if not m.private:
@@ -177,7 +178,7 @@ def promise(release: Release) -> str:
     )
 
 
-def markdown(release: Release, ledger: Ledger | None = None) -> str:
+def markdown(release: Stated, ledger: Ledger | None = None) -> str:
     """The report for people."""
     f = facts(release, ledger)
     lines = ["# Privacy report", "", f["promise"], ""]
@@ -327,7 +328,7 @@ def _decoding(decoding: dict[str, str]) -> str:
     )
 
 
-def _public(release: Release) -> list[str]:
+def _public(release: Stated) -> list[str]:
     m = release.metadata
     public = [
         _classes(m) if m.labelled else "that there are no labels",

@@ -40,15 +40,15 @@ by a Python number as a product with its reciprocal, so divisors are tensors. Th
 
 from __future__ import annotations
 
-import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 import torch
 from torch import Tensor
 
-from dpmmd import _cpu, backends
+from dpmmd import backends
+from dpmmd._contract.protocol import Core
 from dpmmd.bounds import Bound
 
 if TYPE_CHECKING:
@@ -58,7 +58,6 @@ GRID_BITS = 30
 GUARD = 1.0 - 2.0**-20
 _HALF = GRID_BITS // 2
 _EXACTLY = 1 << 20  # products of images summed as float64
-_ON_CUDA = {"triton": "dpmmd.kernels.bounded_sums", "cuda": "dpmmd._cuda"}
 _CHUNK_ELEMENTS = 1 << 19  # rows are taken so many numbers at a time: temporaries stay in cache
 
 
@@ -159,13 +158,11 @@ def _power_of_two(exponent: Tensor) -> Tensor:
     return ((exponent + 1023) << 52).view(torch.float64)
 
 
-def _implementation(like: Tensor) -> Callable[..., None] | None:
-    """What adds bounded sums of features such as these; None for the definition in torch."""
+def _core_of(like: Tensor) -> Core | None:
+    """The core that adds bounded sums of features such as these; None for the definition below."""
     dtype = torch.float32 if like.device.type == "cpu" else like.dtype
-    chosen = backends.resolve("auto", like.device.type, dtype)
-    if chosen in _ON_CUDA:
-        return importlib.import_module(_ON_CUDA[chosen]).bounded_sums
-    return _cpu.bounded_sums if chosen == "cpu" and like.dtype in _cpu.SUMMED else None
+    core = backends.core("auto", like.device.type, dtype)
+    return core if like.dtype in core.summed else None
 
 
 class PrivateSums:
@@ -217,8 +214,8 @@ class PrivateSums:
         """
         if self._sums is None:
             raise RuntimeError("PrivateSums: the sums have been taken.")
-        if (bounded_sums := _implementation(features[0])) is not None:
-            bounded_sums(
+        if (core := _core_of(features[0])) is not None:
+            core.bounded_sums(
                 features,
                 labels,
                 valid,

@@ -42,6 +42,8 @@ from benches.gpu import (
 )
 from benches.gpu.budget import Budget, OutOfTimeError, Section
 from dpmmd import functional
+from dpmmd._contract.protocol import Saved
+from dpmmd.bounds import Bound
 from tests.core import interpreted
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -190,7 +192,7 @@ def test_kernels_are_replayed_where_the_device_can(monkeypatch: pytest.MonkeyPat
 
     like = inputs.case(inputs.TINY, 32, torch.float32)
     vector = inputs.target(like, torch.device("cpu"))
-    statistics = (vector, vector, vector, vector)
+    statistics = (Saved(vector, vector, vector), vector)
     for module, name, result in (
         (row_statistics, "row_statistics", statistics), (row_statistics, "row_statistics_into", 0),
         (class_sums, "class_sums_into", 0), (row_dots, "row_dots", vector),
@@ -327,9 +329,7 @@ def test_a_wrong_estimate_and_a_wrong_integer_are_found(monkeypatch: pytest.Monk
     with pytest.raises(checks.Wrong, match="tensor"):
         checks.difference(cpu, "torch", "adam", True, 33, 0)
 
-    options = {
-        "moments": (1,), "joint_weight": 1.0, "bound": "ball", "clip": 1.5, "nonnegative": False
-    }  # fmt: skip
+    options = {"bound": Bound((1,), "ball", 1.5), "nonnegative": False}
     size = (5, ((8, 2, 2), (8,)))
     checks.sums(cpu, "torch", torch.float32, "aligned", size, options, 0)
 

@@ -17,14 +17,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+import typer.main
 from PIL import Image
 
 import dpmmd
 from dpmmd import cli
 from dpmmd import run as runs
 from dpmmd import train as training
+from dpmmd.devices import choose_device
 from dpmmd.privacy import Release
 from dpmmd.privacy.printed import up
+from dpmmd.train.step import Stepper
 
 pytest.importorskip("sklearn")
 
@@ -435,6 +438,29 @@ def test_a_run_with_changes_says_so_in_its_recipe(call: Call, folder: Path) -> N
     assert not (folder / "new").exists()
 
 
+def test_training_takes_keys_of_its_recipe_anew(
+    call: Call, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def train(*_: object, **options: Any) -> None:
+        seen.update(options)
+        raise ValueError("seen")
+
+    monkeypatch.setattr(training, "train", train)
+    assert call(*release_arguments(folder)).code == 0
+    command = ["train", folder / "r.safetensors", "--recipe", folder / "mine.toml", "--out", "t"]
+    changes = ["--set", "train.memory=8GiB", "--set", "generator.base_channels=5"]
+    refused(call(*command, *changes, "--set", "train.steps=2", "--steps", 3), "seen")
+    assert (seen["settings"].memory, seen["settings"].batch_size) == ("8GiB", 12)
+    assert seen["settings"].steps == 3  # an option of its own counts more
+    assert seen["generator_settings"].base_channels == 5
+    seen.clear()
+    for bad in ("train.step=3", "train", "release.epsilon=2", "encoder.image_size=8"):
+        refused(call(*command, "--set", bad), bad.partition("=")[0])
+    assert not seen
+
+
 def test_images_are_aligned_with_released_moments(call: Call, folder: Path) -> None:
     out = folder / "run"
     command = ["run", folder / "mine.toml", "--set", "release.pixel_moments=8", "--epsilon", "inf"]
@@ -509,17 +535,17 @@ def test_a_run_spends_once(call: Call, folder: Path) -> None:
 def test_an_interrupted_run_resumes_to_the_same_set(
     call: Call, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, advance = folder / "run", training._Run.advance
+    out, advance = folder / "run", Stepper.advance
     text = (folder / "mine.toml").read_text().replace("[evaluate]", "")
     (folder / "mine.toml").write_text(text)
 
     def interrupted(self: Any, *arguments: Any) -> Any:
-        if self.step == 2:
+        if self.state.step == 2:
             os.kill(os.getpid(), signal.SIGINT)
         return advance(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training._Run, "advance", interrupted)
+        patch.setattr(Stepper, "advance", interrupted)
         result = call("run", folder / "mine.toml", "--out", out, "--json")
     assert result.code == 130
     assert result.out == ""
@@ -864,7 +890,7 @@ def test_bad_input_is_refused_before_private_data_are_opened(
     def opened(*_: object, **__: object) -> None:
         raise AssertionError("private data were opened")
 
-    monkeypatch.setattr(runs, "open_source", opened)
+    monkeypatch.setattr(runs.job, "open_source", opened)
     text = (folder / "mine.toml").read_text()
     assert old in text
     if "'unbiased'" in phrases[0]:
@@ -1032,7 +1058,7 @@ def test_a_run_whose_evaluation_would_be_refused_is_refused_before_privacy_is_sp
 
 
 def process(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "dpmmd.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "dpmmd", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
 
 
@@ -1051,7 +1077,7 @@ def test_exit_codes_of_real_processes(tmp_path: Path) -> None:
 def test_ctrl_c_in_a_real_process(folder: Path) -> None:
     text = (folder / "mine.toml").read_text()
     (folder / "mine.toml").write_text(text.replace("steps = 6", "steps = 100000"))
-    command = [sys.executable, "-m", "dpmmd.cli", "run", "mine.toml", "--out", "run"]
+    command = [sys.executable, "-m", "dpmmd", "run", "mine.toml", "--out", "run"]
     running = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
     assert running.stderr is not None
     seen = ""
@@ -1081,7 +1107,7 @@ def test_every_option_is_explained(call: Call, command: str) -> None:
     result = call(command, "--help")
     assert result.code == 0
     assert "--json" in result.out
-    group = cli.typer.main.get_command(cli.app)
+    group = typer.main.get_command(cli.app)
     for parameter in group.commands[command].params:  # type: ignore[attr-defined]
         assert getattr(parameter, "help", None), parameter.name
 
@@ -1120,10 +1146,10 @@ def test_a_device_that_cannot_be_used_is_refused_first(
 
 
 def test_a_named_device_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert runs.choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-    assert runs.choose_device("cpu").type == "cpu"
+    assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert choose_device("cpu").type == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert runs.choose_device("auto").type == "cuda"
+    assert choose_device("auto").type == "cuda"
 
 
 def test_wrong_use_is_told_in_a_few_lines(call: Call) -> None:

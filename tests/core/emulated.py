@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from dpmmd import _cuda
+from dpmmd._cores import cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 SANITIZED = "DPMMD_TEST_SANITIZED"  # set by tests/core/test_cuda_sanitized.py
@@ -60,6 +60,6 @@ def emulated_module() -> Any:
 @pytest.fixture
 def emulated(emulated_module: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Within a test backend="cuda" runs on tensors of the CPU."""
-    monkeypatch.setattr(_cuda, "_native", emulated_module)
-    monkeypatch.setattr(_cuda, "DEVICE", "cpu")
+    monkeypatch.setattr(cuda, "_native", emulated_module)
+    monkeypatch.setattr(cuda, "DEVICE", "cpu")
     return emulated_module

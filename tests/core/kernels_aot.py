@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -25,19 +26,21 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from dpmmd._contract.protocol import Step
+from dpmmd.bounds import MOMENTS, Bound
 from dpmmd.kernels import (
     bounded_sums,
-    class_sums,
-    difference,
+    estimator,
     gradient,
     injection,
     mean_embedding,
     row_dots,
     row_statistics,
     table,
+    taps,
 )
 
-MODULES = (bounded_sums, class_sums, difference, gradient, row_dots, row_statistics)
+MODULES = (bounded_sums, estimator, gradient, row_dots, row_statistics, taps)
 LARGE = ((64, 32, 32), (128, 8, 8), (64,))
 SMALL = ((32, 8, 8), (64,))
 ODD = ((3, 7, 5), (33,))
@@ -143,9 +146,7 @@ def cases(architecture: int, *, quick: bool = False) -> list[Case]:
 
 def _calls(quick: bool) -> Iterator[tuple[list[Any], Callable[[], None]]]:
     """(dtype, aligned) and a call of its launchers."""
-    typical = [((1, 2), None)]
-    rest = [((1,), None), ((2,), None), ((1, 2), 0.5)]
-    bounds = ("sphere", "ball", "sphere-per-tap")
+    kinds = ("sphere", "ball", "sphere-per-tap")
     for dtype, shape in itertools.product(
         DTYPES[:1] if quick else DTYPES, (LARGE,) if quick else (LARGE, SMALL, ODD)
     ):
@@ -155,147 +156,93 @@ def _calls(quick: bool) -> Iterator[tuple[list[Any], Callable[[], None]]]:
             )
             for s in shape
         ]
-        aligned = shape is not ODD
+        current = [dtype, shape is not ODD]
         everything = shape is LARGE and not quick
-        kinds: list[tuple[tuple[int, ...], float | None]] = typical + (rest if everything else [])
-        for bound, (moments, joint), k in itertools.product(
-            bounds if everything else bounds[:1], kinds, (3, 1) if everything else (3,)
-        ):
-            if joint and bound.endswith("-per-tap"):
-                continue
-
-            def embed(
-                features: list[torch.Tensor] = features,
-                bound: str = bound,
-                moments: tuple[int, ...] = moments,
-                joint: float | None = joint,
-                k: int = k,
-            ) -> None:
-                labels = torch.zeros(32, dtype=torch.int64) if k > 1 else None
-                means, _, scale, projection, schedule = mean_embedding.forward(
-                    features,
-                    labels,
-                    k,
-                    moments=moments,
-                    bound=bound,
-                    clip=1.0,
-                    joint_weight=joint,
-                )
-                mean_embedding.backward(
-                    features,
-                    labels,
-                    moments=moments,
-                    joint_weight=joint,
-                    scale=scale,
-                    projection=projection,
-                    schedule=schedule,
-                    upstream=means,
-                )
-
-            yield [dtype, aligned], embed
-
-            def inject(
-                features: list[torch.Tensor] = features,
-                bound: str = bound,
-                moments: tuple[int, ...] = moments,
-                joint: float | None = joint,
-                k: int = k,
-            ) -> None:
-                labels = torch.zeros(32, dtype=torch.int64) if k > 1 else None
-                options = {"moments": moments, "joint_weight": joint}
-                dim = sum(f[0].numel() for f in features)
-                maps = [f for f in features if f.ndim == 4]
-                kinds = list(itertools.product((True, False), (None, 6.0)))
-                for f, (behind, ceiling) in itertools.product(maps, kinds):
-                    bias = f[0, :, 0, 0] if behind else None
-                    row_statistics.rectify(f, bias, ceiling, moments, dim)
-                means, _, *statistics = injection.forward(
-                    features, [None] * len(features), labels, k, bound=bound, clip=1.0, **options
-                )
-                scale, projection, schedule = statistics
-                taps, coefficients, _ = injection.backward(
-                    features,
-                    labels,
-                    scale=scale,
-                    projection=projection,
-                    schedule=schedule,
-                    upstream=means,
-                    needed=[False] * len(features),
-                    **options,
-                )
-                for f, (behind, ceiling) in itertools.product(maps, kinds):
-                    gradient.rectified_gradient(
-                        taps,
-                        [f is g for g in features].index(True),
-                        f,
-                        f if behind else None,
-                        ceiling,
-                        schedule,
-                        scale,
-                        coefficients,
-                        means,
-                        **options,
-                    )
-
-            yield [dtype, aligned], inject
-        for bound, moments, shared in itertools.product(
-            bounds if everything else bounds[:1],
-            ((1,), (2,), (1, 2)) if everything else ((1, 2),),
-            (0, 1) if everything else (0,),
-        ):
-
-            def add(
-                features: list[torch.Tensor] = features,
-                bound: str = bound,
-                moments: tuple[int, ...] = moments,
-                shared: int = shared,
-            ) -> None:
-                widths = [f[0].numel() for f in features]
-                own = len(moments) * sum(widths[shared:])
-                bounded_sums.bounded_sums(
-                    features,
-                    torch.zeros(32, dtype=torch.int64),
-                    torch.ones(32, dtype=torch.bool),
-                    torch.full((32,), 2**30),
-                    moments=moments,
-                    joint_weight=0.5,
-                    bound=bound,
-                    clip=1.0,
-                    nonnegative=False,
-                    sums=torch.zeros(3, own, dtype=torch.int64),
-                    shared=(
-                        torch.zeros(1, len(moments) * widths[0], dtype=torch.int64)
-                        if shared
-                        else None
-                    ),
-                    shared_taps=shared,
-                )
-
-            yield [dtype, aligned], add
-    for columns, estimator, update in itertools.product(
+        bounds = [Bound((1, 2))]
+        if everything:
+            every = ((1, 2), None), ((1,), None), ((2,), None), ((1, 2), 0.5)
+            bounds = [
+                Bound(moments, kind, joint_weight=joint)
+                for kind, (moments, joint) in itertools.product(kinds, every)
+                if joint is None or not kind.endswith("-per-tap")
+            ]
+        for bound, k in itertools.product(bounds, (3, 1) if everything else (3,)):
+            yield current, partial(_embed, features, k, bound)
+            yield current, partial(_inject, features, k, bound)
+        sums = [Bound((1, 2), joint_weight=0.5)]
+        if everything:
+            sums = [Bound(m, kind, joint_weight=0.5) for kind in kinds for m in MOMENTS]
+        for bound, shared in itertools.product(sums, (0, 1) if everything else (0,)):
+            yield current, partial(_add, features, bound, shared)
+    for columns, kind, update in itertools.product(
         (512,) if quick else (512, 511),
         ("adam",) if quick else ("batch", "ema", "adam"),
         (True,) if quick else (True, False),
     ):
+        yield [torch.float32, columns % 4 == 0], partial(_estimate, columns, kind, update)
 
-        def step(columns: int = columns, estimator: str = estimator, update: bool = update) -> None:
-            state = [torch.zeros(2, 3, columns) for _ in range(5)]
-            counts, steps = torch.ones(3), torch.zeros(3)
-            difference.difference(
-                state[0],
-                counts,
-                state[1],
-                estimator=estimator,
-                estimate=state[2] if estimator != "batch" else None,
-                steps=steps if estimator != "batch" else None,
-                first_moment=state[3] if estimator == "adam" else None,
-                second_moment=state[4] if estimator == "adam" else None,
-                decay=0.9,
-                lr=1e-3,
-                update=update,
-            )
 
-        yield [torch.float32, columns % 4 == 0], step
+def _labels(k: int) -> torch.Tensor | None:
+    return torch.zeros(32, dtype=torch.int64) if k > 1 else None
+
+
+def _embed(features: list[torch.Tensor], k: int, bound: Bound) -> None:
+    means, _, saved = mean_embedding.forward(features, _labels(k), k, bound)
+    needed = [True] * len(features)
+    mean_embedding.backward(features, _labels(k), k, bound, saved, means, needed)
+
+
+def _inject(features: list[torch.Tensor], k: int, bound: Bound) -> None:
+    dim = sum(f[0].numel() for f in features)
+    cases = [
+        (i, behind, ceiling)
+        for i, f in enumerate(features)
+        for behind, ceiling in itertools.product((True, False), (None, 6.0))
+        if f.ndim == 4
+    ]
+    for i, behind, ceiling in cases:
+        f = features[i]
+        row_statistics.rectify(f, f[0, :, 0, 0] if behind else None, ceiling, bound, dim)
+    nothing = [None] * len(features)
+    means, _, saved = injection.forward(features, nothing, _labels(k), k, bound)
+    needed = [False] * len(features)
+    places, terms, _ = injection.backward(features, _labels(k), bound, saved, means, needed)
+    for i, behind, ceiling in cases:
+        f = features[i]
+        gradient.rectified_gradient(places, i, terms, f, f if behind else None, ceiling)
+
+
+def _add(features: list[torch.Tensor], bound: Bound, shared_taps: int) -> None:
+    moments, widths = len(bound.moments), [f[0].numel() for f in features]
+    sums = torch.zeros(3, moments * sum(widths[shared_taps:]), dtype=torch.int64)
+    shared = torch.zeros(1, moments * sum(widths[:shared_taps]), dtype=torch.int64)
+    bounded_sums.bounded_sums(
+        features,
+        torch.zeros(32, dtype=torch.int64),
+        torch.ones(32, dtype=torch.bool),
+        torch.full((32,), 2**30),
+        bound=bound,
+        nonnegative=False,
+        sums=sums,
+        shared=shared if shared_taps else None,
+        shared_taps=shared_taps,
+    )
+
+
+def _estimate(columns: int, kind: str, update: bool) -> None:
+    means, target, *state = [torch.zeros(2, 3, columns) for _ in range(5)]
+    stateful = kind != "batch"
+    step = Step(
+        kind,
+        estimate=state[0] if stateful else None,
+        steps=torch.zeros(3) if stateful else None,
+        first_moment=state[1] if kind == "adam" else None,
+        second_moment=state[2] if kind == "adam" else None,
+        decay=0.9,
+        lr=1e-3,
+        update=update,
+    )
+    estimator.estimate(means, torch.ones(3), target, step)
 
 
 def compile_case(case: Case, architecture: int) -> Compiled:

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from dpmmd import _cpu, _cuda, backends, functional
+from dpmmd import backends, functional
+from dpmmd._cores import cpu, cuda
 
 
 def test_resolution_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    best = "torch" if _cpu.missing else "cpu"
+    best = "torch" if cpu.missing else "cpu"
     assert backends.resolve() == best
     monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "torch")
     assert backends.resolve() == "torch"
@@ -39,7 +40,7 @@ def test_auto_takes_what_fits_and_an_explicit_choice_raises(
     device: str, dtype: torch.dtype
 ) -> None:
     fits = device == "cpu" and dtype in (torch.float32, torch.bfloat16)
-    if fits and _cpu.missing is None:
+    if fits and cpu.missing is None:
         assert backends.resolve("auto", device, dtype) == "cpu"
         assert backends.resolve("cpu", device, dtype) == "cpu"
         return
@@ -66,7 +67,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(found))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: found[i])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: f"card {i}")
-    monkeypatch.setattr(_cuda, "hindrance", lambda: None)
+    monkeypatch.setattr(cuda, "hindrance", lambda: None)
     monkeypatch.setattr(backends, "_warned", set())
     backends._on_cuda.cache_clear()
     yield found
@@ -102,7 +103,7 @@ def test_auto_without_a_gpu(gpus: list[tuple[int, int]]) -> None:
 def test_auto_on_a_gpu_without_the_cuda_core(
     gpus: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_cuda, "hindrance", lambda: "this build is without CUDA")
+    monkeypatch.setattr(cuda, "hindrance", lambda: "this build is without CUDA")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     assert backends.resolve("auto", "cuda") == "triton"
@@ -129,7 +130,7 @@ def test_a_build_without_the_core_falls_back_and_says_so_once(
     fs = [torch.rand(3, 5)]
     with backends.use("torch"):
         expected, _ = functional.mean_embedding(fs)
-    monkeypatch.setattr(_cpu, "missing", "no such file")
+    monkeypatch.setattr(cpu, "missing", "no such file")
     monkeypatch.setattr(backends, "_warned", set())
     with pytest.warns(RuntimeWarning, match=r"dpmmd._native did not load \(no such file\)"):
         means, _ = functional.mean_embedding(fs)

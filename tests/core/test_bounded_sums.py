@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,12 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpmmd import _cpu, backends
+from dpmmd import backends
+from dpmmd._contract.protocol import Core
+from dpmmd._cores import cpu
 from dpmmd.bounds import BOUNDS, Bound
 from dpmmd.privacy.sums import GUARD, PrivateSums
 from tests.core.test_mean_embedding import level as level
 
-pytestmark = pytest.mark.skipif(_cpu.missing is not None, reason="dpmmd._native is not built")
+pytestmark = pytest.mark.skipif(cpu.missing is not None, reason="dpmmd._native is not built")
 
 LIMIT = 1 << 30
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f64": torch.float64}
@@ -53,7 +54,7 @@ def both(
     valid: Tensor,
     k: int,
     limit: int = LIMIT,
-    core: ModuleType = _cpu,
+    core: Core = cpu.CORE,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Sums by a native core, and by the definition."""
@@ -78,7 +79,7 @@ def test_same_bits_as_the_definition(
     valid[[7, 9]] = False
     ours, expected = both(
         fs, labels(17, 3), valid, 3,
-        moments=moments, joint_weight=0.3, bound=bound, clip=2.5, nonnegative=True,
+        bound=Bound(moments, bound, 2.5, 0.3), nonnegative=True,
     )  # fmt: skip
     assert torch.equal(ours, expected)
     assert ours.any()
@@ -93,7 +94,7 @@ def test_signed_features(level: str, moments: tuple[int, ...], nonnegative: bool
         f[8:] = f[8:].abs()
     ours, expected = both(
         fs, labels(12, 2), torch.ones(12, dtype=torch.bool), 2, 12_345_678,
-        moments=moments, joint_weight=1.7, bound="sphere", clip=1.0, nonnegative=nonnegative,
+        bound=Bound(moments, "sphere", 1.0, 1.7), nonnegative=nonnegative,
     )  # fmt: skip
     assert torch.equal(ours, expected)
     assert ours.any()
@@ -104,7 +105,7 @@ def test_signed_features(level: str, moments: tuple[int, ...], nonnegative: bool
 def test_extreme_joint_weights(weight: float, dtype: torch.dtype) -> None:
     ours, expected = both(
         rows(9, [40, 3], dtype), labels(9, 2), torch.ones(9, dtype=torch.bool), 2,
-        moments=(1, 2), joint_weight=weight, bound="sphere", clip=1.0, nonnegative=True,
+        bound=Bound((1, 2), "sphere", 1.0, weight), nonnegative=True,
     )  # fmt: skip
     assert torch.equal(ours, expected)
     assert ours.any()
@@ -116,7 +117,7 @@ def test_extremes_of_float64(exponent: int) -> None:
     for moments in ((1,), (2,), (1, 2)):
         ours, expected = both(
             fs, torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.bool), 1,
-            moments=moments, joint_weight=0.5, bound="ball", clip=1e-3, nonnegative=False,
+            bound=Bound(moments, "ball", 1e-3, 0.5), nonnegative=False,
         )  # fmt: skip
         assert torch.equal(ours, expected)
 
@@ -126,10 +127,9 @@ def test_exact_against_python_integers(limit: int) -> None:
     """One image, the definition's steps in rational arithmetic where they are exact."""
     (f,) = rows(1, [37], torch.float32, signed=True)
     sums = torch.zeros(1, 37, dtype=torch.int64)
-    _cpu.bounded_sums(
+    cpu.CORE.bounded_sums(
         [f], torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.bool),
-        torch.tensor([limit]), moments=(1,), joint_weight=1.0, bound="sphere", clip=1.0,
-        nonnegative=False, sums=sums,
+        torch.tensor([limit]), bound=Bound((1,), "sphere", 1.0, 1.0), nonnegative=False, sums=sums,
     )  # fmt: skip
     values = [Fraction(float(v)) for v in f[0]]
     exponent = math.frexp(max(abs(float(v)) for v in values))[1]
@@ -145,7 +145,7 @@ def test_exact_against_python_integers(limit: int) -> None:
     assert sums[0].tolist() == expected
 
 
-def check_limits_labels_and_validity(core: ModuleType) -> None:
+def check_limits_labels_and_validity(core: Core) -> None:
     """Each image alone is the truth; what may not contribute adds nothing and raises nothing."""
     fs = [f[7:] for f in rows(19, [9, 200], torch.float32, seed=3)]  # none of them hostile
     limits = torch.tensor([LIMIT, 5, 0, -1, LIMIT + 1, 1 << 62, -(1 << 63), 77, 1, LIMIT, 9, 9])
@@ -169,7 +169,7 @@ def check_limits_labels_and_validity(core: ModuleType) -> None:
 
 
 def test_limits_labels_and_validity_by_image() -> None:
-    check_limits_labels_and_validity(_cpu)
+    check_limits_labels_and_validity(cpu.CORE)
 
 
 @pytest.mark.parametrize("moments", [(1,), (1, 2)], ids=str)
@@ -178,13 +178,13 @@ def test_shared_taps_have_one_row(moments: tuple[int, ...]) -> None:
     fs = rows(15, widths, torch.float32)
     y, valid = labels(15, 4), torch.ones(15, dtype=torch.bool)
     options: dict[str, Any] = {
-        "moments": moments, "joint_weight": 0.5, "bound": "sphere", "clip": 1.0,
+        "bound": Bound(moments, joint_weight=0.5),
         "nonnegative": True,
-    }  # fmt: skip
+    }
     m, dim = len(moments), sum(widths)
     shared = torch.zeros(1, m * 75, dtype=torch.int64)
     deep = torch.zeros(4, m * 41, dtype=torch.int64)
-    _cpu.bounded_sums(
+    cpu.CORE.bounded_sums(
         fs, y, valid, torch.full_like(y, LIMIT), sums=deep, shared=shared, shared_taps=2, **options
     )
     whole, _ = both(fs, y, valid, 4, **options)
@@ -199,10 +199,16 @@ def test_adds_to_what_is_there_with_any_number_of_threads(level: str) -> None:
     results = []
     for threads in (1, 2, 16):
         sums = torch.arange(3 * 2 * 4808).view(3, -1).clone()
-        _cpu.bounded_sums(
-            fs, y, valid, torch.full_like(y, LIMIT), sums=sums, moments=(1, 2), joint_weight=0.1,
-            bound="ball-per-tap", clip=1.0, nonnegative=True, threads=threads,
-        )  # fmt: skip
+        cpu.CORE.bounded_sums(
+            fs,
+            y,
+            valid,
+            torch.full_like(y, LIMIT),
+            bound=Bound((1, 2), "ball-per-tap", 1.0, 0.1),
+            nonnegative=True,
+            sums=sums,
+            threads=threads,
+        )
         results.append(sums)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
@@ -211,7 +217,7 @@ def test_adds_to_what_is_there_with_any_number_of_threads(level: str) -> None:
 def test_no_images() -> None:
     ours, expected = both(
         [torch.zeros(0, 4)], torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.bool), 2,
-        moments=(1,), joint_weight=1.0, bound="sphere", clip=1.0, nonnegative=True,
+        bound=Bound((1,), "sphere", 1.0, 1.0), nonnegative=True,
     )  # fmt: skip
     assert torch.equal(ours, expected)
 

@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpmmd import _cpu
+from dpmmd._contract.protocol import Saved, Step
+from dpmmd._cores import cpu
+from dpmmd._cores.cpu import CORE
+from dpmmd.bounds import Bound
 
-pytestmark = pytest.mark.skipif(_cpu.missing is not None, reason="dpmmd._native is not built")
+pytestmark = pytest.mark.skipif(cpu.missing is not None, reason="dpmmd._native is not built")
 
 GOOD = [torch.rand(3, 4), torch.rand(3, 2, 2, 2)]
-OPTIONS: dict[str, Any] = {"moments": (1,), "bound": "sphere", "joint_weight": None}
 
 
 @pytest.mark.parametrize(
@@ -32,14 +34,14 @@ OPTIONS: dict[str, Any] = {"moments": (1,), "bound": "sphere", "joint_weight": N
 )
 def test_a_tap_that_does_not_fit_is_named(tap: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=rf"features\[2\]: .*{message}"):
-        _cpu.forward([*GOOD, tap], None, 1, clip=1.0, **OPTIONS)
+        CORE.forward([*GOOD, tap], None, 1, Bound())
 
 
 def test_first_tap_and_no_tap() -> None:
     with pytest.raises(ValueError, match=r"features\[0\]: torch.float16"):
-        _cpu.forward([torch.rand(3, 4).half()], None, 1, clip=1.0, **OPTIONS)
+        CORE.forward([torch.rand(3, 4).half()], None, 1, Bound())
     with pytest.raises(ValueError, match="features: expected at least one tap"):
-        _cpu.forward([], None, 1, clip=1.0, **OPTIONS)
+        CORE.forward([], None, 1, Bound())
 
 
 @pytest.mark.parametrize(
@@ -54,12 +56,12 @@ def test_first_tap_and_no_tap() -> None:
 )
 def test_labels(labels: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        _cpu.forward(GOOD, labels, 2, clip=1.0, **OPTIONS)
+        CORE.forward(GOOD, labels, 2, Bound())
 
 
 def test_strided_labels_are_read_as_they_are() -> None:
     y = torch.tensor([0, 9, 1, 9, 1, 9])[::2]
-    assert _cpu.forward(GOOD, y, 2, clip=1.0, **OPTIONS)[1].tolist() == [1, 2]
+    assert CORE.forward(GOOD, y, 2, Bound())[1].tolist() == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -82,16 +84,17 @@ def test_buffers_of_backward(name: str, value: Tensor) -> None:
         "upstream": torch.rand(1, 1, 12),
         "coefficients": torch.rand(1, 3, 1),
     }
+    buffers[name] = value
+    scale, projection, upstream, coefficients = buffers.values()
+    given = GOOD, None, 1, Bound(), Saved(scale, projection, torch.empty(0)), upstream, [True] * 2
     with pytest.raises(ValueError, match=f"{name}: .*expected torch.float32"):
-        _cpu.backward(GOOD, None, 1, **(buffers | {name: value}), **OPTIONS)
+        CORE.gradients(*given, coefficients=coefficients)
 
 
 def test_statistics_of_class_sums() -> None:
+    statistics = torch.rand(1, 3, 1), torch.rand(3)
     with pytest.raises(ValueError, match=r"projection: .*expected"):
-        _cpu.forward(
-            GOOD, None, 1, clip=1.0, phases=_cpu.CLASS_SUMS,
-            statistics=(torch.rand(1, 3, 1), torch.rand(3)), **OPTIONS,
-        )  # fmt: skip
+        CORE.forward(GOOD, None, 1, Bound(), phases=cpu.CLASS_SUMS, statistics=statistics)
 
 
 STATE = {name: torch.zeros(1, 2, 5) for name in ("estimate", "first_moment", "second_moment")}
@@ -110,13 +113,15 @@ STATE = {name: torch.zeros(1, 2, 5) for name in ("estimate", "first_moment", "se
         ({"means": STATE["second_moment"]}, "second_moment: shares memory with means"),
     ],
 )
-def test_difference(change: dict[str, Tensor], message: str) -> None:
+def test_estimator(change: dict[str, Tensor], message: str) -> None:
     good = {
         "means": torch.rand(1, 2, 5), "counts": torch.ones(2), "target": torch.rand(1, 2, 5),
         "steps": torch.zeros(2), **STATE,
     }  # fmt: skip
+    given = good | change
+    inputs = [given.pop(name) for name in ("means", "counts", "target")]
     with pytest.raises(ValueError, match=message):
-        _cpu.difference(**(good | change), estimator="adam")
+        CORE.estimate(*inputs, Step("adam", **given))
 
 
 SUMS = torch.zeros(2, 12, dtype=torch.int64)
@@ -154,15 +159,14 @@ def test_bounded_sums(change: dict[str, Any], message: str) -> None:
     good: dict[str, Any] = {
         "features": GOOD, "labels": torch.zeros(3, dtype=torch.int64),
         "valid": torch.ones(3, dtype=torch.bool), "limits": torch.ones(3, dtype=torch.int64),
-        "moments": (1,), "joint_weight": 1.0, "bound": "sphere", "clip": 1.0, "nonnegative": True,
-        "sums": SUMS,
+        "bound": Bound(), "nonnegative": True, "sums": SUMS,
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
-        _cpu.bounded_sums(**(good | change))
+        CORE.bounded_sums(**(good | change))
 
 
 def test_level_by_environment_variable() -> None:
-    code = "from dpmmd import _native, _cpu; print(_native.level())"
+    code = "from dpmmd import _native; from dpmmd._cores import cpu; print(_native.level())"
     for level, expected in (("baseline", "baseline\n"), ("nonsense", "")):
         done = subprocess.run(
             [sys.executable, "-c", code],

@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 import dpmmd
-from dpmmd import _cpu, _cuda, backends, functional
-from dpmmd.bounds import BOUNDS
+from dpmmd import backends, functional
+from dpmmd._contract.protocol import Step
+from dpmmd._contract.taps import empty_gradient
+from dpmmd._cores import cpu, cuda
+from dpmmd.bounds import BOUNDS, Bound
 from dpmmd.nn import MMDLoss
 from dpmmd.privacy.sums import PrivateSums
 from tests.conftest import images, no_noise, nonnegative_encoder
@@ -76,7 +79,7 @@ def compare(
     most = max(float(expected.abs().max()) for expected in slopes) or 1.0
     for f, found, expected in zip(fs, gradients, slopes, strict=True):
         assert found.dtype == f.dtype
-        assert found.stride() == _cpu.empty_gradient(f).stride()
+        assert found.stride() == empty_gradient(f).stride()
         rtol = 3e-5 if f.dtype == torch.float32 else 2**-8
         torch.testing.assert_close(found.double(), expected, rtol=rtol, atol=rtol / 8 * most)
 
@@ -160,18 +163,20 @@ def test_the_same_bits_each_time(emulated: Any) -> None:  # noqa: F811
 @pytest.mark.parametrize("estimator", ["batch", "ema", "adam"])
 @pytest.mark.parametrize("dim", [1, 33, 2048])
 @pytest.mark.parametrize("update", [True, False])
-def test_difference(emulated: Any, estimator: str, dim: int, update: bool) -> None:  # noqa: F811
+def test_estimator(emulated: Any, estimator: str, dim: int, update: bool) -> None:  # noqa: F811
     rng = torch.Generator().manual_seed(0)
     new = [torch.randn(2, 3, dim, generator=rng) for _ in range(5)]
     counts, steps = torch.tensor([2.0, 0.0, 5.0]), torch.tensor([3.0, 1.0, 0.0])
     state: dict[str, Any] = {"estimate": new[2], "steps": steps} if estimator != "batch" else {}
     if estimator == "adam":
         state |= {"first_moment": new[3], "second_moment": new[4].square()}
-    options = {"estimator": estimator, "decay": 0.9, "lr": 1e-2, "update": update}
+    options = {"decay": 0.9, "lr": 1e-2, "update": update}
     ours, theirs = copy.deepcopy(state), copy.deepcopy(state)
     for _ in range(2):
-        found = _cuda.difference(new[0], counts, new[1], **options, **ours)
-        expected = _cpu.difference(new[0], counts, new[1], **options, **theirs)
+        found, expected = (
+            core.estimate(new[0], counts, new[1], Step(estimator, **options, **own))
+            for core, own in ((cuda.CORE, ours), (cpu.CORE, theirs))
+        )
         torch.testing.assert_close(found, expected, rtol=2e-5, atol=1e-5)
     torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=1e-6)
 
@@ -196,10 +201,7 @@ def test_integer_sums_are_the_definition_bit_for_bit(
         limits = torch.full((N,), 2**30)
         limits[6], limits[8] = 12345, 0
         options: dict[str, Any] = {
-            "moments": moments,
-            "joint_weight": 0.7,
-            "bound": bound,
-            "clip": 1.5,
+            "bound": Bound(moments, bound, 1.5, 0.7),
             "nonnegative": True,
             "shared_taps": shared,
         }
@@ -211,7 +213,7 @@ def test_integer_sums_are_the_definition_bit_for_bit(
             truth.add(fs, labels, valid, limits, **options)
         sums = torch.zeros(4, columns[0], dtype=torch.int64)
         row = torch.zeros(1, columns[1], dtype=torch.int64) if shared else None
-        _cuda.bounded_sums(fs, labels, valid, limits, sums=sums, shared=row, **options)
+        cuda.CORE.bounded_sums(fs, labels, valid, limits, sums=sums, shared=row, **options)
         expected, expected_row = truth.take()
         assert expected.any()
         assert torch.equal(sums, expected)
@@ -234,8 +236,8 @@ def test_integer_sums_of_hostile_images(
     valid = torch.ones(17, dtype=torch.bool)
     valid[[7, 9]] = False
     ours, expected = cpu_sums.both(
-        fs, cpu_sums.labels(17, 3), valid, 3, core=_cuda,
-        moments=moments, joint_weight=0.3, bound=bound, clip=2.5, nonnegative=True,
+        fs, cpu_sums.labels(17, 3), valid, 3, core=cuda.CORE,
+        bound=Bound(moments, bound, 2.5, 0.3), nonnegative=True,
     )  # fmt: skip
     assert torch.equal(ours, expected)
     assert ours.any()
@@ -245,15 +247,15 @@ def test_integer_sums_of_hostile_images(
 def test_integer_sums_of_extreme_joint_weights(emulated: Any, weight: float) -> None:  # noqa: F811
     ours, expected = cpu_sums.both(
         cpu_sums.rows(9, [40, 3], torch.float32), cpu_sums.labels(9, 2),
-        torch.ones(9, dtype=torch.bool), 2, core=_cuda,
-        moments=(1, 2), joint_weight=weight, bound="sphere", clip=1.0, nonnegative=True,
+        torch.ones(9, dtype=torch.bool), 2, core=cuda.CORE,
+        bound=Bound((1, 2), "sphere", 1.0, weight), nonnegative=True,
     )  # fmt: skip
     assert torch.equal(ours, expected)
     assert ours.any()
 
 
 def test_integer_sums_by_limit_label_and_validity(emulated: Any) -> None:  # noqa: F811
-    cpu_sums.check_limits_labels_and_validity(_cuda)
+    cpu_sums.check_limits_labels_and_validity(cuda.CORE)
 
 
 def test_a_whole_release_has_the_same_integers(emulated: Any) -> None:  # noqa: F811
@@ -327,17 +329,17 @@ def test_a_build_without_cuda_says_how_to_get_one(monkeypatch: pytest.MonkeyPatc
         ),
         (Built("90", 0), "no CUDA device is visible; see CUDA_VISIBLE_DEVICES"),
     ):
-        monkeypatch.setattr(_cuda, "_native", native)
+        monkeypatch.setattr(cuda, "_native", native)
         with pytest.raises(ValueError, match=rf"backend='cuda': .*{phrase}.*or use 'auto'"):
             backends.resolve("cuda", "cuda")
-    monkeypatch.setattr(_cuda, "_native", Built("90", 1))
+    monkeypatch.setattr(cuda, "_native", Built("90", 1))
     assert backends.resolve("cuda", "cuda") == "cuda"
     with pytest.raises(ValueError, match=r"cannot run torch.float32 on cpu"):
         backends.resolve("cuda", "cpu")
 
 
 def test_this_build_imports_without_a_driver() -> None:
-    if not _cuda._native.cuda_architectures():
+    if not cuda._native.cuda_architectures():
         pytest.skip("built without nvcc")
     if torch.cuda.is_available():
         pytest.skip("there is a device")
@@ -382,14 +384,13 @@ def test_first_use_where_it_cannot_be(
         cuda_architectures = staticmethod(lambda: "80 90")
 
     monkeypatch.setattr(torch, "cuda", Cuda(capturing))
-    monkeypatch.setattr(_cuda, "_native", Native)
-    with pytest.raises(kind, match=phrase), _cuda._ready(torch.device("cuda", 0)):
+    monkeypatch.setattr(cuda, "_native", Native)
+    with pytest.raises(kind, match=phrase), cuda._ready(torch.device("cuda", 0)):
         pass
 
 
 def test_bad_arguments_never_reach_a_kernel(emulated: Any) -> None:  # noqa: F811
     fs = features(EVEN, n=4)
-    kind: dict[str, Any] = {"moments": (1,), "bound": "sphere", "clip": 1.0, "joint_weight": None}
     meta = torch.zeros(4, 64, device="meta")
     for bad, phrase in (
         ([], "expected at least one tap"),
@@ -401,21 +402,18 @@ def test_bad_arguments_never_reach_a_kernel(emulated: Any) -> None:  # noqa: F81
         ([fs[0][:, 0, 0, 0]], "at least 2-d"),
     ):
         with pytest.raises(ValueError, match=phrase):
-            _cuda.forward(bad, None, 1, **kind)
+            cuda.CORE.forward(bad, None, 1, Bound())
     for labels in (torch.zeros(3, dtype=torch.int64), torch.zeros(4), LABELS[:4].to("meta")):
         with pytest.raises(ValueError, match=r"labels: .*expected int64"):
-            _cuda.forward(fs, labels, 4, **kind)
+            cuda.CORE.forward(fs, labels, 4, Bound())
     x = torch.zeros(1, 2, 3)
     with pytest.raises(ValueError, match=r"target: .*expected torch.float32"):
-        _cuda.difference(x, torch.ones(2), x.double())
+        cuda.CORE.estimate(x, torch.ones(2), x.double(), Step())
+    y, steps, turned = x.clone(), torch.zeros(2), torch.zeros(1, 3, 2).transpose(1, 2)
     with pytest.raises(ValueError, match="estimate: shares memory with target"):
-        _cuda.difference(x, torch.ones(2), y := x.clone(), estimator="ema", estimate=y,
-                         steps=torch.zeros(2))  # fmt: skip
+        cuda.CORE.estimate(x, torch.ones(2), y, Step("ema", y, steps))
     with pytest.raises(ValueError, match="not contiguous"):
-        _cuda.difference(
-            x, torch.ones(2), x, estimator="ema", estimate=torch.zeros(1, 3, 2).transpose(1, 2),
-            steps=torch.zeros(2),
-        )  # fmt: skip
+        cuda.CORE.estimate(x, torch.ones(2), x, Step("ema", turned, steps))
 
 
 def test_two_devices_are_told_apart() -> None:
@@ -434,7 +432,6 @@ def test_a_kernel_that_cannot_be_launched(emulated: Any, monkeypatch: pytest.Mon
         cuda_describe = staticmethod(lambda error: "unspecified launch failure")
         cuda_mean_embedding = staticmethod(lambda *_: -719)
 
-    monkeypatch.setattr(_cuda, "_native", Failing)
-    kind: dict[str, Any] = {"moments": (1,), "bound": "sphere", "clip": 1.0, "joint_weight": None}
+    monkeypatch.setattr(cuda, "_native", Failing)
     with pytest.raises(RuntimeError, match=r"unspecified launch failure \(CUDA error 719\)"):
-        _cuda.forward(features(EVEN), None, 1, **kind)
+        cuda.CORE.forward(features(EVEN), None, 1, Bound())

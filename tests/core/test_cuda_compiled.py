@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from dpmmd import _cpu, _cuda
+from dpmmd._cores import cpu, cuda
 
 MOST_REGISTERS = 128  # two blocks of 256 threads fit a multiprocessor
 # Kernels that go over features or D-sized rows, and so must do it 16 bytes at a time.
@@ -32,7 +32,7 @@ def _cuobjdump() -> str | None:
 
 
 TOOL = _cuobjdump()
-if _cpu.missing is not None or not _cuda._native.cuda_architectures():
+if cpu.missing is not None or not cuda._native.cuda_architectures():
     pytest.skip("this build is without CUDA", allow_module_level=True)
 if TOOL is None:
     pytest.skip("needs cuobjdump", allow_module_level=True)
@@ -41,7 +41,7 @@ if TOOL is None:
 def dumped(*options: str) -> str:
     assert TOOL is not None
     return subprocess.run(
-        [TOOL, *options, _cuda._native.__file__], check=True, capture_output=True, text=True
+        [TOOL, *options, cuda._native.__file__], check=True, capture_output=True, text=True
     ).stdout
 
 
@@ -60,7 +60,7 @@ def test_registers_and_spills() -> None:
             assert local == 0, (architecture, kernel)
             assert 0 < registers <= MOST_REGISTERS, (architecture, kernel)
             seen[architecture].add(kernel)
-    names = re.findall(r"\d+", _cuda._native.cuda_architectures())
+    names = re.findall(r"\d+", cuda._native.cuda_architectures())
     assert set(seen) == {f"sm_{name}" for name in names}
     assert len(set(map(frozenset, seen.values()))) <= len(seen)
     assert min(map(len, seen.values())) >= 15
@@ -70,7 +70,7 @@ def test_registers_and_spills() -> None:
 def test_accesses_of_16_bytes(architecture: str) -> None:
     """In every kernel that goes over features there are such loads, and stores in the gradient."""
     number = architecture.removeprefix("sm_")
-    if number not in re.findall(r"\d+", _cuda._native.cuda_architectures()):
+    if number not in re.findall(r"\d+", cuda._native.cuda_architectures()):
         pytest.skip(f"not built for {architecture}")
     loads: dict[str, int] = defaultdict(int)
     stores: dict[str, int] = defaultdict(int)

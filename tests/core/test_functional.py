@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpmmd import _cpu, functional, reference
+from dpmmd import functional, reference
+from dpmmd._cores import cpu
 from dpmmd.bounds import BOUNDS, MOMENTS
 
 SHAPES = {
@@ -250,7 +251,7 @@ class Recorded(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.skipif(_cpu.missing is not None, reason="dpmmd._native is not built")
+@pytest.mark.skipif(cpu.missing is not None, reason="dpmmd._native is not built")
 @pytest.mark.parametrize("estimator", ["batch", "ema", "adam"])
 def test_what_traces_sees_the_operators_and_gets_the_same(estimator: str) -> None:
     y, target = torch.tensor([0, 1, 1]), torch.rand(1, 2, 20)
@@ -284,7 +285,7 @@ def test_what_traces_sees_the_operators_and_gets_the_same(estimator: str) -> Non
     assert ours == {f"dpmmd::{name}" for name in wanted}
 
 
-@pytest.mark.skipif(_cpu.missing is not None, reason="dpmmd._native is not built")
+@pytest.mark.skipif(cpu.missing is not None, reason="dpmmd._native is not built")
 @pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16, torch.device("meta")])
 def test_torchs_defaults_do_not_matter(kind: torch.dtype | torch.device) -> None:
     f, y, target = torch.rand(3, 5), torch.tensor([0, 1, 1]), torch.rand(1, 2, 5)
@@ -311,7 +312,7 @@ def test_torchs_defaults_do_not_matter(kind: torch.dtype | torch.device) -> None
         assert torch.equal(a, b)
 
 
-@pytest.mark.skipif(_cpu.missing is not None, reason="dpmmd._native is not built")
+@pytest.mark.skipif(cpu.missing is not None, reason="dpmmd._native is not built")
 def test_maps_without_channels() -> None:
     f = torch.rand(3, 5)
     expected, _ = functional.mean_embedding([f], backend="cpu")
@@ -319,7 +320,7 @@ def test_maps_without_channels() -> None:
     assert torch.equal(found, expected)
 
 
-@pytest.mark.skipif(_cpu.missing is not None, reason="dpmmd._native is not built")
+@pytest.mark.skipif(cpu.missing is not None, reason="dpmmd._native is not built")
 def test_tracing() -> None:
     def step(f: Tensor) -> Tensor:
         return functional.mean_embedding([f * 2], backend="cpu")[0]

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import dpmmd
-from dpmmd import _cpu, injection
-from dpmmd.bounds import BOUNDS
+from dpmmd._contract.slot import Slot
+from dpmmd._cores import cpu
+from dpmmd._cores.arguments import Buffers
+from dpmmd.bounds import BOUNDS, Bound
 from dpmmd.encoders import Encoder, Rectified, StagedBackbone
 from dpmmd.encoders.layers import Convolution, MaxPool
 from dpmmd.nn import ESTIMATORS, MMDLoss
@@ -229,7 +231,7 @@ def test_features_may_have_another_use_too() -> None:
     """What comes in from elsewhere is added; without a loss the ReLUs are ordinary ones."""
     encoder = encoder_of("vgg")
     x = torch.rand(4, 3, 8, 8, dtype=torch.float64, requires_grad=True)
-    slots = {name: injection.Slot((1,), encoder.dim) for name in encoder.rectified}
+    slots = {name: Slot(Bound(), encoder.dim) for name in encoder.rectified}
     (expected,) = torch.autograd.grad(sum(f.square().sum() for f in encoder(x)), x)
     maps = encoder(x, slots)
     (found,) = torch.autograd.grad(sum(f.square().sum() for f in maps), x)
@@ -290,10 +292,8 @@ def test_the_cores_gradient_of_a_relu(
     labels = torch.arange(n) % 2
     upstream = torch.randn(2, 3, columns, generator=rng)
     incoming = torch.randn(shape, generator=rng).to(dtype) if arriving else None  # another layout
-    found = _cpu.rectified_gradient(
-        f, incoming, ceiling, labels, 3, moments=(1, 2), joint_weight=None, scale=scale,
-        projection=projection, coefficients=coefficients, upstream=upstream,
-    )  # fmt: skip
+    buffers = Buffers(scale, projection, upstream=upstream, coefficients=coefficients)
+    found = cpu.rectified_gradient(f, incoming, ceiling, labels, 3, Bound((1, 2)), buffers)
     assert found.is_contiguous(memory_format=torch.channels_last)
     x = f.double().permute(0, 2, 3, 1).reshape(n, -1)
     of_class = upstream.double()[:, labels] / torch.bincount(labels, minlength=3)[labels][:, None]
@@ -313,26 +313,24 @@ def test_the_cores_gradient_of_a_relu(
 
 def test_the_cores_gradient_refuses_what_does_not_fit() -> None:
     f, one, upstream = torch.rand(2, 3, 2, 2), torch.ones(1, 2), torch.ones(1, 1, 12)
-    given: dict[str, Any] = {
-        "moments": (1,), "joint_weight": None, "scale": one, "projection": one,
-        "coefficients": one, "upstream": upstream,
-    }  # fmt: skip
+    given = Buffers(one, one, upstream=upstream, coefficients=one)
     for changed, message in (
         ({"upstream": torch.ones(1, 1, 11)}, r"upstream: .*expected torch.float32 \[1, 1, 12\]"),
         ({"scale": torch.ones(2, 2)}, r"scale: .*expected torch.float32 \[1, 2\]"),
     ):
         with pytest.raises(ValueError, match=message):
-            _cpu.rectified_gradient(f, None, None, None, 1, **{**given, **changed})
+            cpu.rectified_gradient(f, None, None, None, 1, Bound(), given._replace(**changed))
     with pytest.raises(ValueError, match=r"incoming: torch\.float64"):
-        _cpu.rectified_gradient(f, f.double(), None, None, 1, **given)
+        cpu.rectified_gradient(f, f.double(), None, None, 1, Bound(), given)
     with pytest.raises(ValueError, match="ceiling=0"):
-        _cpu.rectified_gradient(f, None, 0.0, None, 1, **given)
+        cpu.rectified_gradient(f, None, 0.0, None, 1, Bound(), given)
+    y = torch.zeros(3, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"labels: torch.int64 \[3\]"):
-        _cpu.rectified_gradient(f, None, None, torch.zeros(3, dtype=torch.int64), 1, **given)
+        cpu.rectified_gradient(f, None, None, y, 1, Bound(), given)
 
 
 def test_statistics_are_of_what_is_stored() -> None:
-    slot = injection.Slot((1, 2), 0)
+    slot = Slot(Bound((1, 2)), 0)
     x = torch.randn(3, 4, 2, 2).to(torch.bfloat16)
     f = slot(x.clone(), torch.tensor([0.1, 0.2, -0.3, 0.0], dtype=torch.bfloat16), None)
     rows = f.double().flatten(1).numpy()

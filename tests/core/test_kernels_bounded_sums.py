@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dpmmd import backends
-from dpmmd.bounds import BOUNDS
+from dpmmd.bounds import BOUNDS, Bound
 from dpmmd.privacy.sums import PrivateSums
 from tests.core import interpreted
 from tests.core.interpreted import small_blocks  # noqa: F401
@@ -22,8 +23,7 @@ else:
     from dpmmd.kernels import bounded_sums as kernels
     from dpmmd.kernels import table
     from dpmmd.kernels.bounded_sums import bounded_sums
-    from dpmmd.kernels.difference import bits_of
-    from dpmmd.kernels.taps import Taps, launch
+    from dpmmd.kernels.taps import Taps, bits_of, launch
 
     pytestmark = pytest.mark.usefixtures("small_blocks")
 
@@ -44,14 +44,14 @@ else:
     def truth(
         fs: list[Tensor], y: Tensor, valid: Tensor, limit: int = LIMIT, **options: Any
     ) -> Tensor:
-        width = len(options["moments"]) * sum(f.shape[1:].numel() for f in fs)
+        width = len(options["bound"].moments) * sum(f.shape[1:].numel() for f in fs)
         sums = PrivateSums(K, width)
         with backends.use("torch"):  # the definition
             sums.add(flat(fs), y, valid, torch.full_like(y, limit), **options)
         return sums.take()[0]
 
     def ours(fs: list[Tensor], y: Tensor, valid: Tensor, limits: Tensor, **options: Any) -> Tensor:
-        width = len(options["moments"]) * sum(f.shape[1:].numel() for f in fs)
+        width = len(options["bound"].moments) * sum(f.shape[1:].numel() for f in fs)
         sums = torch.zeros(K, width, dtype=torch.int64)
         bounded_sums(fs, y, valid, limits, sums=sums, **options)
         return sums
@@ -74,26 +74,15 @@ else:
         fs[0][2:4] = fs[0][2:4].relu()
         y, valid, limits = everyone(7)
         valid[5] = False
-        options: dict[str, Any] = {
-            "moments": moments,
-            "joint_weight": 0.3,
-            "bound": bound,
-            "clip": 1.5,
-            "nonnegative": nonnegative,
-        }
+        options = {"bound": Bound(moments, bound, 1.5, 0.3), "nonnegative": nonnegative}
         got = ours(fs, y, valid, limits, **options)
         expected = truth(fs, y, valid, **options)
         assert torch.equal(got, expected)
         assert expected[0].any()
         assert not expected[1].any()
 
-    OPTIONS: dict[str, Any] = {
-        "moments": (1, 2),
-        "joint_weight": 0.5,
-        "bound": "sphere",
-        "clip": 1.0,
-        "nonnegative": False,
-    }
+    BOTH = Bound((1, 2), joint_weight=0.5)
+    OPTIONS: dict[str, Any] = {"bound": BOTH, "nonnegative": False}
 
     @pytest.mark.parametrize("bound", ["sphere", "ball-per-tap"])
     @pytest.mark.parametrize(
@@ -104,7 +93,7 @@ else:
         fs[0][1] = bad
         fs[1][2] = bad
         y, valid, limits = everyone(4)
-        options = OPTIONS | {"bound": bound}
+        options = OPTIONS | {"bound": replace(BOTH, kind=bound)}
         assert torch.equal(ours(fs, y, valid, limits, **options), truth(fs, y, valid, **options))
 
     def test_what_must_not_contribute() -> None:
@@ -134,7 +123,7 @@ else:
     def test_shared_taps(moments: tuple[int, ...], shared_taps: int) -> None:
         fs = features(5)
         y, valid, limits = everyone(5)
-        options = OPTIONS | {"moments": moments}
+        options = OPTIONS | {"bound": replace(BOTH, moments=moments)}
         expected = truth(fs, y, valid, **options).view(K, len(moments), -1)
         own = sum(f[0].numel() for f in fs[shared_taps:])
         sums = torch.zeros(K, len(moments) * own, dtype=torch.int64)
@@ -223,7 +212,7 @@ else:
         """More blocks than a finishing program takes at once; an odd number of columns."""
         fs = [torch.randn(1, 8 * 300 + 3, generator=torch.Generator().manual_seed(0))]
         y, valid, limits = everyone(1)
-        options = OPTIONS | {"moments": (1,)}
+        options = OPTIONS | {"bound": Bound()}
         assert torch.equal(ours(fs, y, valid, limits, **options), truth(fs, y, valid, **options))
 
     def test_refusals() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpmmd.bounds import BOUNDS
+from dpmmd.bounds import BOUNDS, Bound
 from dpmmd.nn import MMDLoss
 from tests.core import interpreted
 
@@ -104,7 +104,7 @@ else:
         b = torch.randn(10, generator=rng).to(dtype) if bias else None
         exact = x.double() if b is None else x.double() + b.double()[:, None, None]
         exact = exact.relu() if ceiling is None else exact.clamp(0, ceiling)
-        partials = rectify(x, b, ceiling, (1, 2), 150)
+        partials = rectify(x, b, ceiling, Bound((1, 2)), 150)
         assert partials.shape == (2, 5, 3)
         # The interpreter cuts bfloat16 where a GPU rounds.
         rtol = 1e-6 if dtype == torch.float32 else 2**-7

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from dpmmd import _cpu, backends
+from dpmmd import backends
+from dpmmd._cores import cpu
 from tests.conftest import images, no_noise, nonnegative_encoder, small_encoder
 from tests.core import interpreted
 from tests.core.interpreted import small_blocks  # noqa: F401
@@ -34,7 +35,7 @@ else:
         x, y = images(13)
         source: Any = (x, y, np.arange(13) // 2) if "group_by" in options else (x, y)
         found = {}
-        for backend in ("torch", "triton", *(["cpu"] if _cpu.missing is None else [])):
+        for backend in ("torch", "triton", *(["cpu"] if cpu.missing is None else [])):
             with backends.use(backend):
                 found[backend] = dpmmd.release(
                     source,

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpmmd import _cpu, functional, reference
-from dpmmd.bounds import BOUNDS, MOMENTS
+from dpmmd import functional, reference
+from dpmmd._contract.taps import Taps
+from dpmmd._cores import cpu
+from dpmmd.bounds import BOUNDS, MOMENTS, Bound
 
-pytestmark = pytest.mark.skipif(_cpu.missing is not None, reason="dpmmd._native is not built")
+pytestmark = pytest.mark.skipif(cpu.missing is not None, reason="dpmmd._native is not built")
 
 LEVELS = ("baseline", "avx2", "avx512")
 # [n, ...] taps; sizes below, at and above a vector, a group of vectors and a chunk of columns.
@@ -174,13 +176,11 @@ def test_layouts_give_the_same_bits(layout: str, dtype: torch.dtype) -> None:
 
 def test_features_in_one_piece_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[int]] = []
-    original = _cpu.addresses
+    original = Taps.for_native
     monkeypatch.setattr(
-        _cpu,
-        "addresses",
-        lambda pieces, g: (
-            seen.append([t.data_ptr() for t in pieces.tensors]) or original(pieces, g)
-        ),
+        Taps,
+        "for_native",
+        lambda taps, g: seen.append([t.data_ptr() for t in taps.tensors]) or original(taps, g),
     )
     (f,) = features(4, [(3, 4, 5)], torch.float32)
     for layout in ("contiguous", "channels-last", "batch-strided"):
@@ -196,15 +196,14 @@ def test_features_in_one_piece_are_not_copied(monkeypatch: pytest.MonkeyPatch) -
 def test_same_bits_for_any_number_of_threads(level: str, bound: str, dtype: torch.dtype) -> None:
     fs = features(40, [(4099,), (16, 24, 24), (3,), (5000,)], dtype)
     y = labels(40, 7)
-    options = {"moments": (1, 2), "bound": bound, "joint_weight": None}
+    of = fs, y, 7, Bound((1, 2), bound, 9.0)
     results = []
     for threads in (1, 2, 16):
-        means, _, scale, projection = _cpu.forward(fs, y, 7, clip=9.0, threads=threads, **options)
-        grads, coefficients = _cpu.backward(
-            fs, y, 7, scale=scale, projection=projection, upstream=means.sin(), threads=threads,
-            **options,
-        )  # fmt: skip
-        results.append([means, scale, projection, coefficients, *grads])
+        means, _, saved = cpu.CORE.forward(*of, threads=threads)
+        grads, coefficients = cpu.CORE.gradients(
+            *of, saved, means.sin(), [True] * 4, threads=threads
+        )
+        results.append([means, saved.scale, saved.projection, coefficients, *grads])
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert torch.equal(a, b)
@@ -215,30 +214,26 @@ def test_same_bits_for_any_number_of_threads(level: str, bound: str, dtype: torc
 def test_halves_give_what_the_fused_passes_give(bound: str, moments: tuple[int, ...]) -> None:
     fs = features(11, SHAPES["maps"], torch.float32)
     y = labels(11, 4)
-    options = {"moments": moments, "bound": bound, "joint_weight": None}
-    means, counts, scale, projection = _cpu.forward(fs, y, 4, clip=5.0, **options)
-    _, _, s, p = _cpu.forward(fs, y, 4, clip=5.0, phases=_cpu.STATISTICS, **options)
-    assert torch.equal(s, scale)
-    assert torch.equal(p, projection)
-    m, c, _, _ = _cpu.forward(
-        fs, y, 4, clip=5.0, phases=_cpu.CLASS_SUMS, statistics=(s, p), **options
-    )
+    of = fs, y, 4, Bound(moments, bound, 5.0)
+    means, counts, saved = cpu.CORE.forward(*of)
+    _, _, (s, p, _) = cpu.CORE.forward(*of, phases=cpu.STATISTICS)
+    assert torch.equal(s, saved.scale)
+    assert torch.equal(p, saved.projection)
+    m, c, _ = cpu.CORE.forward(*of, phases=cpu.CLASS_SUMS, statistics=(s, p))
     assert torch.equal(m, means)
     assert torch.equal(c, counts)
-    saved = {"scale": scale, "projection": projection, "upstream": means.cos(), **options}
-    grads, coefficients = _cpu.backward(fs, y, 4, **saved)
-    _, e = _cpu.backward(fs, y, 4, phases=_cpu.DOTS, **saved)
+    given = *of, saved, means.cos(), [True] * len(fs)
+    grads, coefficients = cpu.CORE.gradients(*given)
+    _, e = cpu.CORE.gradients(*given, phases=cpu.DOTS)
     assert torch.equal(e, coefficients)
-    g, _ = _cpu.backward(fs, y, 4, phases=_cpu.GRADIENT, coefficients=e, **saved)
+    g, _ = cpu.CORE.gradients(*given, phases=cpu.GRADIENT, coefficients=e)
     assert all(torch.equal(a, b) for a, b in zip(g, grads, strict=True))
 
 
 def test_statistics_are_those_of_the_rows() -> None:
     fs = features(6, SHAPES["maps"], torch.float32)
-    _, _, scale, projection = _cpu.forward(
-        fs, None, 1, moments=(1, 2), bound="sphere", clip=3.0, joint_weight=None,
-        phases=_cpu.STATISTICS,
-    )  # fmt: skip
+    bound = Bound((1, 2), clip=3.0)
+    _, _, (scale, projection, _) = cpu.CORE.forward(fs, None, 1, bound, phases=cpu.STATISTICS)
     whole = torch.cat([f.double().flatten(1) for f in fs], dim=1)
     norms = torch.stack([whole.norm(dim=1), (whole**2).norm(dim=1)])[..., None]
     torch.testing.assert_close(scale.double(), 3 / norms, rtol=3e-7, atol=0)
@@ -328,11 +323,10 @@ def test_a_forked_child_computes_the_same() -> None:
     import os
 
     (f,) = features(40, [(9000,)], torch.float32)
-    options = {"moments": (1,), "bound": "sphere", "clip": 1.0, "joint_weight": None, "threads": 2}
-    expected = _cpu.forward([f], None, 1, **options)[0]
+    expected = cpu.CORE.forward([f], None, 1, Bound(), threads=2)[0]
     child = os.fork()
     if child == 0:
-        same = torch.equal(_cpu.forward([f], None, 1, **options)[0], expected)
+        same = torch.equal(cpu.CORE.forward([f], None, 1, Bound(), threads=2)[0], expected)
         os._exit(0 if same else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 

@@ -68,16 +68,16 @@ CASES: dict[str, tuple[float, str, list[int]]] = {
 SUMMED = """
 import json, os
 import torch
-from dpmmd import _cpu
+from dpmmd._cores import cpu
+from dpmmd.bounds import Bound
 found = {}
 for name, (guard, features, limits) in json.loads(os.environ["CASES"]).items():
     os.environ["GUARD"] = str(guard)
     rows = torch.tensor(eval(features), dtype=torch.float32)
     n, columns = rows.shape
     sums = torch.zeros(n, columns, dtype=torch.int64)
-    _cpu.bounded_sums([rows], torch.arange(n), torch.ones(n, dtype=torch.bool),
-        torch.tensor(limits), moments=(1,), joint_weight=1.0, bound="sphere", clip=1.0,
-        nonnegative=True, sums=sums, threads=2)
+    cpu.CORE.bounded_sums([rows], torch.arange(n), torch.ones(n, dtype=torch.bool),
+        torch.tensor(limits), bound=Bound(), nonnegative=True, sums=sums, threads=2)
     found[name] = sum(int(q) ** 2 for q in sums.flatten() if q)
 print(json.dumps(found))
 """

@@ -46,10 +46,10 @@ def difference(loss: MMDLoss, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tens
         loss.encoder(x),
         y,
         loss.num_classes,
-        moments=loss.moments,
-        bound=loss.bound,
-        clip=loss.clip,
-        joint_weight=loss.joint_weight,
+        moments=loss.bound.moments,
+        bound=loss.bound.kind,
+        clip=loss.bound.clip,
+        joint_weight=loss.bound.joint_weight,
     )
     return functional.mean_difference(means, counts, loss.by_class.target.to(means.dtype)), counts
 

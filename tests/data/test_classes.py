@@ -197,7 +197,7 @@ def test_names_in_messages_are_on_one_line() -> None:
 
 def test_names_go_through_training_into_the_samples(tmp_path: Path) -> None:
     from dpmmd import run
-    from dpmmd.recipe import GeneratorSection, TrainSection
+    from dpmmd.recipe import GeneratorSection, SampleSection, TrainSection
 
     encoder = small_encoder()
     release = dpmmd.release(
@@ -211,9 +211,10 @@ def test_names_go_through_training_into_the_samples(tmp_path: Path) -> None:
     assert trained.class_names == NAMES
     again = train.load_generator(tmp_path)
     assert again.class_names == NAMES
+    six = SampleSection(num_images=6)
     for path in (tmp_path / "s.npz", tmp_path / "s.parquet", tmp_path / "s"):
         run.write_samples(
-            again, path, 6, 3, picture=path.with_suffix(".png"), card=path.with_suffix(".md"),
+            again, path, six, picture=path.with_suffix(".png"), card=path.with_suffix(".md"),
             release=release, format=export.format_of(path), progress=False, overwrite=True,
         )  # fmt: skip
         source = open_source(path, num_classes=3)
@@ -232,7 +233,7 @@ def test_names_go_through_training_into_the_samples(tmp_path: Path) -> None:
     old = train.load_generator(tmp_path)
     assert old.class_names is None
     run.write_samples(
-        old, tmp_path / "o.npz", 6, 3, picture=tmp_path / "o.png", release=release, progress=False
+        old, tmp_path / "o.npz", six, picture=tmp_path / "o.png", release=release, progress=False
     )
     assert open_source(tmp_path / "o.npz").class_names == NAMES
 

@@ -27,7 +27,8 @@ from PIL import Image
 import dpmmd
 from dpmmd.data import open_source, pixels
 from dpmmd.data.items import EncodedSource
-from dpmmd.data.pixels import Unusable, decode, header_shape, quiet
+from dpmmd.data.pixels import Unusable, decode, header_shape
+from dpmmd.data.silence import quiet
 from dpmmd.privacy import PrivacyError
 from tests.conftest import images, small_encoder
 

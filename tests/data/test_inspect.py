@@ -21,7 +21,8 @@ from typer.testing import CliRunner
 from dpmmd.cli import app
 from dpmmd.data import Batch, ImageSource, open_source
 from dpmmd.data.heads import FIRST, _by_pillow, head_of, plain_head
-from dpmmd.data.inspect import YOURS, Inspection, inspect
+from dpmmd.data.inspect import Inspection, inspect
+from dpmmd.data.inspection import YOURS
 from tests.data.test_containers import folder, png, put, tar
 
 RNG = np.random.default_rng(0)

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 import dpmmd
 from dpmmd.data import open_source
 from dpmmd.data.look import check_source, first_look
-from dpmmd.privacy import mechanism
+from dpmmd.privacy import layout
 from tests.conftest import images, small_encoder
 
 N = 40
@@ -150,15 +150,15 @@ def test_advice_by_type_does_not_destroy(dtype: str) -> None:
 def test_the_default_batch_follows_the_size_of_the_images() -> None:
     encoder = small_encoder()
     cpu = torch.device("cpu")
-    assert mechanism._batch_size((1, 28, 28), [encoder], cpu) == 256
+    assert layout.default_batch_size((1, 28, 28), [encoder], cpu) == 256
     for side in (256, 1536, 8192):
-        size = mechanism._batch_size((3, side, side), [encoder], cpu)
-        assert size == 1 or size * 4 * 4 * 3 * side * side <= mechanism.BATCH_MEMORY
+        size = layout.default_batch_size((3, side, side), [encoder], cpu)
+        assert size == 1 or size * 4 * 4 * 3 * side * side <= layout.BATCH_MEMORY
         assert size <= 256
 
 
 def test_the_default_batch_is_what_a_release_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mechanism, "BATCH_MEMORY", 1 << 17)
+    monkeypatch.setattr(layout, "BATCH_MEMORY", 1 << 17)
     asked = []
     part = dpmmd.data.ArraySource.part
 

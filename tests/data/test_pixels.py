@@ -20,7 +20,8 @@ from torch import Tensor
 
 import dpmmd
 from dpmmd.data import open_source, pixels
-from dpmmd.data.pixels import Geometry, Unusable, decode, header_shape, quiet
+from dpmmd.data.pixels import Geometry, Unusable, decode, header_shape
+from dpmmd.data.silence import quiet
 from tests.conftest import small_encoder
 
 RNG = np.random.default_rng(0)

@@ -21,7 +21,7 @@ import dpmmd
 from dpmmd import cli
 from dpmmd.data import Batch, ImageSource
 from dpmmd.privacy import Audit, Release, accounting, audit
-from dpmmd.privacy.audit import GAIN, lower_bound_by_means, lower_bound_by_thresholds
+from dpmmd.privacy.canaries import GAIN, lower_bound_by_means, lower_bound_by_thresholds
 from dpmmd.privacy.noise import rounded_gaussian
 from tests.conftest import no_noise
 

@@ -19,7 +19,8 @@ from torch import Tensor
 
 import dpmmd
 from dpmmd.privacy import PrivacyError, Release, accounting
-from dpmmd.privacy.release_file import FURTHER, array_hash
+from dpmmd.privacy.metadata import array_hash
+from dpmmd.privacy.release_file import FURTHER
 from tests.conftest import images, nonnegative_encoder, small_encoder
 
 Tensors = dict[str, Tensor]

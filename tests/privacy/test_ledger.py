@@ -27,9 +27,10 @@ from dpmmd.privacy import (
     PrivacyError,
     accounting,
     calibrate,
+    composition,
     sensitivity,
 )
-from dpmmd.privacy import ledger as module
+from dpmmd.privacy import ledger_file as module
 from dpmmd.privacy.mechanism import rounded_gaussian
 from dpmmd.privacy.report import facts, markdown
 from tests.conftest import images, no_noise, small_encoder
@@ -245,10 +246,10 @@ def test_factors_hold_for_this_mechanism(nonnegative: bool, counts: float, momen
     """The black-box factors are never below what the sensitivities say of the real blocks."""
     blocks = [Block(f"phi{m}", "sums", 1.0, nonnegative) for m in range(moments)]
     blocks += [Block("counts", "counts", counts)] if counts else []
-    for made, factors in module.FACTORS.items():
+    for made, factors in composition.FACTORS.items():
         for stated in ("replace-one", "zero-out"):
             true = sensitivity(stated, blocks) / sensitivity(made, blocks)
-            assert true <= module.FACTORS[stated][made] * (1 + 1e-12), (made, stated)
+            assert true <= composition.FACTORS[stated][made] * (1 + 1e-12), (made, stated)
         assert factors[made] == 1.0
 
 
@@ -545,7 +546,7 @@ def test_every_line_is_on_disk_before_anything_goes_on(
 
 def test_a_full_disk_leaves_no_half_line(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = filled.read_bytes()
-    real = module._append
+    real = module.append
 
     class Full(FileIO):
         def write(self, data: Any) -> int:
@@ -555,7 +556,7 @@ def test_a_full_disk_leaves_no_half_line(filled: Path, monkeypatch: pytest.Monke
         full = Full(os.dup(file.fileno()), "r+b")
         return real(full, *rest)
 
-    monkeypatch.setattr(module, "_append", append)
+    monkeypatch.setattr(module, "append", append)
     with pytest.raises(OSError, match="wrote 10 of"):
         spend(Ledger(filled))
     assert filled.read_bytes() == before
@@ -577,15 +578,15 @@ def test_a_file_name_that_is_not_utf8_does_not_fail_after_the_spend(tmp_path: Pa
 def test_a_ledger_that_another_makes_meanwhile_is_kept(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = module._append
+    real = module.append
 
     def append(file: FileIO, record: dict[str, Any], previous: str) -> str:
         if record["kind"] == "ledger":
-            monkeypatch.setattr(module, "_append", real)
+            monkeypatch.setattr(module, "append", real)
             spend(Ledger(path), OTHER)
         return real(file, record, previous)
 
-    monkeypatch.setattr(module, "_append", append)
+    monkeypatch.setattr(module, "append", append)
     spend(Ledger(path))
     assert [e.identity for e in Ledger(path).entries()] == [OTHER, ONE]
 
@@ -606,13 +607,13 @@ def test_processes_at_once_do_not_pass_the_budget(
 ) -> None:
     if exists:
         spend(Ledger(path), OTHER, epsilon=1e-3)
-    real = module._append
+    real = module.append
 
     def slow(file: FileIO, *rest: Any) -> str:  # between check and record
         time.sleep(0.02)
         return real(file, *rest)
 
-    monkeypatch.setattr(module, "_append", slow)
+    monkeypatch.setattr(module, "append", slow)
     context = multiprocessing.get_context("fork")
     start, fits = context.Barrier(8), context.Semaphore(0)
     workers = [context.Process(target=_race, args=(path, start, fits)) for _ in range(8)]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import dpmmd
-from dpmmd.privacy import mechanism
+from dpmmd.privacy import mechanism, noising
 from tests.conftest import images, small_encoder
 
 UNIT = 2.0**40  # between two draws, in grid units; far above the sums of a few images
@@ -108,7 +108,7 @@ def test_every_released_number_has_a_draw_of_its_own(
 def test_a_vector_of_several_pieces_has_a_draw_for_every_number() -> None:
     counter = Counter(16)
     raw = torch.full((2, PIECE + 3), 7)  # two whole pieces and a few numbers
-    result = mechanism._with_noise(raw, 5.0, counter, 0.5, torch.float64)
+    result = noising.with_noise(raw, 5.0, counter, 0.5, torch.float64)
     assert counter.drawn == raw.numel()
     assert {sd for _, sd in counter.sds} == {5.0}
     expected = torch.arange(1, raw.numel() + 1, dtype=torch.float64).mul_(16).add_(7).mul_(0.5)

@@ -24,7 +24,8 @@ import dpmmd
 from dpmmd import cli
 from dpmmd.data import ArraySource, Batch, ImageSource, open_source
 from dpmmd.encoders import Encoder
-from dpmmd.privacy import SourceAudit, audit_source, mechanism, pipeline
+from dpmmd.privacy import SourceAudit, audit_source, mechanism, noising, probes, readings, spending
+from dpmmd.privacy.layout import Asked, bound_of
 from tests.conftest import TwoTaps, images, no_noise, small_encoder
 
 N = 22
@@ -46,7 +47,7 @@ def audited(source: Any = (X, Y), encoder: Encoder | None = None, **options: Any
 @pytest.fixture
 def two_units(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exchanges two units, not four: each costs a process where a Dataset is read."""
-    monkeypatch.setattr(pipeline._Pipeline, "_chosen", lambda self: [self.units[0], self.units[9]])
+    monkeypatch.setattr(probes.Probes, "_chosen", lambda self: [self.units[0], self.units[9]])
 
 
 def violated(result: SourceAudit) -> dict[str, str]:
@@ -236,25 +237,23 @@ def test_the_sums_are_those_of_a_release(group_by: str | None) -> None:
         **options,
     )
     opened = open_source(source, num_classes=3, group_by=group_by)
-    plan = pipeline._Plan.of(
-        opened,
-        encoder,
+    asked = Asked(
+        encoder=encoder,
         **options,
-        moments=(1,),
+        bound=bound_of(1, "sphere", 1.0, None),
         pixel_moments=None,
         selection=None,
-        joint_weight=None,
-        bound="sphere",
-        clip=1.0,
         weights=None,
         shared_taps=0,
     )
-    seen = pipeline._read(opened, plan, plan.encoders())
+    plan = readings.Plan.of(asked, opened)
+    seen = readings.read(opened, plan, plan.encoders())
     sums, _, counts, _ = seen.sums
-    unit = 1 / plan.parts[0].block.bound
+    blocks = plan.layout.blocks
+    unit = 1 / blocks.parts[0].block.bound
     assert torch.equal((sums.double() * unit).float(), released.sums[0])
-    assert plan.counts is not None
-    counted = counts[:, 0].double() / plan.counts.bound
+    assert blocks.counts is not None
+    counted = counts[:, 0].double() / blocks.counts.bound
     assert torch.allclose(counted.clamp(min=1), released.counts, rtol=1e-12)
     assert plan.delta("replace-one") == released.metadata.sensitivity
 
@@ -273,8 +272,13 @@ def test_no_ledger_noise_or_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         raise AssertionError
 
     monkeypatch.chdir(tmp_path)
-    for name in ("rounded_gaussian", "Ledger", "_with_noise", "PartialSums"):
-        monkeypatch.setattr(mechanism, name, never)
+    for module, name in (
+        (mechanism, "rounded_gaussian"),
+        (mechanism, "Ledger"),
+        (noising, "with_noise"),
+        (spending, "PartialSums"),
+    ):
+        monkeypatch.setattr(module, name, never)
     audited()
     assert not list(tmp_path.iterdir())
 
@@ -513,7 +517,7 @@ def test_an_encoder_whose_last_bits_depend_on_the_place() -> None:
 
 
 def test_a_unit_that_moves_the_sums_too_far(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "sensitivity", lambda *_: 1e9 / 2)
+    monkeypatch.setattr(readings, "sensitivity", lambda *_: 1e9 / 2)
     result = audited(adjacency="zero-out")
     assert result.verdict == "VIOLATED"
     assert result.largest_distance > 1.5

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import dpmmd
 from dpmmd import cli, export
 from dpmmd.privacy import Ledger, PrivacyError, Release, accounting, printed, report
-from dpmmd.privacy.ledger import Entry, _composed, _fitting
+from dpmmd.privacy.composition import Entry, composed, fitting
 from tests.conftest import images, small_encoder
 
 HOSTILE = (
@@ -153,11 +153,11 @@ def test_the_epsilon_that_is_said_to_fit_fits(total: float, share: float) -> Non
     level = accounting.calibrate(epsilon=total, delta=1e-6)
     one = Entry("", "", None, True, level.mu * share, 1.0, 1e-6, "replace-one", "image", "", "", "")
     room = level.mu * math.sqrt(1 - share * share)
-    fits = _fitting((total, 1e-6), [one], one, room)
+    fits = fitting((total, 1e-6), [one], one, room)
     if fits is None:
         return
     mu = accounting.calibrate(epsilon=float(fits), delta=1e-6).mu
-    after = _composed([one, Entry(**{**one.__dict__, "mu": mu})], "replace-one", "image")
+    after = composed([one, Entry(**{**one.__dict__, "mu": mu})], "replace-one", "image")
     assert accounting.delta(mu=after, epsilon=total) <= 1e-6
 
 

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import dpmmd
-from dpmmd import distributed, plan
+from dpmmd import distributed
 from dpmmd import train as training
 from dpmmd.generators import ConvGenerator
 from dpmmd.nn import ESTIMATORS, MMDLoss
-from dpmmd.plan import PlanError
 from dpmmd.recipe import GeneratorSection, TrainSection
-from dpmmd.train import CheckpointError
+from dpmmd.train import CheckpointError, plan
+from dpmmd.train.plan import PlanError
 from tests.conftest import images, small_encoder
 
 RELEASES: dict[str, dict[str, Any]] = {
@@ -132,7 +132,8 @@ def generator_is_that_of_the_whole_batch(rank: int, world: int) -> None:
     alone.double(), together.double()
     assert dist.group.WORLD is not None
     wrapped = DistributedDataParallel(
-        distributed.synchronise_batch_norm(together, dist.group.WORLD), **training._BUFFERS_STAY
+        distributed.synchronise_batch_norm(together, dist.group.WORLD),
+        **distributed.BUFFERS_STAY,
     )
     z, y = torch.randn(N, 5, dtype=torch.float64), torch.arange(N) % 3
     MMDLoss(release, encoder, backend="torch").double()(alone(z, y), y).backward()
@@ -179,7 +180,7 @@ def what_differs_is_refused_everywhere(rank: int, world: int) -> None:
     with pytest.raises(ValueError, match=rf"loss: rank {last} has estimator='no', rank 0 has"):
         made(30, encoder, estimator="no" if odd else "ema")  # refused by one, and so by all
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dpmmd, "__version__", "0.0.9" if odd else dpmmd.__version__)
+        patch.setattr(distributed, "__version__", "0.0.9" if odd else dpmmd.__version__)
         with pytest.raises(ValueError, match=f"version: rank {last} has '0.0.9', rank 0 has"):
             made(30, encoder)
     spec = dpmmd.encoders.Encoder.spec

@@ -82,7 +82,7 @@ def test_nothing_half_written_is_left(tmp_path: Path, monkeypatch: pytest.Monkey
     def broken(image: np.ndarray) -> bytes:
         raise OSError("no space left")
 
-    monkeypatch.setattr(export, "_png", broken)
+    monkeypatch.setattr(export, "png", broken)
     for name in ("set", "set.parquet"):
         with pytest.raises(OSError, match="no space left"):
             export.write(tmp_path / name, *made(), format=export.format_of(tmp_path / name))

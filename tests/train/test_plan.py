@@ -17,23 +17,18 @@ from typer.testing import CliRunner
 
 import dpmmd
 from benches import memory as bench
-from dpmmd import generators, plan
+from dpmmd import generators
+from dpmmd import run as runs
+from dpmmd.bounds import Bound
 from dpmmd.cli import app
 from dpmmd.generators.layers import recomputed
-from dpmmd.plan import PlanError, parse
 from dpmmd.recipe import GeneratorSection, RecipeError, TrainSection, revised
+from dpmmd.train import plan
+from dpmmd.train.plan import PlanError, parse
 from tests.conftest import images, no_noise, small_encoder
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-STATEMENT = {
-    "moments": (1, 2),
-    "bound": "sphere",
-    "clip": 1.0,
-    "joint_weight": None,
-    "num_classes": 3,
-    "labelled": True,
-    "shared_taps": 0,
-}
+TARGET = plan.Target(Bound((1, 2)), num_classes=3, labelled=True, shared_taps=0)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +144,7 @@ def test_dropout_in_a_recomputed_block_draws_the_same() -> None:
 
 def small_plan(memory: str, **options: Any) -> plan.Plan:
     settings = TrainSection(batch_size=12, **options)
-    return plan.make(memory, small_encoder(), make_generator(), STATEMENT, settings)
+    return plan.make(memory, small_encoder(), make_generator(), TARGET, settings)
 
 
 @linux
@@ -158,7 +153,7 @@ def test_the_batch_in_one_piece_where_it_fits_and_the_least_where_not() -> None:
     before = {k: v.clone() for k, v in generator.state_dict().items()}
     state = torch.get_rng_state()
     settings = TrainSection(batch_size=12, estimator="adam")
-    roomy = plan.make("1TiB", encoder, generator, STATEMENT, settings)
+    roomy = plan.make("1TiB", encoder, generator, TARGET, settings)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(v, before[k]) for k, v in generator.state_dict().items())
     assert all(p.grad is None for p in generator.parameters())
@@ -168,7 +163,7 @@ def test_the_batch_in_one_piece_where_it_fits_and_the_least_where_not() -> None:
     assert "predicted peak" in str(roomy)
     assert json.loads(json.dumps(roomy.facts()))["whole"]["peak"] == roomy.whole[0]
     with pytest.raises(PlanError, match=r"memory='10MiB': 10 MiB on cpu; the least .* needs is"):
-        plan.make("10MiB", encoder, generator, STATEMENT, settings)
+        plan.make("10MiB", encoder, generator, TARGET, settings)
 
 
 @linux
@@ -222,6 +217,37 @@ def test_training_within_a_plan_is_training(
         torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-3)
 
 
+@linux
+def test_a_plan_that_is_given_is_not_measured_again(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, released: dpmmd.Release
+) -> None:
+    encoder = small_encoder()
+    settings = TrainSection(steps=1, batch_size=12, memory="1TiB")
+    look = GeneratorSection(name="resnet", image_size=32, channels=1, z_dim=5, base_channels=2)
+    generator = generators.build(**look.arguments(), num_classes=3)
+    target = plan.Target.of(released.metadata)
+    made = plan.make("1TiB", encoder, generator, target, settings)
+    made = dataclasses.replace(made, micro_batch=5, recompute=True)
+
+    def measured(*_: Any, **__: Any) -> plan.Plan:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(plan, "make", measured)
+    trained = dpmmd.train.train(
+        released, encoder, generator, settings, plan=made, selection_encoder=None
+    )
+    assert "memory: 5 of 12 images at a time" in capsys.readouterr().err
+    assert trained.limits == plan.Limits(5, 12, recompute=True)
+    assert generator.recompute is True
+    for changes in ({"batch_size": 10}, {"device": "cuda:3"}):
+        other = dataclasses.replace(made, **changes)
+        with pytest.raises(PlanError, match=r"plan: made for batches of .*this process trains"):
+            dpmmd.train.train(released, encoder, generator, settings, plan=other, progress=False)
+    plain = TrainSection(steps=1, batch_size=12)
+    trained = dpmmd.train.train(released, encoder, generator, plain, plan=made, progress=False)
+    assert trained.limits.generated == 12
+
+
 RECIPE = """
 [data]
 source = "nowhere"
@@ -239,6 +265,13 @@ adjacency = "replace-one"
 batch_size = 8
 {train}
 """
+
+
+RUN = """[generator]
+image_size = 8
+base_channels = 2
+[encoder]
+image_size = 16"""
 
 
 def command(tmp_path: Path, *options: str, data: str = "", train: str = "") -> Any:
@@ -285,7 +318,7 @@ def test_what_the_command_refuses(tmp_path: Path) -> None:
 
 MEASURED = """
 import json, sys, numpy as np, torch, dpmmd
-from dpmmd import plan
+from dpmmd.train import plan
 from dpmmd._memory import Meter
 from dpmmd.recipe import GeneratorSection, TrainSection
 torch.set_num_threads(1)
@@ -298,12 +331,12 @@ release = dpmmd.release((x, np.arange(20) % classes), encoder, epsilon=1.0, delt
                         shared_taps=shared, progress=False)
 look = GeneratorSection(name="resnet", image_size=px, channels=3, base_channels=16)
 make, found, meter = plan.make, [], Meter(torch.device("cpu"))
-def made(memory, encoder, generator, statement, settings):
+def made(memory, encoder, generator, target, settings):
     for _ in range(2):  # what the first leaves behind counts as in use
-        roomy = make("1TiB", encoder, generator, statement, settings)
+        roomy = make("1TiB", encoder, generator, target, settings)
     # Between the least, measured anew and not to the last page, and the batch in one piece.
     budget = 1.02 * roomy.least + float(part) * (roomy.whole[0] - roomy.least)
-    chosen = make(f"{budget / 2**30:.6f}GiB", encoder, generator, statement, settings)
+    chosen = make(f"{budget / 2**30:.6f}GiB", encoder, generator, target, settings)
     meter.settle()
     found.append((chosen, meter.used()))
     meter._reset()
@@ -315,6 +348,26 @@ trained = dpmmd.train.train(release, encoder, settings=settings, generator_setti
 chosen, before = found[0]
 print(json.dumps([chosen.facts(), meter.peak() - before, trained.seconds / 3]))
 """
+
+
+@linux
+def test_a_run_measures_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = images(30)
+    np.savez(tmp_path / "x.npz", x=x, y=y)
+    text = RECIPE.format(data="", train='steps = 2\nmemory = "1TiB"\n[sample]\nnum_images = 4')
+    text = text.replace('"nowhere"', f'"{tmp_path}/x.npz"').replace("[encoder]", RUN)
+    (tmp_path / "mine.toml").write_text(text)
+    make, made = plan.make, []
+
+    def counted(*arguments: Any, **options: Any) -> plan.Plan:
+        made.append(make(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(plan, "make", counted)
+    said: list[str] = []
+    runs.run(tmp_path / "mine.toml", tmp_path / "run", say=said.append, progress=False)
+    assert len(made) == 1
+    assert (tmp_path / "run" / "synthetic.npz").exists()
 
 
 def test_the_documented_table_is_the_committed_one() -> None:

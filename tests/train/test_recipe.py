@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import dpmmd
 from dpmmd import recipe
 from dpmmd.bounds import BOUNDS
 from dpmmd.evaluate import CLASSIFIERS
@@ -234,3 +237,24 @@ def test_the_choices_are_those_of_the_library() -> None:
     assert set(choices(recipe.ReleaseSection, "bound")) == set(BOUNDS)
     assert set(choices(recipe.TrainSection, "estimator")) == set(ESTIMATORS)
     assert set(recipe.EvaluateSection().classifiers) <= set(CLASSIFIERS)
+
+
+@pytest.mark.parametrize(
+    ("section", "function"),
+    [
+        (recipe.EncoderSection, dpmmd.encoders.load),
+        (recipe.GeneratorSection, dpmmd.generators.build),
+        (recipe.ReleaseSection, dpmmd.release),
+    ],
+)
+def test_a_section_has_the_arguments_of_its_function(
+    section: type[Any], function: Callable[..., Any]
+) -> None:
+    assert section.model_fields.keys() <= inspect.signature(function).parameters.keys()
+
+
+def test_a_generator_with_blanks_is_not_built() -> None:
+    look = recipe.GeneratorSection(z_dim=5)
+    with pytest.raises(ValueError, match=r"settings: name=None.*settings\.completed\("):
+        look.arguments()
+    assert look.completed((3, 64, 64)).arguments()["name"] == "resnet"

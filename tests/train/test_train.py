@@ -26,13 +26,16 @@ from dpmmd.train import (
     Trained,
     load_checkpoint,
     load_generator,
-    rate,
     sample,
     sample_grid,
     save_png,
     tile,
     train,
 )
+from dpmmd.train.plan import Limits
+from dpmmd.train.selection import Selection
+from dpmmd.train.state import State
+from dpmmd.train.step import Stepper, rate
 from tests.conftest import images, no_noise, nonnegative_encoder, small_encoder
 
 GENERATOR = GeneratorSection(name="conv", image_size=8, channels=1, z_dim=5, base_channels=4)
@@ -150,15 +153,15 @@ def test_a_crash_resumes_from_the_last_checkpoint(
 ) -> None:
     settings = quick(estimator=estimator, ema_decay=ema_decay)
     run(released, settings, out=tmp_path / "whole")
-    advance = training._Run.advance
+    advance = Stepper.advance
 
     def fails(self: Any, *arguments: Any) -> Tensor:
-        if self.step == 8:
+        if self.state.step == 8:
             raise MemoryError
         return advance(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training._Run, "advance", fails)
+        patch.setattr(Stepper, "advance", fails)
         with pytest.raises(MemoryError):
             run(released, settings, out=tmp_path / "parts")
     assert state_of(tmp_path / "parts")["step"] == 5
@@ -540,14 +543,14 @@ def test_selection_keeps_the_best_step_and_survives_resuming(tmp_path: Path) -> 
         steps=12, batch_size=12, checkpoint_every=2, ema_decay=0.0, lr=0.3, schedule="constant"
     )
     scores: dict[int, float] = {}
-    original = training._Run.compare
+    original = State.consider
 
-    def recorded(self: training._Run) -> float:
-        scores[self.step] = original(self)
-        return scores[self.step]
+    def recorded(self: State, score: float) -> None:
+        scores[self.step] = score
+        original(self, score)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training._Run, "compare", recorded)
+        patch.setattr(State, "consider", recorded)
         trained = training.train(
             release,
             encoder,
@@ -560,7 +563,7 @@ def test_selection_keeps_the_best_step_and_survives_resuming(tmp_path: Path) -> 
     best = min(scores, key=lambda step: scores[step])
     assert trained.selected_step == best
     assert trained.step == 12
-    scorer = training._Selection(release, other, torch.device("cpu"))
+    scorer = Selection(release, other, torch.device("cpu"), Limits())
     assert scorer.score(trained.generator) == pytest.approx(scores[best], rel=1e-6)
     loaded = training.load_generator(tmp_path / "a")
     assert loaded.selected_step == best

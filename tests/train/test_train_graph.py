@@ -21,7 +21,10 @@ from dpmmd.generators import ConvGenerator
 from dpmmd.nn import ESTIMATORS
 from dpmmd.privacy import Release
 from dpmmd.recipe import TrainSection
+from dpmmd.train import checkpoint as checkpoints
 from dpmmd.train import train
+from dpmmd.train.graph import GraphedStepper
+from dpmmd.train.step import Stepper
 from tests.conftest import images, small_encoder
 from tests.train.test_train import GENERATOR, assert_same, make_release, quick, run, state_of
 
@@ -57,9 +60,9 @@ class Played:
 @pytest.fixture
 def played(monkeypatch: pytest.MonkeyPatch) -> Played:
     it = Played()
-    monkeypatch.setattr(training, "_GRAPHED_ON", ("cpu",))
-    monkeypatch.setattr(training, "_warm_up", lambda *a: it.warm_up(*a))
-    monkeypatch.setattr(training, "_record", lambda *a: it.record(*a))
+    monkeypatch.setattr(training.graph, "_GRAPHED_ON", ("cpu",))
+    monkeypatch.setattr(training.graph, "warm_up", lambda *a: it.warm_up(*a))
+    monkeypatch.setattr(training.graph, "record", lambda *a: it.record(*a))
     return it
 
 
@@ -115,16 +118,16 @@ def test_a_graphed_training_resumes_with_or_without_a_graph(
     class Stop(Exception):
         pass
 
-    advance, taken = training._Run.advance, []
+    advance, taken = Stepper.advance, []
 
-    def stopping(self: training._Run) -> Tensor:
-        taken.append(self.step)
+    def stopping(self: Stepper) -> Tensor:
+        taken.append(self.state.step)
         if len(taken) == 8:
             raise Stop
         return advance(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training._Run, "advance", stopping)
+        patch.setattr(Stepper, "advance", stopping)
         with pytest.raises(Stop):
             run(released, quick(graph=first), out=parts)
     assert state_of(parts)["step"] == 5
@@ -162,6 +165,8 @@ def test_a_graph_needs_cuda(released: Release) -> None:
 def test_a_graph_has_no_micro_batches(released: Release, played: Played) -> None:
     with pytest.raises(ValueError, match=r"settings.memory='8GiB': micro-batches are cut on the"):
         run(released, quick(graph=True, memory="8GiB"))
+    with pytest.raises(ValueError, match=r"settings.graph=True with a plan: micro-batches are"):
+        training.is_graphed(quick(graph=True), torch.device("cpu"), planned=True)
 
 
 def test_a_graph_is_the_default_where_it_can_be() -> None:
@@ -332,7 +337,8 @@ def test_a_failed_capture_resumes_where_it_was(
     played.fails = RuntimeError("not permitted")
     go_on = {"steps": 9, "schedule": "constant"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "_WITHOUT_EFFECT", training._WITHOUT_EFFECT | {"steps"})
+        without = checkpoints.WITHOUT_EFFECT | {"steps"}
+        patch.setattr(checkpoints, "WITHOUT_EFFECT", without)
         run(released, quick(**go_on, graph=False), out=tmp_path / "False")
         with pytest.warns(RuntimeWarning, match="not permitted"):
             run(released, quick(**go_on), out=tmp_path / "None")
@@ -372,7 +378,7 @@ def test_a_gpus_checkpoint_resumes_on_a_cpu(
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for folder, steps in ((whole, 12), (parts, 5)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(training, "rate", lambda settings, step: 1e-2)
+            patch.setattr(training.step, "rate", lambda settings, step: 1e-2)
             run(released, quick(steps=steps, graph=graph), out=folder)
     path = parts / "checkpoints" / "last.pt"
     state = training.load_checkpoint(path)
@@ -381,7 +387,7 @@ def test_a_gpus_checkpoint_resumes_on_a_cpu(
     state["settings"].update(steps=12, graph=None)
     torch.save(state, path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "rate", lambda settings, step: 1e-2)
+        patch.setattr(training.step, "rate", lambda settings, step: 1e-2)
         run(released, quick(graph=graph), out=parts)
     compare = [state_of(folder) for folder in (whole, parts)]
     assert_same(*(weights(state) for state in compare))
@@ -457,17 +463,18 @@ def test_a_step_reads_nothing_from_the_device(estimator: str, options: dict[str,
     settings = quick(estimator=estimator, graph=True)
     stepped = []
 
-    def advance(self: training._Run) -> Tensor:
-        self.optimizer.step = lambda: stepped.append(True)  # type: ignore[assignment,method-assign]
+    def advance(self: Stepper) -> Tensor:
+        state = self.state
+        state.optimizer.step = lambda: stepped.append(True)  # type: ignore[assignment,method-assign]
         self._work()
-        self.step += 1
+        state.step += 1
         return torch.zeros(())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "_GRAPHED_ON", ("meta",))
-        patch.setattr(training, "_adam", lambda model, *_: torch.optim.Adam(model.parameters()))
-        patch.setattr(training._Run, "_captured", lambda self: self._work)
-        patch.setattr(training._Run, "advance", advance)
+        patch.setattr(training.graph, "_GRAPHED_ON", ("meta",))
+        patch.setattr(training.loop, "adam", lambda model, *_: torch.optim.Adam(model.parameters()))
+        patch.setattr(GraphedStepper, "capture", lambda self: None)
+        patch.setattr(Stepper, "advance", advance)
         train(release, encoder, settings=settings, generator_settings=GENERATOR, progress=False)
     assert len(stepped) == settings.steps
 
@@ -521,7 +528,7 @@ def test_encoders_compile_whole(name: str) -> None:
 def test_modules_are_not_left_compiled(released: Release) -> None:
     encoder, generator = small_encoder(), nn.Identity()
     assert encoder.backbone._compiled_call_impl is None
-    with contextlib.suppress(KeyError), training._compiled([encoder.backbone, generator]):
+    with contextlib.suppress(KeyError), training.loop._compiled([encoder.backbone, generator]):
         assert encoder.backbone._compiled_call_impl is not None
         raise KeyError
     assert encoder.backbone._compiled_call_impl is None

@@ -1,0 +1,1 @@
+"""What the cores and their callers agree on: the protocol, the taps' geometry, slots, refusals."""

@@ -1,0 +1,52 @@
+"""What the public operations refuse, with what to try, before a core sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from dpmmd._contract import checks
+from dpmmd._contract.checks import brief
+from dpmmd.bounds import Bound
+
+
+def checked(
+    features: Sequence[Tensor],
+    labels: Tensor | None,
+    num_classes: int,
+    moments: Sequence[int],
+    bound: str,
+    clip: float,
+    joint_weight: float | None,
+) -> Bound:
+    """The bound that the keywords of `mean_embedding` describe; refuses what does not fit."""
+    if isinstance(features, Tensor) or not features:
+        raise TypeError(
+            "features: expected a non-empty sequence of tensors, one per tap; "
+            "wrap a single tensor as [tensor]."
+        )
+    first = features[0]
+    for i, f in enumerate(features):
+        if not isinstance(f, Tensor) or not f.is_floating_point() or f.ndim < 2:
+            raise TypeError(f"features[{i}]: expected a floating tensor [n, ...], got {brief(f)}.")
+        if f.shape[0] != first.shape[0] or f.dtype != first.dtype or f.device != first.device:
+            raise ValueError(
+                f"features[{i}]: {brief(f)}, expected n, dtype and device of "
+                f"features[0]: {brief(first)}."
+            )
+    if not isinstance(num_classes, int) or num_classes < 1:
+        raise ValueError(f"num_classes={num_classes!r}: expected an int >= 1.")
+    folded = Bound.checked(moments, bound, clip, joint_weight)
+    if labels is None:
+        if num_classes != 1:
+            raise ValueError(f"labels=None: expected labels, since num_classes={num_classes}.")
+    else:
+        checks.check_labels(labels, first.shape[0], first.device)
+    return folded
+
+
+def check_labels(labels: Tensor, like: Tensor, num_classes: int) -> None:
+    """Refuses labels that are not int64 [n] on the device of ``like`` [n, ...], in 0..K-1."""
+    checks.check_labels(labels, like.shape[0], like.device)
+    checks.check_values(labels, num_classes)

@@ -1,0 +1,34 @@
+"""What both operations ask of autograd: whether anything traces, and gradients of first order."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+
+def untraced(*tensors: Tensor | None) -> bool:
+    """Whether nothing stands between a call and its kernels but autograd."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    if torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return all(type(t) is Tensor or type(t) is nn.Parameter for t in tensors if t is not None)
+
+
+def refuse_double_backward(ctx: Any, *grads: Tensor) -> NoReturn:
+    raise RuntimeError(
+        "dpmmd.functional: its gradients cannot be differentiated again (the operations are "
+        "once_differentiable); differentiate those of dpmmd.reference instead."
+    )
+
+
+class Once(torch.autograd.Function):
+    """A gradient that is known as a number, not as a function of what it is the gradient in."""
+
+    @staticmethod
+    def forward(ctx: Any, source: Tensor, gradient: Tensor) -> Tensor:
+        return gradient.clone()
+
+    backward = staticmethod(refuse_double_backward)

@@ -1,0 +1,94 @@
+"""A run's folder: whether a recipe may use it, what was measured, the release that is in it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from time import perf_counter
+
+from dpmmd import recipe
+from dpmmd._memory import peak_memory, return_freed_memory
+from dpmmd.errors import RunError
+from dpmmd.files import write_atomically
+from dpmmd.privacy import Release
+from dpmmd.recipe import Recipe
+from dpmmd.train import CHECKPOINT, load_checkpoint
+
+
+def is_new(folder: Path, settings: Recipe) -> bool:
+    """Whether a run in the folder begins, rather than goes on.
+
+    Raises:
+        RunError: the folder holds another recipe's run, or something else.
+    """
+    kept = folder / "recipe.toml"
+    if kept.exists():
+        if recipe.parse(kept.read_text("utf-8"), str(kept)) != settings:
+            raise RunError(
+                f"{folder}: holds a run of another recipe ({kept}). Choose another folder with "
+                "--out, or go on with that recipe."
+            )
+        return False
+    if folder.is_symlink() and not folder.exists():
+        raise RunError(
+            f"{folder}: a link to a folder that is not there; choose another with --out."
+        )
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunError(f"{folder}: exists and is not a run folder; choose another with --out.")
+    return True
+
+
+def release_of(checkpoint: Path, given: Path | None) -> Release | None:
+    """The release that a checkpoint was trained on: the file given, or the run folder's.
+
+    Raises:
+        RunError: the file given is another release.
+    """
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent.parent
+    path = given or folder / "release.safetensors"
+    if given is None and not path.exists():
+        return None
+    file = folder / "checkpoints" / CHECKPOINT if checkpoint.is_dir() else checkpoint
+    released = Release.load(path)
+    if released.metadata.array_sha256 != load_checkpoint(file)["array_sha256"]:
+        raise RunError(f"{path}: is not the release that {file} was trained on.")
+    return released
+
+
+def encoders_of(path: Path) -> tuple[str, ...]:
+    """Names of the encoders that a release was made with."""
+    m = Release.load(path).metadata
+    return tuple(spec["name"] for spec in (m.encoder, m.selection_encoder) if spec is not None)
+
+
+class Measured:
+    """Seconds of each stage and the greatest resident memory, kept over resumptions."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.seconds: dict[str, float] = {}
+        self._peak: int | None = None
+        if path.exists():
+            kept = json.loads(path.read_text("utf-8"))
+            self.seconds, self._peak = kept["seconds"], kept["peak_rss_bytes"]
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Times the block, unless it raises."""
+        started = perf_counter()
+        yield
+        self.seconds[name] = perf_counter() - started
+        self.write()
+
+    def peak(self) -> int | None:
+        """Bytes; None where the system does not tell."""
+        used = peak_memory()
+        self._peak = self._peak if used is None else max(self._peak or 0, used)
+        return self._peak
+
+    def write(self) -> None:
+        return_freed_memory()  # a stage is done: the next asks for other blocks
+        data = {"seconds": self.seconds, "peak_rss_bytes": self.peak()}
+        write_atomically(self.path, (json.dumps(data) + "\n").encode(), overwrite=True)

@@ -1,0 +1,342 @@
+"""A run: release, train, sample, evaluate, each stage once."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpmmd import generators, recipe, train
+from dpmmd.data import ImageSource, open_source
+from dpmmd.devices import choose_device
+from dpmmd.encoders import Encoder
+from dpmmd.errors import RunError
+from dpmmd.evaluate import check_classifiers
+from dpmmd.files import expanded, write_atomically
+from dpmmd.metrics import Extractor
+from dpmmd.nn import check_encoder
+from dpmmd.privacy import Release
+from dpmmd.privacy import release as make_release
+from dpmmd.privacy.metadata import unit_of
+from dpmmd.privacy.printed import up
+from dpmmd.privacy.report import facts
+from dpmmd.recipe import Recipe
+from dpmmd.run import evaluation
+from dpmmd.run.folder import Measured, is_new
+from dpmmd.run.noiseless import NO_NOISE_EPSILON, no_noise, stated_epsilon
+from dpmmd.run.report import make_report
+from dpmmd.run.samples import write_samples
+from dpmmd.train import CHECKPOINT, Trained, plan
+from dpmmd.train.plan import Plan
+
+Say = Callable[[str], None]
+
+
+def run(
+    recipe_name: str | Path,
+    out: str | Path,
+    *,
+    say: Say,
+    changes: Sequence[str] = (),
+    device: str = "auto",
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Runs a recipe: release, train, sample, evaluate. Stages that are finished are re-used.
+
+    A finished release is never made again: that would cost privacy a second time.
+
+    Args:
+        recipe_name: the path of a TOML file, or the name of one of `dpmmd.recipe.names()`.
+        out: the run's folder; created, or continued if it holds a run of the same recipe.
+        say: called with one line of text at each stage.
+        changes: keys to set anew, as `dpmmd.recipe.with_changes` takes them; the folder's
+            ``recipe.toml`` has them in it.
+        device: see `choose_device`.
+        progress: show progress bars on standard error.
+
+    Returns:
+        The content of ``report.json``.
+
+    Raises:
+        RecipeError, RunError: before any image is read.
+    """
+    where = choose_device(device)
+    settings, text = recipe.read(recipe_name)
+    if changes:
+        settings, text = recipe.with_changes(text, changes, str(recipe_name))
+    folder = expanded(out)
+    new = is_new(folder, settings)
+    job = Job.of(settings, folder, where, say, progress)
+    if new:
+        write_atomically(folder / "recipe.toml", text.encode())
+    try:
+        released = job.release()
+    except Exception:
+        # Nothing was released: leave no folder that a corrected recipe could not use.
+        if new and not job.release_path.exists():
+            (folder / "recipe.toml").unlink()
+            folder.rmdir()
+        raise
+    trained = job.train(released)
+    job.sample(released, trained)
+    return job.evaluate(released)
+
+
+@dataclass
+class Job:
+    """A recipe's run in its folder: four stages, each of which re-uses what is finished.
+
+    Attributes:
+        settings: the recipe.
+        folder: where everything is written.
+        device: where everything is computed.
+        encoder, selection: on the device; the second is None without a selection block.
+        extractors: of the evaluation's metrics.
+        measured: seconds and memory of the stages.
+        say: called with one line of text at each stage.
+        progress: whether to show progress bars.
+        plan: of training; made, with a memory budget, before privacy is spent.
+    """
+
+    settings: Recipe
+    folder: Path
+    device: torch.device
+    encoder: Encoder
+    selection: Encoder | None
+    extractors: list[Extractor]
+    measured: Measured
+    say: Say
+    progress: bool
+    plan: Plan | None = None
+
+    @classmethod
+    def of(
+        cls, settings: Recipe, folder: Path, device: torch.device, say: Say, progress: bool
+    ) -> Job:
+        """Loads what the stages need.
+
+        Raises:
+            RunError, ValueError: settings that would only fail after privacy has been spent.
+        """
+        _check(settings, device)
+        encoder, selection = plan.loaded(settings, device)
+        finished = (folder / "report.json").exists()
+        extractors = [] if finished else evaluation.extractors_of(settings, device)
+        measured = Measured(folder / "measured.json")
+        return cls(
+            settings, folder, device, encoder, selection, extractors, measured, say, progress
+        )
+
+    @property
+    def release_path(self) -> Path:
+        return self.folder / "release.safetensors"
+
+    def release(self) -> Release:
+        """The one stage that reads private images and spends privacy."""
+        data, wanted, path = self.settings.data, self.settings.release, self.release_path
+        if path.exists():
+            released = Release.load(path)
+            self._check_release(released)
+            self.say(f"release: found {path}, finished; re-used, no further privacy is spent")
+        else:
+            self.say(
+                f"release: {data.source} ({data.split}), encoder {self.encoder.name}, D = "
+                f"{self.encoder.dim}, epsilon = {up(wanted.epsilon)}, delta = {up(wanted.delta)}, "
+                f"{wanted.adjacency}"
+            )
+            if math.isinf(wanted.epsilon):
+                self.say("release: epsilon = inf adds NO NOISE: NOT PRIVATE, for comparison only")
+            with self.measured.stage("release"):
+                released = self._spend()
+        if not released.metadata.private:
+            stamp = f"{facts(released)['promise']}\n"
+            write_atomically(self.folder / "NOT_PRIVATE", stamp.encode(), overwrite=True)
+        privacy = json.dumps(facts(released), indent=2) + "\n"
+        write_atomically(self.folder / "privacy.json", privacy.encode(), overwrite=True)
+        return released
+
+    def train(self, released: Release) -> Trained:
+        """A generator; costs no privacy."""
+        checkpoint = self.folder / "checkpoints" / CHECKPOINT
+        step = int(train.load_checkpoint(checkpoint)["step"]) if checkpoint.exists() else 0
+        wanted = self.settings.train
+        if step >= wanted.steps:
+            self.say(f"train: found {checkpoint}, finished; re-used")
+        else:
+            origin = f"resumes at step {step} of" if step else "starts:"
+            self.say(f"train: {origin} {wanted.steps} steps, batch {wanted.batch_size}")
+        trained = train.train(
+            released,
+            self.encoder,
+            settings=wanted,
+            generator_settings=self.settings.generator,
+            selection_encoder=self.selection,
+            out=self.folder,
+            plan=self.plan,
+            progress=self.progress,
+        )
+        self.measured.seconds["train"] = trained.seconds
+        self.measured.write()
+        return trained
+
+    def sample(self, released: Release, trained: Trained) -> None:
+        """The synthetic set, its card and a picture; costs no privacy."""
+        path = self.folder / "synthetic.npz"
+        if path.exists():
+            self.say(f"sample: found {path}, finished; re-used")
+            return
+        self.say(f"sample: {self.settings.sample.num_images} images")
+        with self.measured.stage("sample"):
+            write_samples(
+                trained,
+                path,
+                self.settings.sample,
+                picture=self.folder / "samples.png",
+                card=self.folder / "README.md",
+                release=released,
+                progress=self.progress,
+            )
+
+    def evaluate(self, released: Release) -> dict[str, Any]:
+        """The content of ``report.json``. Reads real images, which the release does not cover."""
+        path = self.folder / "report.json"
+        if path.exists():
+            self.say(f"evaluate: found {path}, finished; re-used")
+            report: dict[str, Any] = json.loads(path.read_text("utf-8"))
+            return report
+        accuracy: dict[str, Any] = {}
+        figures: dict[str, Any] = {}
+        told: dict[str, Any] = {}
+        if self._compares:
+            with self.measured.stage("evaluate"):
+                accuracy, figures, told = self._compared()
+        report = make_report(released, accuracy, self.measured, figures, told)
+        write_atomically(path, (json.dumps(report, indent=2) + "\n").encode())
+        return report
+
+    @property
+    def _compares(self) -> bool:
+        """Whether the synthetic set is compared with real images."""
+        return self.settings.evaluate is not None or self.settings.metrics is not None
+
+    def _spend(self) -> Release:
+        data, wanted = self.settings.data, self.settings.release
+        source = open_source(
+            data.source,
+            split=data.split,
+            num_classes=data.num_classes,
+            group_by=data.group_by,
+            allow_empty=wanted.adjacency == "add-remove",
+            **data.options(),
+        )
+        self._check_source(source)
+        return make_release(
+            source,
+            self.encoder,
+            **{**wanted.arguments(), "epsilon": min(wanted.epsilon, NO_NOISE_EPSILON)},
+            insecure_test_noise=no_noise if math.isinf(wanted.epsilon) else None,
+            num_classes=data.num_classes,
+            selection=self.selection,
+            out=self.release_path,
+            progress=self.progress,
+        )
+
+    def _check_source(self, source: ImageSource) -> None:
+        """Refuses what would only fail after privacy has been spent; makes the memory plan."""
+        settings, data, channels = self.settings, self.settings.data, source.image_shape[0]
+        if data.num_images is not None and source.num_images != data.num_images:
+            raise RunError(
+                f"data.num_images = {data.num_images}: {data.source} ({data.split}) holds "
+                f"{source.num_images} images; is it the right one, and whole? If so, correct "
+                "the key or leave it out."
+            )
+        look = settings.generator.completed(source.image_shape)
+        model = generators.build(**look.arguments(), num_classes=data.num_classes)
+        if (budget := settings.train.memory) is not None:
+            model = model.to(self.device)
+            self.plan = plan.before_release(settings, budget, self.encoder, model, channels)
+        if settings.release.pixel_moments is not None and look.channels != channels:
+            raise RunError(
+                f"release.pixel_moments: {data.source} has {channels} channels, "
+                f"the generator makes {look.channels}; alignment needs them equal. Set "
+                "channels in [generator] or [data], or leave pixel_moments out."
+            )
+        if not self._compares:
+            return
+        made = (look.channels, look.image_size, look.image_size)
+        if source.image_shape != made:
+            raise RunError(
+                f"generator: makes images (C, H, W) = {made}, those of {data.source} are "
+                f"{source.image_shape}; evaluation needs them equal. Set image_size and "
+                "channels in [generator] or [data]."
+            )
+        evaluation.check_test(settings, source)
+
+    def _check_release(self, released: Release) -> None:
+        """Refuses a release that the recipe would not have made."""
+        m, data, wanted = released.metadata, self.settings.data, self.settings.release
+        side = None if m.pixel_encoder is None else int(m.pixel_encoder["image_size"][0])
+        same = ("delta", "adjacency", "moments", "bound", "clip", "joint_weight", "shared_taps")
+        pairs = {
+            "epsilon": (stated_epsilon(released), wanted.epsilon),
+            **{key: (getattr(m, key), getattr(wanted, key)) for key in same},
+            "pixel_moments": (side, wanted.pixel_moments),
+            "unit": (m.unit, unit_of(data.group_by)),
+            "num_classes": (m.num_classes, data.num_classes or 1),
+        }
+        for name, (found, asked) in pairs.items():
+            if found != asked:
+                raise RunError(
+                    f"{self.release_path}: made with {name} = {found!r}, the recipe asks for "
+                    f"{asked!r}. Choose another folder with --out."
+                )
+        check_encoder(released, self.encoder)
+        if self.selection is not None:
+            check_encoder(released, self.selection, selection=True)
+
+    def _compared(self) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """Accuracies, metrics, and what is said of the sets."""
+        settings, accuracy, figures = self.settings, {}, {}
+        found, reason = evaluation.sets_of(settings, self.folder / "synthetic.npz")
+        told = found.facts() | ({"real_not_compared": reason} if reason else {})
+        if reason:
+            self.say(f"evaluate: {reason} Classifiers are not trained on real images.")
+        for line in found.lines():
+            self.say(f"evaluate: {line}")
+        if settings.evaluate is not None:
+            names = ", ".join(settings.evaluate.classifiers)
+            self.say(f"evaluate: {names}, on real test images")
+            accuracy = evaluation.accuracies(
+                found, settings.evaluate, device=str(self.device), progress=self.progress
+            )
+        if settings.metrics is not None:
+            names = ", ".join(extractor.name for extractor in self.extractors)
+            self.say(f"metrics: {names}, on real test images")
+            figures = evaluation.compared(
+                found,
+                settings.metrics,
+                extractors=self.extractors,
+                test=evaluation.real_test(settings),
+                trained_against=evaluation.trained_against(settings),
+                progress=self.progress,
+            )
+        return accuracy, figures, told
+
+
+def _check(settings: Recipe, device: torch.device) -> None:
+    """Refuses, before anything is loaded, what would only fail after privacy has been spent."""
+    train.is_graphed(settings.train, device)  # raises where a graph is asked for and cannot be
+    if settings.evaluate is None:
+        return
+    if settings.data.num_classes is None:
+        raise RunError("evaluate: needs labels; set data.num_classes or leave out [evaluate].")
+    if settings.data.num_classes == 1:
+        raise RunError(
+            "evaluate: with data.num_classes = 1 every classifier is right; leave out [evaluate]."
+        )
+    check_classifiers(settings.evaluate.classifiers)

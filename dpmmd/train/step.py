@@ -1,0 +1,87 @@
+"""One step of a training after the other."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from dpmmd.recipe import TrainSection
+from dpmmd.train.sampling import balanced_labels
+from dpmmd.train.state import State, Task
+
+
+def rate(settings: TrainSection, step: int) -> float:
+    """Learning rate of a step (0-based): linear warm-up, then the schedule down to zero."""
+    if step < settings.warmup:
+        return settings.lr * (step + 1) / settings.warmup
+    done = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
+    factor = {
+        "constant": 1.0,
+        "linear": 1.0 - done,
+        "cosine": 0.5 * (1 + math.cos(math.pi * done)),
+    }[settings.schedule]
+    return settings.lr * factor
+
+
+class Stepper:
+    """Moves a state by one step each time that `advance` is called.
+
+    Args:
+        task: what is trained.
+        state: what is moved.
+        model: the state's generator, or what wraps it for several processes.
+    """
+
+    def __init__(self, task: Task, state: State, model: nn.Module) -> None:
+        self.task, self.state, self.model = task, state, model
+        n, device = task.settings.batch_size, task.team.device
+        whole = torch.zeros(n, int(state.generator.z_dim))  # type: ignore[arg-type]
+        self.whole = whole.shape
+        self.z = task.team.share(whole).to(device)
+        self.y = None
+        if task.num_classes is not None:
+            self.y = task.team.share(balanced_labels(n, task.num_classes)).to(device)
+        self.value = torch.zeros((), device=device)
+
+    def advance(self) -> Tensor:
+        """One step; returns the loss, on its device."""
+        state, n = self.state, self.task.settings.batch_size
+        for group in state.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate(self.task.settings, state.step))
+            else:
+                group["lr"] = rate(self.task.settings, state.step)
+        self._fill(self.z, torch.randn(self.whole, generator=state.rng))
+        if self.y is not None and self.task.num_classes is not None:
+            self._fill(self.y, balanced_labels(n, self.task.num_classes, offset=state.step * n))
+        state.averaged.begin(state.step)
+        self._run()
+        state.step += 1
+        state.global_rng = torch.get_rng_state()
+        return self.value
+
+    def _fill(self, place: Tensor, whole: Tensor) -> None:
+        """Copies from the host without waiting: pinned memory is not reused before it is read."""
+        values = self.task.team.share(whole)
+        if place.is_cuda:
+            values = values.pin_memory()
+        place.copy_(values, non_blocking=True)
+
+    def _run(self) -> None:
+        """`_work`, in whichever way."""
+        self._work()
+
+    def _work(self) -> None:
+        """What the device does in a step: the same kernels each time, and no reads by the host."""
+        state = self.state
+        state.optimizer.zero_grad(set_to_none=True)
+        value = state.loss(self.model(self.z, self.y), self.y)
+        value.backward()
+        state.optimizer.step()
+        self._average()
+        self.value.copy_(value.detach())
+
+    def _average(self) -> None:
+        self.state.averaged.update_parameters(self.state.generator)

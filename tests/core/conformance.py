@@ -402,6 +402,15 @@ def layouts(batch: Batch, on: On) -> None:
         near_each("gradient", other.gradients, found[0].gradients, unit, 1e-7)
 
 
+def no_images(batch: Batch, on: On) -> None:
+    got = embed(batch, batch.features(), Bound((1, 2)), on)
+    shape = (2, batch.classes or 1, batch.dim)
+    require(got.means.shape == shape and not bool(got.means.any()), "means of no images")
+    require(got.counts.tolist() == [0.0] * shape[1], f"counts {got.counts.tolist()}")
+    for g, f in zip(got.gradients, batch.features(), strict=True):
+        require(g.shape == f.shape, f"gradient {list(g.shape)} of features {list(f.shape)}")
+
+
 def images_alone(batch: Batch, on: On) -> None:
     """A batch's means are those of batches of one."""
     fs, y = batch.features(), batch.labels()
@@ -1050,10 +1059,9 @@ def _odd_embeddings(scale: Scale) -> Iterator[Check]:
         return Check(EMBEDDING, name, partial(function, *given), **options)
 
     for k in (None, 1, 3):
-        n = 1
-        yield _embedding(
-            f"{n} images", Batch(n, ((8, 3, 3), (7,)), FLOAT32, k), BOTH, scale, n == 1
-        )
+        few = Batch(1, ((8, 3, 3), (7,)), FLOAT32, k)
+        yield _embedding("one image", few, BOTH, scale, True)
+        yield check(f"no images, K={k or 1}", no_images, replace(few, n=0))
     one = Batch(3, ((1,),))
     yield _embedding("one column", one, PER_TAP, scale, False)
     for k, n in ((50, 37), (1000, 4)):  # more classes than images

@@ -67,7 +67,7 @@ else:
 
     @native
     @pytest.mark.parametrize("level", levels())
-    @of("cpu", *(c for c in checks() if c.short))
+    @of("cpu", *(c for c in checks() if c.short or c.name.startswith("odd,")))
     def test_levels_of_the_cpu(check: Check, level: str) -> None:
         from dpmmd import _native
 

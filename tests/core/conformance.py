@@ -1184,4 +1184,4 @@ def _steps(scale: Scale) -> Iterator[Check]:
                 for inject, those in ((True, injecting), (False, able)):
                     run = partial(step, parts, dtype, inject)
                     label = f"{name}, injected" if inject else name
-                    yield Check(IN_PARTS, label, run, dtype, those, "joint" in name and inject)
+                    yield Check(IN_PARTS, label, run, dtype, those, "joint sphere" in name)

@@ -323,14 +323,13 @@ def judge(batch: Batch, fs: Sequence[Tensor], bound: Bound, got: Embedded, on: O
         return
     require(got.means.dtype == FLOAT32, f"means {got.means.dtype}")
     rough, slack = define(batch, fs, bound, FLOAT32), tolerance(on)
+    allowed = 2 * distance([rough.means], [truth.means]) + slack.means
+    near("means", [got.means], [truth.means], allowed)
     plain = [g.to(batch.dtype) for g in rough.gradients]
     allowed = 3 * distance(plain, truth.gradients) + slack.gradient
     one = 3e-5 if batch.dtype == FLOAT32 else slack.bfloat16
-    if batch.dtype == BFLOAT16:
-        allowed = max(allowed, slack.bfloat16)
+    allowed = max(allowed, one) if batch.dtype == BFLOAT16 else allowed
     near("gradient", got.gradients, truth.gradients, allowed)
-    allowed = 2 * distance([rough.means], [truth.means]) + slack.means
-    near("means", [got.means], [truth.means], allowed)
     # Of all taps: the gradient of a tap of few columns is what nearly equal terms leave; those of
     # squares are the most alike.
     few = bound.per_tap and bound.moments == (2,) and min(map(math.prod, batch.shapes)) < 8

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from benches import baselines
-from benches.harness import MEMORY_LIMIT, Measure, floors, library_backends, relative_error
+from benches.backends import on_this_cpu
+from benches.harness import MEMORY_LIMIT, Measure, floors, relative_error
 from benches.shapes import Case
 from dpmmd import functional, reference
 
@@ -50,7 +51,7 @@ def test_forward(measure: Measure, case: Case) -> None:
     if case.compiled and not measure.smoke:
         torch._dynamo.reset()
         variants["compile"] = variant(torch.compile(baselines.mean_embedding, dynamic=False))
-    for backend in library_backends():
+    for backend in on_this_cpu():
         variants[backend] = variant(functional.mean_embedding, backend=backend)
     if not measure.smoke:
         variants |= floors(features)
@@ -68,7 +69,7 @@ def test_forward(measure: Measure, case: Case) -> None:
         "mean_embedding, forward",
         case.shape,
         variants,
-        ours=library_backends()[-1],
+        ours=on_this_cpu()[-1],
         dtype=case.dtype_name,
         min_bytes=case.feature_bytes + case.d_vector_bytes,
         error=error,

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from benches import baselines
-from benches.harness import MEMORY_LIMIT, Measure, floors, library_backends, relative_error
+from benches.backends import on_this_cpu
+from benches.harness import MEMORY_LIMIT, Measure, floors, relative_error
 from benches.shapes import Case, gradients
 from dpmmd import functional, reference
 
@@ -48,7 +49,7 @@ def test_forward_and_backward(measure: Measure, case: Case) -> None:
             return torch.autograd.grad(loss, features)
 
         variants["compile"] = run_compiled
-    for backend in library_backends():
+    for backend in on_this_cpu():
 
         def embed(*args, backend=backend, **options):
             return functional.mean_embedding(*args, backend=backend, **options)
@@ -72,7 +73,7 @@ def test_forward_and_backward(measure: Measure, case: Case) -> None:
         "mmd_loss, forward + backward",
         case.shape,
         variants,
-        ours=library_backends()[-1],
+        ours=on_this_cpu()[-1],
         dtype=case.dtype_name,
         min_bytes=3 * case.feature_bytes + 3 * case.d_vector_bytes,
         error=error,

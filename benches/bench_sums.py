@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benches.harness import Measure, floors, library_backends
+from benches.backends import on_this_cpu
+from benches.harness import Measure, floors
 from benches.shapes import Case
 from dpmmd import backends
 from dpmmd.bounds import Bound
@@ -29,9 +30,7 @@ def test_class_sums(measure: Measure, case: Case) -> None:
     features = [f.permute(0, 2, 3, 1).flatten(1) for f in maps]  # views
     labels, valid = torch.arange(case.n) % case.classes, torch.ones(case.n, dtype=torch.bool)
     limits = torch.full((case.n,), 1 << GRID_BITS)
-    sums = {
-        name: PrivateSums(case.classes, case.dim * len(case.moments)) for name in library_backends()
-    }
+    sums = {name: PrivateSums(case.classes, case.dim * len(case.moments)) for name in on_this_cpu()}
 
     def variant(name: str):
         def run() -> None:
@@ -50,7 +49,7 @@ def test_class_sums(measure: Measure, case: Case) -> None:
     variants = {name: variant(name) for name in sums}
     if not measure.smoke:
         variants |= floors(maps)
-    ours = library_backends()[-1]
+    ours = on_this_cpu()[-1]
     measure(
         "release, integer class sums",
         case.shape,

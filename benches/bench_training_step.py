@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 import dpmmd
+from benches.backends import on_this_cpu
 from benches.baselines import AuthorsStep
-from benches.harness import Measure, library_backends
+from benches.harness import Measure
 from benches.shapes import small_release
 from dpmmd.nn import MMDLoss
 
@@ -27,7 +28,7 @@ def test_training_step(measure: Measure) -> None:
     encoder = dpmmd.encoders.load(name, image_size=32, weights="random")
     release = small_release(encoder, CLASSES)
     variants: dict[str, Callable[[], None]] = {}
-    for backend in library_backends():
+    for backend in on_this_cpu():
         variants[backend] = _step(
             MMDLoss(release, encoder, estimator="adam", backend=backend).train(), batch, width
         )
@@ -40,7 +41,7 @@ def test_training_step(measure: Measure) -> None:
         "training step",
         f"{name} 32 px, n={batch}, K={CLASSES}, moments 1+2",
         variants,
-        ours=library_backends()[-1],
+        ours=on_this_cpu()[-1],
     )
 
 

@@ -15,15 +15,13 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-
-from dpmmd import backends, functional
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
@@ -115,18 +113,15 @@ class Measure:
                 run()
             return self._benchmark(variants[ours])
 
-        found = {}
-        slowest = 0.0  # all variants once, warm
+        rows, slowest = [], 0.0
         for name, run in variants.items():
-            peak = None if name in FLOORS else peak_bytes(run)
-            start = perf_counter()
-            result = run()
-            seconds = perf_counter() - start
-            wrong = None if error is None or name in FLOORS else error(result)
-            del result
-            if peak is not None and seconds < 1:  # the least of two: other threads allocate too
-                peak = min(peak, peak_bytes(run) or peak)
-            found[name] = peak, wrong
+            peak, wrong, seconds = _warm(run, error, isinstance(run, Floor))
+            extra = None
+            if peak is not None and d_vector_bytes is not None:
+                extra = (peak - gradient_bytes) / d_vector_bytes
+            moved = run.bytes if isinstance(run, Floor) else min_bytes
+            measured = {"bytes": moved, "error": wrong, "peak_bytes": peak, "d_vectors": extra}
+            rows.append(Row(operation, shape, dtype, name, name == ours, **measured))
             slowest += seconds
         gc.collect()
         rounds = min(max(int(BUDGET_SECONDS / slowest), ROUNDS[0]), ROUNDS[1])
@@ -138,27 +133,10 @@ class Measure:
 
         result = self._benchmark.pedantic(variants[ours], setup=others_in_turn, rounds=rounds)
         times[ours] = list(self._benchmark.stats.stats.data)
-        for name in variants:
-            peak, wrong = found[name]
-            extra = None
-            if peak is not None and d_vector_bytes is not None:
-                extra = (peak - gradient_bytes) / d_vector_bytes
-            self._keep(
-                Row(
-                    operation,
-                    shape,
-                    dtype,
-                    name,
-                    name == ours,
-                    statistics.median(times[name]),
-                    min(times[name]),
-                    rounds,
-                    _floor_bytes(name, min_bytes, variants),
-                    wrong,
-                    peak,
-                    extra,
-                )
-            )
+        for row in rows:
+            taken = times[row.variant]
+            median, fastest = statistics.median(taken), min(taken)
+            self._keep(replace(row, seconds=median, fastest=fastest, rounds=rounds))
         for name, reason in (left_out or {}).items():
             self._keep(Row(operation, shape, dtype, name, False, note=reason))
         return result
@@ -175,9 +153,19 @@ def _seconds(run: Variant) -> float:
     return perf_counter() - start
 
 
-def _floor_bytes(name: str, min_bytes: int | None, variants: Mapping[str, Variant]) -> int | None:
-    run = variants[name]
-    return run.bytes if isinstance(run, Floor) else min_bytes
+def _warm(
+    run: Variant, error: Callable[[Any], float] | None, floor: bool
+) -> tuple[int | None, float | None, float]:
+    """A variant's peak memory, its error, and the time of a call that is not the first."""
+    peak = None if floor else peak_bytes(run)
+    start = perf_counter()
+    result = run()
+    seconds = perf_counter() - start
+    wrong = None if error is None or floor else error(result)
+    del result
+    if peak is not None and seconds < 1:  # the least of two: other threads allocate too
+        peak = min(peak, peak_bytes(run) or peak)
+    return peak, wrong, seconds
 
 
 _READS: tuple[Callable[[Tensor], Tensor], ...] = (lambda f: torch.dot(f, f), torch.sum)
@@ -217,19 +205,6 @@ def _memory(t: Tensor) -> Tensor:
     t = t.detach()
     t = t.permute(0, 2, 3, 1) if t.ndim == 4 else t
     return t.reshape(-1).view(torch.float32) if t.numel() % 2 == 0 else t.reshape(-1).float()
-
-
-def library_backends() -> list[str]:
-    """The backends of this build that run on a CPU; the last is the library's choice there."""
-    usable = []
-    for name in ("torch", "cpu"):
-        if name in backends.BACKENDS:
-            try:
-                functional.mean_embedding([torch.ones(2, 3)], backend=name)
-            except (ValueError, RuntimeError, ImportError):  # built without it
-                continue
-            usable.append(name)
-    return usable
 
 
 def peak_bytes(run: Variant) -> int | None:

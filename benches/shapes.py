@@ -11,6 +11,7 @@ from torch import Tensor
 
 import dpmmd
 from dpmmd.functional import mmd_loss
+from dpmmd.run import no_noise
 
 # (channels, side at 32 px) of every tap; sides grow with the image's.
 _TAPS = {
@@ -70,23 +71,26 @@ class Case:
         """The same kind of batch, fit for a test."""
         return Case(2, min(self.classes, 3), self.moments, "ResNet18", 32, self.dtype)
 
-    def features(self) -> list[Tensor]:
-        rng = torch.Generator().manual_seed(0)
-        return [
-            torch.randn(self.n, *shape, generator=rng)
-            .relu_()
-            .to(self.dtype, memory_format=torch.channels_last)
-            for shape in self.tap_shapes
-        ]
+    def features(self, device: torch.device | str = "cpu", seed: int = 0) -> list[Tensor]:
+        """Drawn on the device: half zeros, channels-last."""
+        rng = torch.Generator(device).manual_seed(seed)
+        maps = []
+        for shape in self.tap_shapes:
+            like = {"dtype": self.dtype, "device": device, "memory_format": torch.channels_last}
+            x = torch.empty((self.n, *shape), **like)
+            maps.append(x.normal_(generator=rng).relu_())
+        return maps
 
-    def labels(self) -> Tensor | None:
-        return None if self.classes == 1 else torch.arange(self.n) % self.classes
+    def labels(self, device: torch.device | str = "cpu") -> Tensor | None:
+        if self.classes == 1:
+            return None
+        return torch.arange(self.n, device=device) % self.classes
 
-    def target(self) -> Tensor:
-        """Of the size that class means of unit vectors have."""
-        rng = torch.Generator().manual_seed(1)
+    def target(self, device: torch.device | str = "cpu") -> Tensor:
+        """[M, K, D], of the size that class means of unit vectors have."""
+        rng = torch.Generator(device).manual_seed(1)
         shape = len(self.moments), self.classes, self.dim
-        return torch.rand(shape, generator=rng) * (2 / self.dim**0.5)
+        return torch.rand(shape, generator=rng, device=device).mul_(2 / self.dim**0.5)
 
 
 def gradients(
@@ -102,7 +106,7 @@ def gradients(
 
 
 def small_release(encoder: dpmmd.encoders.Encoder, classes: int) -> dpmmd.Release:
-    """Of a few random images, both moments by class: what a step costs does not depend on them."""
+    """Of a few random images, without noise: what a step costs depends on neither."""
     side = encoder.image_size[0]
     images = np.random.default_rng(0).integers(0, 256, (20, 3, side, side), dtype=np.uint8)
     return dpmmd.release(
@@ -113,5 +117,7 @@ def small_release(encoder: dpmmd.encoders.Encoder, classes: int) -> dpmmd.Releas
         adjacency="replace-one",
         num_classes=classes,
         moments=(1, 2),
+        batch_size=20,
         progress=False,
+        insecure_test_noise=no_noise,
     )

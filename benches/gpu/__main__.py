@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benches.backends import KERNELS, ON_GPU, compiled
 from benches.gpu import ambient
 
 # In order, with the seconds that each may take: more than it took on an H200, and together what the
@@ -94,7 +95,7 @@ def worker(device: Any, options: argparse.Namespace) -> int:
 
     sanitized = options.part == "sanitize"
     # There only what launches kernels of ours: torch's own are not ours, and take minutes to patch.
-    names = inputs.BACKENDS[1:] if sanitized else inputs.BACKENDS
+    names = compiled(ON_GPU) if sanitized else ON_GPU
     present, _ = inputs.library(device.device, names)
     all_of_them = checks.all_checks(device, present, options.tiny)
     if sanitized:
@@ -111,8 +112,8 @@ def sweep(device: Any, options: argparse.Namespace) -> int:
     from benches.gpu.budget import Budget
 
     present, missing = inputs.library(device.device)
-    if "triton" not in present:
-        print(f"--sweep: needs Triton: {missing['triton']}", file=sys.stderr)
+    if KERNELS not in present:
+        print(f"--sweep: needs Triton: {missing[KERNELS]}", file=sys.stderr)
         return 2
     budget = Budget(options.budget)
     scale = inputs.TINY if options.tiny else inputs.FULL
@@ -168,7 +169,7 @@ def run(device: Any, options: argparse.Namespace, stood_in: Sequence[str] = ()) 
         measure.errors.extend(f"compute-sanitizer {error}" for error in errors)
 
     def kernels() -> None:
-        if "triton" in present:
+        if KERNELS in present:
             operations.pieces(measure, scale, broken)
         else:
             budget.skip("all of it", "no Triton")

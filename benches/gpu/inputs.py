@@ -1,4 +1,4 @@
-"""What is computed on what: sizes of a run, features of real taps, the backends that are there."""
+"""What is computed on what: sizes of a run, and the backends that are there."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
+from benches.backends import ON_GPU, usable
 from benches.gpu.device import brief
 from benches.shapes import Case
-from dpmmd import functional
 
 
 @dataclass(frozen=True)
@@ -75,45 +74,8 @@ def case(
     return Case(scale.n, classes, moments, scale.taps, pixels, dtype)
 
 
-def features(like: Case, device: torch.device, seed: int) -> list[Tensor]:
-    """As `Case.features`, drawn on the device: half zeros, channels-last."""
-    rng = torch.Generator(device).manual_seed(seed)
-    maps = []
-    for shape in like.tap_shapes:
-        x = torch.empty(
-            (like.n, *shape),
-            dtype=like.dtype,
-            device=device,
-            memory_format=torch.channels_last,
-        )
-        maps.append(x.normal_(generator=rng).relu_())
-    return maps
-
-
-def labels(like: Case, device: torch.device) -> Tensor | None:
-    y = like.labels()
-    return None if y is None else y.to(device)
-
-
-def target(like: Case, device: torch.device) -> Tensor:
-    """[M, K, D], of the size that class means of unit vectors have."""
-    rng = torch.Generator(device).manual_seed(1)
-    shape = len(like.moments), like.classes, like.dim
-    return torch.rand(shape, generator=rng, device=device).mul_(2 / like.dim**0.5)
-
-
-BACKENDS = ("torch", "triton", "cuda")
-
-
 def library(
-    device: torch.device, names: Sequence[str] = BACKENDS
+    device: torch.device, names: Sequence[str] = ON_GPU
 ) -> tuple[list[str], dict[str, str]]:
     """The library's backends that run on the device, the plain one first; why others do not."""
-    found, missing = [], {}
-    for name in names:
-        try:
-            functional.mean_embedding([torch.ones(2, 8, device=device)], backend=name)
-            found.append(name)
-        except Exception as error:  # a compiler may raise anything
-            missing[name] = brief(error)
-    return found, missing
+    return usable(names, device, brief)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 
@@ -48,6 +48,16 @@ class Row:
     peak_bytes: int | None = None
     items: int | None = None
     note: str = ""
+
+
+class _Ready(NamedTuple):
+    """A variant that is warm: what is timed, how many calls that is, how, a note, and its time."""
+
+    run: Call
+    calls: int
+    how: str
+    note: str
+    seconds: float
 
 
 class Measure:
@@ -99,61 +109,60 @@ class Measure:
         name = f"{operation}, {shape}, {dtype}"
         if not self.budget.fits(name):
             return
-        ready: dict[str, tuple[Call, int, str, str]] = {}
+        ready: dict[str, _Ready] = {}
         notes: dict[str, str] = {}
-        estimates: dict[str, float] = {}
         for variant, calls in variants.items():
-            if self.budget.left <= 0:
-                notes[variant] = "no time left"
-                continue
             try:
-                with self.budget.at_most(limit):
-                    call, count, how, note, estimates[variant] = self._prepare(
-                        calls, variant in graph
-                    )
-                ready[variant] = (call, count, how, note)
-            except OutOfTimeError as error:
-                notes[variant] = str(error)
-            except torch.OutOfMemoryError:
-                notes[variant] = "out of memory"
+                ready[variant] = self._prepared(calls, variant in graph, limit)
+            except (OutOfTimeError, torch.OutOfMemoryError) as error:
+                memory = isinstance(error, torch.OutOfMemoryError)
+                notes[variant] = "out of memory" if memory else str(error)
                 self.device.free()
             except Exception as error:
                 notes[variant] = brief(error)
                 if variant not in theirs:
                     self.errors.append(f"{name}, {variant}: {brief(error)}")
-        whole = sum(estimates.values())
-        least, most = self.rounds
-        rounds = min(max(int(min(self.seconds, self.budget.left) / max(whole, 1e-9)), least), most)
-        times: dict[str, list[float]] = {variant: [] for variant in ready}
-        for done in range(rounds if ready else 0):
-            if done >= FEWEST and self.budget.left <= 0:
-                break
-            for variant, (call, count, _, _) in ready.items():
-                times[variant].append(self.device.seconds(call) / count)
+        times = self._times(ready)
         for variant in variants:
+            row = Row(operation, shape, dtype, variant)
             if variant not in ready:
-                self.keep(Row(operation, shape, dtype, variant, note=notes[variant]))
+                self.keep(replace(row, note=notes[variant]))
                 continue
-            _, _, how, note = ready[variant]
             self.keep(
-                Row(
-                    operation,
-                    shape,
-                    dtype,
-                    variant,
-                    statistics.median(times[variant]),
-                    min(times[variant]),
-                    len(times[variant]),
-                    how,
-                    min_bytes,
-                    (peaks or {}).get(variant),
-                    items,
-                    note,
+                replace(
+                    row,
+                    seconds=statistics.median(times[variant]),
+                    fastest=min(times[variant]),
+                    rounds=len(times[variant]),
+                    how=ready[variant].how,
+                    bytes=min_bytes,
+                    peak_bytes=(peaks or {}).get(variant),
+                    items=items,
+                    note=ready[variant].note,
                 )
             )
 
-    def _prepare(self, calls: Sequence[Call], graph: bool) -> tuple[Call, int, str, str, float]:
-        """Warms a variant up; what is timed, how many calls it is, how, a note, and its time."""
+    def _times(self, ready: Mapping[str, _Ready]) -> dict[str, list[float]]:
+        """Of a call of each variant, in rounds of all of them."""
+        whole = sum(variant.seconds for variant in ready.values())
+        least, most = self.rounds
+        rounds = min(max(int(min(self.seconds, self.budget.left) / max(whole, 1e-9)), least), most)
+        times: dict[str, list[float]] = {name: [] for name in ready}
+        for done in range(rounds if ready else 0):
+            if done >= FEWEST and self.budget.left <= 0:
+                break
+            for name, variant in ready.items():
+                times[name].append(self.device.seconds(variant.run) / variant.calls)
+        return times
+
+    def _prepared(self, calls: Sequence[Call], graph: bool, limit: float) -> _Ready:
+        if self.budget.left <= 0:
+            raise OutOfTimeError("no time left")
+        with self.budget.at_most(limit):
+            return self._prepare(calls, graph)
+
+    def _prepare(self, calls: Sequence[Call], graph: bool) -> _Ready:
+        """Warms a variant up."""
 
         def once() -> None:
             for call in calls:
@@ -162,7 +171,7 @@ class Measure:
         once()
         seconds = max(self.device.seconds(once), 1e-9)
         if not graph:
-            return once, len(calls), "launches", "", seconds
+            return _Ready(once, len(calls), "launches", "", seconds)
         repeats = max(1, int(GRAPH_SECONDS / seconds))
 
         def many() -> None:
@@ -175,8 +184,8 @@ class Measure:
                 repeats = math.ceil(repeats * GRAPH_SECONDS / seconds)
                 replay, seconds = self._captured(many)
         except NoGraph as error:
-            return once, len(calls), "launches", f"no graph: {error}", seconds
-        return replay, repeats * len(calls), "graph", "", seconds
+            return _Ready(once, len(calls), "launches", f"no graph: {error}", seconds)
+        return _Ready(replay, repeats * len(calls), "graph", "", seconds)
 
     def _captured(self, run: Call) -> tuple[Call, float]:
         """A graph, and the time of a replay: of the second, for the first one uploads it."""

@@ -10,14 +10,18 @@ import torch
 from torch import Tensor
 
 from benches import baselines
+from benches.backends import KERNELS, compiled
 from benches.gpu import inputs
-from benches.gpu.checks import bounded_sums_of
+from benches.gpu.checks import GRAPH
 from benches.gpu.inputs import Scale
 from benches.gpu.measure import Call, Measure, sets_of
 from benches.shapes import Case
 from dpmmd import functional, reference
 from dpmmd._contract.protocol import Saved
+from dpmmd._cores import named
 from dpmmd.bounds import Bound
+from tests.core.conformance import EMBEDDING, ESTIMATOR
+from tests.core.conformance import SUMS as SUMMED
 
 COPY = "copy"
 CASES: tuple[tuple[int, tuple[int, ...]], ...] = ((1, (1,)), (10, (1, 2)))  # K, moments
@@ -66,12 +70,12 @@ def _pieces(measure: Measure, like: Case, broken: set[tuple[str, str]]) -> None:
 
     device = measure.device
     count = sets_of(like.feature_bytes, device.cache_bytes)
-    labels, upstream = inputs.labels(like, device.device), inputs.target(like, device.device)
+    labels, upstream = like.labels(device.device), like.target(device.device)
     bound = Bound(like.moments)
     means = torch.empty_like(upstream)
     calls: dict[str, list[Call]] = {name: [] for name in BYTES}
     for seed in range(count):
-        maps = inputs.features(like, device.device, seed)
+        maps = like.features(device.device, seed)
         taps = Taps(maps)
         saved, counts = row_statistics(taps, labels, like.classes, bound)
         coefficients = row_dots(taps, labels, bound, saved, upstream)
@@ -89,25 +93,19 @@ def _pieces(measure: Measure, like: Case, broken: set[tuple[str, str]]) -> None:
             "gradient": functools.partial(gradient_into, taps, terms, gradients),
         }.items():
             calls[name].append(call)
-    for name, (reads, vectors, belongs) in BYTES.items():
-        if ("triton", belongs) in broken:
-            measure.budget.skip(f"{name}, triton", "its check failed")
+    for name, (reads, vectors) in BYTES.items():
+        if (KERNELS, EMBEDDING) in broken:
+            measure.budget.skip(f"{name}, {KERNELS}", "its check failed")
             continue
         measure(
-            name, like.shape, like.dtype_name, {"triton": calls[name]},
+            name, like.shape, like.dtype_name, {KERNELS: calls[name]},
             min_bytes=reads * like.feature_bytes + vectors * like.d_vector_bytes,
-            graph=capturable(["triton"], broken),
+            graph=capturable([KERNELS], broken),
         )  # fmt: skip
 
 
-# Operation -> passes over the features, vectors of D float32 (a moment and class), and which checks
-# it is covered by.
-BYTES = {
-    "row statistics": (1, 0, "forward"),
-    "class sums": (1, 1, "forward"),
-    "row dots": (1, 1, "backward"),
-    "gradient": (2, 1, "backward"),
-}
+# Operation -> passes over the features, vectors of D float32 (a moment and class).
+BYTES = {"row statistics": (1, 0), "class sums": (1, 1), "row dots": (1, 1), "gradient": (2, 1)}
 
 
 def capturable(present: Sequence[str], broken: set[tuple[str, str]]) -> list[str]:
@@ -116,16 +114,14 @@ def capturable(present: Sequence[str], broken: set[tuple[str, str]]) -> list[str
     What could not be captured in a check is not tried again: a capture that fails may leave the
     allocator in a state that everything after it would suffer from.
     """
-    return [b for b in present if b != "torch" and (b, "graph") not in broken]
+    return [b for b in compiled(present) if (b, GRAPH) not in broken]
 
 
 def loss(
     measure: Measure, scale: Scale, present: Sequence[str], broken: set[tuple[str, str]]
 ) -> None:
     """The loss whole, against the authors' formulas and torch.compile of them."""
-    sound = [
-        b for b in present if not {(b, o) for o in ("forward", "backward", "difference")} & broken
-    ]
+    sound = [b for b in present if not {(b, EMBEDDING), (b, ESTIMATOR)} & broken]
     for pixels in scale.pixels[:3:2] if len(scale.pixels) > 2 else scale.pixels:
         for classes, moments in _cases(scale):
             like = inputs.case(scale, pixels, torch.bfloat16, classes, moments)
@@ -143,10 +139,9 @@ def _loss(
 ) -> None:
     device = measure.device
     count = sets_of(like.feature_bytes, device.cache_bytes)
-    labels, target = inputs.labels(like, device.device), inputs.target(like, device.device)
+    labels, target = like.labels(device.device), like.target(device.device)
     sets = [
-        [f.requires_grad_() for f in inputs.features(like, device.device, seed)]
-        for seed in range(count)
+        [f.requires_grad_() for f in like.features(device.device, seed)] for seed in range(count)
     ]
 
     def calls(
@@ -215,10 +210,9 @@ def _embedding(
 ) -> None:
     device = measure.device
     count = sets_of(like.feature_bytes, device.cache_bytes)
-    labels, upstream = inputs.labels(like, device.device), inputs.target(like, device.device)
+    labels, upstream = like.labels(device.device), like.target(device.device)
     sets = [
-        [f.requires_grad_() for f in inputs.features(like, device.device, seed)]
-        for seed in range(count)
+        [f.requires_grad_() for f in like.features(device.device, seed)] for seed in range(count)
     ]
     forward: dict[str, list[Call]] = {}
     backward: dict[str, list[Call]] = {}
@@ -233,15 +227,15 @@ def _embedding(
             with torch.no_grad():
                 return embed(features)
 
-        if (backend, "forward") not in broken:
-            forward[backend] = [functools.partial(forward_only, fs) for fs in sets]
-        if not {(backend, "forward"), (backend, "backward")} & broken:
-            backward[backend] = [
-                functools.partial(
-                    torch.autograd.grad, embed(fs), fs, grad_outputs=upstream, retain_graph=True
-                )
-                for fs in sets
-            ]
+        if (backend, EMBEDDING) in broken:
+            continue
+        forward[backend] = [functools.partial(forward_only, fs) for fs in sets]
+        backward[backend] = [
+            functools.partial(
+                torch.autograd.grad, embed(fs), fs, grad_outputs=upstream, retain_graph=True
+            )
+            for fs in sets
+        ]
     bytes_, vectors = like.feature_bytes, like.d_vector_bytes
     measure(
         FORWARD, like.shape, like.dtype_name, forward, min_bytes=2 * bytes_ + vectors,
@@ -255,11 +249,11 @@ def _estimate(
     measure: Measure, like: Case, present: Sequence[str], broken: set[tuple[str, str]]
 ) -> None:
     device = measure.device.device
-    target = inputs.target(like, device)
+    target = like.target(device)
     means, counts = target * 0.9, torch.ones(like.classes, device=device)
     variants: dict[str, list[Call]] = {}
     for backend in present:
-        if (backend, "difference") in broken:
+        if (backend, ESTIMATOR) in broken:
             continue
         states: dict[str, Any] = {
             name: torch.zeros_like(target) for name in ("estimate", "first_moment", "second_moment")
@@ -283,7 +277,7 @@ def _sums(
     """Without plain torch, which is the definition, no competitor: it takes seconds a call."""
     device = measure.device
     count = sets_of(like.feature_bytes, device.cache_bytes)
-    sets = [reference.flatten(inputs.features(like, device.device, seed)) for seed in range(count)]
+    sets = [reference.flatten(like.features(device.device, seed)) for seed in range(count)]
     y = (torch.arange(like.n) % like.classes).to(device.device)
     valid = torch.ones(like.n, dtype=torch.bool, device=device.device)
     limits = torch.full((like.n,), 1 << 30, device=device.device)
@@ -292,10 +286,10 @@ def _sums(
     )
     options = {"bound": Bound(like.moments, joint_weight=1.0), "nonnegative": True}
     variants: dict[str, list[Call]] = {}
-    for backend in present:
-        if backend != "torch" and (backend, "sums") not in broken:
+    for backend in compiled(present):
+        if (backend, SUMMED) not in broken:
             add = functools.partial(
-                bounded_sums_of(backend),
+                named(backend).bounded_sums,
                 labels=y, valid=valid, limits=limits, sums=into, **options,
             )  # fmt: skip
             variants[backend] = [functools.partial(add, features) for features in sets]

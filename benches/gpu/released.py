@@ -8,14 +8,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import dpmmd
-from benches.gpu.checks import bounded_sums_of
+from benches.backends import compiled
 from benches.gpu.device import brief
 from benches.gpu.inputs import Scale
 from benches.gpu.measure import Call, Measure, Row
@@ -24,30 +23,19 @@ from dpmmd import backends, reference
 from dpmmd._cores import named
 from dpmmd.bounds import Bound
 from dpmmd.encoders import Encoder
-from dpmmd.privacy.sums import PrivateSums
 from dpmmd.run import no_noise
+from tests.core.conformance import RELEASE as RELEASE_CHECK
+from tests.core.conformance import SUMS
 
 RELEASE, WHOLE = "release, encoder and sums", "dpmmd.release, images in memory"
 ALONE = "encoder alone"
-
-
-def serves(backend: str, device: torch.device) -> bool:
-    """Whether `PrivateSums` takes a backend's kernel where that backend is asked for."""
-    core = named(backend)
-    features, one = [torch.ones(1, 8, device=device)], torch.ones(1, device=device).long()
-    with mock.patch.object(core, "bounded_sums", wraps=core.bounded_sums) as called:
-        with backends.use(backend):
-            PrivateSums(1, 8, device=device).add(
-                features, one * 0, one.bool(), one, bound=Bound(), nonnegative=True,
-            )  # fmt: skip
-        return called.called
 
 
 def released(
     measure: Measure, scale: Scale, present: Sequence[str], broken: set[tuple[str, str]]
 ) -> None:
     device, (pixels, batch, _) = measure.device, scale.release
-    sound = [b for b in present if b != "torch" and (b, "sums") not in broken]
+    sound = [b for b in compiled(present) if not {(b, SUMS), (b, RELEASE_CHECK)} & broken]
     shape = f"{scale.encoder} {pixels} px, n={batch}, K={scale.classes}, moments 1"
     encoders: dict[str, Encoder] = {}
     for precision in scale.precisions:  # first what targets are about
@@ -88,7 +76,7 @@ def _sums(
     for backend in sound:
         into = torch.zeros(scale.classes, encoder.dim, dtype=torch.int64, device=device.device)
         add = functools.partial(
-            bounded_sums_of(backend),
+            named(backend).bounded_sums,
             labels=y, valid=valid, limits=limits, sums=into, **options,
         )  # fmt: skip
         variants[backend] = [functools.partial(loop, add)]
@@ -117,9 +105,6 @@ def _whole(
         )  # fmt: skip
 
     for backend in sound:
-        if not serves(backend, device.device):
-            measure.budget.skip(f"{WHOLE}, {backend}", "a release does not use its sums")
-            continue
         if not measure.budget.fits(f"{WHOLE}, {precision}, {backend}"):
             continue
         try:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benches.backends import ON_GPU, compiled
+
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 NOT_MEASURED = (
     "Not measured yet: no result of `make bench-gpu` is committed, and the kernels have not run on "
@@ -16,7 +18,7 @@ NOT_MEASURED = (
 _HEAD = ("operation", "shape", "dtype", "variant", "time", "of copy", "x eager", "x compile",
          "peak MB", "images/s", "how")  # fmt: skip
 _PIECES = ("row statistics", "class sums", "row dots", "gradient")
-_CORES = ("cuda", "triton")  # the library's own, of which the faster one counts
+_CORES = compiled(ON_GPU)[::-1]  # the library's own, of which the faster one counts
 _SMALL = "VGG19 32 px, n=128, "
 _ONE, _BOTH = _SMALL + "K=1, moments 1", _SMALL + "K=10, moments 1+2"
 _STEP_SHAPE = "vgg19 32 px, n=128, K=10, moments 1+2"

@@ -8,32 +8,36 @@ loss.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import product
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 import dpmmd
+from benches.backends import compiled
 from benches.baselines import AuthorsStep
 from benches.gpu import operations
-from benches.gpu.checks import loss_options
-from benches.gpu.device import brief, tf32
+from benches.gpu.device import brief
 from benches.gpu.inputs import Scale
 from benches.gpu.measure import Call, Measure, Row
-from dpmmd import backends
+from benches.shapes import small_release
+from dpmmd import backends, injection
 from dpmmd.devices import device_of
 from dpmmd.encoders import Encoder
 from dpmmd.nn import MMDLoss
 from dpmmd.recipe import GeneratorSection, TrainSection
-from dpmmd.run import no_noise
+from tests.core import conformance
+from tests.core.conformance import tf32
 
 STEP, CAPTURED, TRAIN = "training step", "training step, captured", "dpmmd train, a step"
 FLOOR = "sum of the last tap"
 AUTHORS = {"eager, TF32 off": False, "eager, TF32 on": True}
 INJECTED = ", injected"
-NEEDS = {"forward", "backward", "difference", "step"}
+NEEDS = {conformance.EMBEDDING, conformance.ESTIMATOR, conformance.STEP}
 
 
 class Step:
@@ -71,17 +75,6 @@ def encoder_of(scale: Scale, pixels: int, precision: str, device: torch.device) 
     return found.to(device)
 
 
-def release_of(encoder: Encoder, classes: int, moments: tuple[int, ...] = (1, 2)) -> dpmmd.Release:
-    """Of a few random images, without noise: what a step costs depends on neither."""
-    side = encoder.image_size[0]
-    images = np.random.default_rng(0).integers(0, 256, (20, 3, side, side), dtype=np.uint8)
-    return dpmmd.release(
-        (images, np.arange(20) % classes), encoder, epsilon=1.0, delta=1e-5,
-        adjacency="replace-one", num_classes=classes, moments=moments, batch_size=20,
-        progress=False, insecure_test_noise=no_noise,
-    )  # fmt: skip
-
-
 def generator_of(scale: Scale, pixels: int, device: torch.device) -> nn.Module:
     torch.manual_seed(0)
     return (
@@ -101,47 +94,108 @@ def steps(
     measure: Measure, scale: Scale, present: Sequence[str], broken: set[tuple[str, str]]
 ) -> None:
     sound = [b for b in present if not {(b, o) for o in NEEDS} & broken]
-    for pixels, batch in scale.step:
-        small = pixels == scale.step[0][0]
-        for precision in scale.precisions:
-            what = f"{STEP}, {pixels} px, {precision}"
-            if not measure.budget.fits(what):
-                continue
-            try:
-                replayable = operations.capturable(sound, broken)
-                _steps(measure, scale, pixels, batch, precision, sound, replayable, broken, small)
-            except torch.OutOfMemoryError:
-                measure.budget.skip(what, "out of memory")
-            except Exception as error:
-                measure.budget.skip(what, brief(error))
-                measure.errors.append(f"{what}: {brief(error)}")
-            measure.device.free()
+    for size, precision in product(scale.step, scale.precisions):
+        what = f"{STEP}, {size[0]} px, {precision}"
+        if not measure.budget.fits(what):
+            continue
+        try:
+            timed = Steps(measure, scale, size, precision)
+            timed.add(timed.losses(sound, broken), operations.capturable(sound, broken))
+            if precision == scale.precisions[0] and scale.authors:
+                timed.add_authors()
+            timed.measure()
+            if size == scale.step[0] and precision == scale.precisions[0] and sound:
+                timed.trained(sound[-1])
+        except torch.OutOfMemoryError:
+            measure.budget.skip(what, "out of memory")
+        except Exception as error:
+            measure.budget.skip(what, brief(error))
+            measure.errors.append(f"{what}: {brief(error)}")
+        timed = None
+        measure.device.free()
 
 
-def _steps(
-    measure: Measure,
-    scale: Scale,
-    pixels: int,
-    batch: int,
-    precision: str,
-    sound: Sequence[str],
-    replayable: Sequence[str],
-    broken: set[tuple[str, str]],
-    small: bool,
-) -> None:
-    device = measure.device
-    where, classes = device.device, scale.classes
-    before = device.allocated()
-    encoder = encoder_of(scale, pixels, precision, where)
-    release = release_of(encoder, classes)
-    shared = device.allocated() - before
-    shape = f"{scale.encoder} {pixels} px, n={batch}, K={classes}, moments 1+2"
-    variants: dict[str, list[Call]] = {}
-    captured: dict[str, list[Call]] = {}
-    peaks: dict[str, int | None] = {}
+class Steps:
+    """Steps of one size, in one precision: variants by name, and what a step of each takes.
 
-    def add(name: str, make: Callable[[], Call], own: int = 0, operation: str = STEP) -> None:
-        """Builds a variant, and finds how much memory a step of it takes."""
+    Args:
+        of: what times them.
+        size: (side, images of a batch).
+    """
+
+    def __init__(self, of: Measure, scale: Scale, size: tuple[int, int], precision: str) -> None:
+        self.of, self.scale, self.precision = of, scale, precision
+        self.pixels, self.batch = size
+        before = of.device.allocated()
+        self.encoder = encoder_of(scale, self.pixels, precision, of.device.device)
+        self.release = small_release(self.encoder, scale.classes)
+        self.shared = of.device.allocated() - before
+        head = f"{scale.encoder} {self.pixels} px, n={self.batch}, K={scale.classes}"
+        self.shape = f"{head}, moments 1+2"
+        self.calls: dict[str, dict[str, list[Call]]] = {STEP: {}, CAPTURED: {}}
+        self.peaks: dict[str, int | None] = {}
+
+    def losses(
+        self, sound: Sequence[str], broken: set[tuple[str, str]]
+    ) -> dict[str, Callable[[], Any]]:
+        """What makes the loss of each of the library's variants, and of the floor."""
+        part = max(1, self.batch // 4)
+        wanted: dict[str, tuple[str, dict[str, Any]]] = {b: (b, {}) for b in sound}
+        for backend in compiled(sound):
+            if backend in injection.BACKENDS and (backend, conformance.INJECTED) not in broken:
+                wanted[backend + INJECTED] = backend, {"inject": True}
+            if (backend, conformance.IN_PARTS) not in broken:
+                wanted[f"{backend}, {part} images at a time"] = backend, {"micro_batch": part}
+
+        def last(x: Tensor, y: Tensor) -> Tensor:
+            return self.encoder(x)[-1].float().sum()
+
+        def made(backend: str, options: dict[str, Any]) -> MMDLoss:
+            given = {"estimator": "adam", "backend": backend, **options}
+            return MMDLoss(self.release, self.encoder, **given).train()
+
+        ours = {name: partial(made, *what) for name, what in wanted.items()}
+        return {FLOOR: lambda: last, **ours}
+
+    def add(self, losses: Mapping[str, Callable[[], Any]], replayable: Sequence[str]) -> None:
+        """Builds the library's variants; those that can be, to be captured as well."""
+        kinds = {FLOOR, *replayable, *(backend + INJECTED for backend in replayable)}
+        for name, loss in losses.items():
+            twice = name in kinds and not self.of.device.dry
+            for operation in (STEP, CAPTURED) if twice else (STEP,):
+                try:
+                    make = partial(self._ours, loss, operation == CAPTURED)
+                    self._build(name, make, self.shared, operation)
+                except Exception as error:
+                    self._keep(operation, name, brief(error))
+                    self.of.errors.append(f"{operation}, {name}: {brief(error)}")
+                    break
+
+    def add_authors(self) -> None:
+        for name, allowed in AUTHORS.items():
+            self._build(name, partial(self._authors, allowed), 0, STEP)
+
+    def _ours(self, loss: Callable[[], Any], capturable: bool) -> Call:
+        """The loss is made here, so that its memory is counted with the step's."""
+        step = Step(self._generator(), loss(), self.batch, self.scale.classes, capturable)
+        return exact(step, self.precision)
+
+    def _authors(self, allowed: bool) -> Call:
+        target = self.release.target.to(self.of.device.device)
+        step = AuthorsStep(self._generator(), target, self.batch, self.scale.classes)
+
+        def run() -> None:
+            with tf32(allowed):
+                step()
+
+        return run
+
+    def _generator(self) -> nn.Module:
+        return generator_of(self.scale, self.pixels, self.of.device.device)
+
+    def _build(self, name: str, make: Callable[[], Call], own: int, operation: str) -> None:
+        """A variant, and how much memory a step of it takes."""
+        device = self.of.device
         start = device.allocated()
         try:
             call = make()
@@ -149,75 +203,54 @@ def _steps(
             peak = device.peak(call)
         except torch.OutOfMemoryError:
             device.free()
-            measure.keep(Row(operation, shape, precision, name, note="out of memory"))
+            self._keep(operation, name, "out of memory")
             return
-        if operation == CAPTURED:
-            captured[name] = [call]
-            return
-        variants[name] = [call]
-        peaks[name] = None if peak is None else peak - start + own
+        self.calls[operation][name] = [call]
+        if operation == STEP:
+            self.peaks[name] = None if peak is None else peak - start + own
 
-    def last(x: Tensor, y: Tensor) -> Tensor:
-        return encoder(x)[-1].float().sum()
+    def _keep(self, operation: str, name: str, note: str) -> None:
+        self.of.keep(Row(operation, self.shape, self.precision, name, note=note))
 
-    def ours(loss: Callable[[], Any], capturable: bool) -> Callable[[], Call]:
-        def make() -> Call:  # the loss too, so that its memory is counted with the step's
-            step = Step(generator_of(scale, pixels, where), loss(), batch, classes, capturable)
-            return exact(step, precision)
+    def measure(self) -> None:
+        given = STEP, self.shape, self.precision, self.calls[STEP]
+        self.of(*given, theirs=tuple(AUTHORS), peaks=self.peaks, items=self.batch)
+        if again := self.calls[CAPTURED]:
+            self.of(CAPTURED, self.shape, self.precision, again, graph=again, items=self.batch)
 
-        return make
-
-    losses: dict[str, Callable[[], Any]] = {FLOOR: lambda: last}
-    for backend in sound:
-        options: dict[str, dict[str, Any]] = {backend: {}}
-        if backend != "torch":
-            more = {o for o in loss_options(backend) if (backend, o) not in broken}
-            if "step, injected" in more:
-                options[backend + INJECTED] = {"inject": True}
-            if "step, in parts" in more:
-                part = max(1, batch // 4)
-                options[f"{backend}, {part} images at a time"] = {"micro_batch": part}
-        for name, chosen in options.items():
-            losses[name] = lambda backend=backend, chosen=chosen: MMDLoss(  # type: ignore[misc]
-                release, encoder, estimator="adam", backend=backend, **chosen
-            ).train()
-    kinds = () if device.dry else (FLOOR, *replayable, *(b + INJECTED for b in replayable))
-    for name, loss in losses.items():
-        for operation in (STEP, CAPTURED) if name in kinds else (STEP,):
+    def trained(self, backend: str) -> None:
+        """A step of `dpmmd.train.train`, by the difference of a long and a short run."""
+        few, many = self.scale.train_steps
+        kinds: dict[str, dict[str, Any]] = {backend: {}}
+        if device_of(self.encoder).type == "cuda":  # both, whatever the default does
+            kinds = {f"{backend}, graph = {str(g).lower()}": {"graph": g} for g in (False, True)}
+        for name, chosen in kinds.items():
+            if not self.of.budget.fits(f"{TRAIN}, {name}"):
+                continue
             try:
-                add(name, ours(loss, operation == CAPTURED), shared, operation)
+                times = [
+                    self._seconds(many, backend, chosen) - self._seconds(few, backend, chosen)
+                    for _ in range(3 if many > 10 else 1)
+                ]
             except Exception as error:
-                measure.keep(Row(operation, shape, precision, name, note=brief(error)))
-                measure.errors.append(f"{operation}, {name}: {brief(error)}")
-                break
-    if precision == scale.precisions[0] and scale.authors:
-        for name, allowed in AUTHORS.items():
+                self._keep(TRAIN, name, brief(error))
+                self.of.errors.append(f"{TRAIN}, {name}: {brief(error)}")
+                continue
+            a_step = [max(t, 0.0) / (many - few) for t in times]
+            how = "graph" if chosen.get("graph") else "launches"
+            row = Row(TRAIN, self.shape, self.precision, name, how=how, items=self.batch)
+            median, fastest = statistics.median(a_step), min(a_step)
+            self.of.keep(replace(row, seconds=median, fastest=fastest, rounds=len(a_step)))
 
-            def authors(allowed: bool = allowed) -> Call:
-                step = AuthorsStep(
-                    generator_of(scale, pixels, where), release.target.to(where), batch, classes
-                )
-
-                def run() -> None:
-                    with tf32(allowed):
-                        step()
-
-                return run
-
-            add(name, authors)
-    measure(
-        STEP,
-        shape,
-        precision,
-        variants,
-        theirs=tuple(AUTHORS),
-        peaks=peaks,
-        items=batch,
-    )
-    if captured:
-        measure(CAPTURED, shape, precision, captured, graph=captured, items=batch)
-    if small and precision == scale.precisions[0] and sound:
-        _trained(measure, scale, shape, precision, release, encoder, batch, sound[-1])
+    def _seconds(self, steps: int, backend: str, chosen: Mapping[str, Any]) -> float:
+        settings = TrainSection(steps=steps, batch_size=self.batch, estimator="adam", **chosen)
+        generator = GeneratorSection(name="resnet", base_channels=self.scale.width)
+        with backends.use(backend):
+            done = dpmmd.train.train(
+                self.release, self.encoder, None, settings, generator_settings=generator,
+                progress=False,
+            )  # fmt: skip
+        return done.seconds
 
 
 def exact(call: Call, precision: str) -> Call:
@@ -230,46 +263,3 @@ def exact(call: Call, precision: str) -> Call:
             call()
 
     return run
-
-
-def _trained(
-    measure: Measure,
-    scale: Scale,
-    shape: str,
-    precision: str,
-    release: dpmmd.Release,
-    encoder: Encoder,
-    batch: int,
-    backend: str,
-) -> None:
-    """A step of `dpmmd.train.train`, by the difference of a long and a short run."""
-    few, many = scale.train_steps
-    kinds: dict[str, dict[str, Any]] = {backend: {}}
-    if device_of(encoder).type == "cuda":  # both, whatever the default does
-        kinds = {f"{backend}, graph = {str(g).lower()}": {"graph": g} for g in (False, True)}
-    for name, chosen in kinds.items():
-
-        def run(steps: int, chosen: dict[str, Any] = chosen) -> float:
-            settings = TrainSection(steps=steps, batch_size=batch, estimator="adam", **chosen)
-            generator = GeneratorSection(name="resnet", base_channels=scale.width)
-            with backends.use(backend):
-                done = dpmmd.train.train(
-                    release, encoder, None, settings, generator_settings=generator, progress=False
-                )
-            return done.seconds
-
-        if not measure.budget.fits(f"{TRAIN}, {name}"):
-            continue
-        try:
-            times = [run(many) - run(few) for _ in range(3 if many > 10 else 1)]
-        except Exception as error:
-            measure.keep(Row(TRAIN, shape, precision, name, note=brief(error)))
-            measure.errors.append(f"{TRAIN}, {name}: {brief(error)}")
-            continue
-        a_step = [max(t, 0.0) / (many - few) for t in times]
-        measure.keep(
-            Row(
-                TRAIN, shape, precision, name, statistics.median(a_step), min(a_step), len(a_step),
-                "graph" if chosen.get("graph") else "launches", items=batch,
-            )
-        )  # fmt: skip

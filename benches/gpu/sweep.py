@@ -78,7 +78,7 @@ def operations(
     from dpmmd.kernels.taps import Taps
 
     where = device.device
-    labels, upstream = inputs.labels(like, where), inputs.target(like, where)
+    labels, upstream = like.labels(where), like.target(where)
     y = (torch.arange(like.n) % like.classes).to(where)
     valid = torch.ones(like.n, dtype=torch.bool, device=where)
     limits = torch.full((like.n,), 1 << 30, device=where)
@@ -89,7 +89,7 @@ def operations(
     sums = torch.zeros(like.classes, len(like.moments) * like.dim, dtype=torch.int64, device=where)
     counts = torch.ones(like.classes, device=where)
     for seed in range(sets_of(like.feature_bytes, device.cache_bytes)):
-        maps = inputs.features(like, where, seed)
+        maps = like.features(where, seed)
         taps = Taps(maps)
         saved, found = row_statistics(taps, labels, like.classes, bound)
         coefficients, gradients = torch.zeros_like(saved.scale), [torch.empty_like(f) for f in maps]

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from benches import table
+from benches.backends import ON_GPU, PLAIN, compiled
 from benches.gpu import (
     __main__ as program,
 )
@@ -41,10 +42,9 @@ from benches.gpu import (
     sweep,
 )
 from benches.gpu.budget import Budget, OutOfTimeError, Section
-from dpmmd import functional
+from dpmmd import functional, injection
 from dpmmd._contract.protocol import Saved
-from dpmmd.bounds import Bound
-from tests.core import interpreted
+from tests.core import conformance, interpreted
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = inputs.library
@@ -191,7 +191,7 @@ def test_kernels_are_replayed_where_the_device_can(monkeypatch: pytest.MonkeyPat
     from dpmmd.kernels import class_sums, gradient, row_dots, row_statistics
 
     like = inputs.case(inputs.TINY, 32, torch.float32)
-    vector = inputs.target(like, torch.device("cpu"))
+    vector = like.target()
     statistics = (Saved(vector, vector, vector), vector)
     for module, name, result in (
         (row_statistics, "row_statistics", statistics), (row_statistics, "row_statistics_into", 0),
@@ -264,7 +264,7 @@ def test_a_wrong_result_is_an_error_and_is_not_timed(
     code, results = run("checks", "copy", "loss", "cores")
     assert code == 1
     failed = results["checks"]["failed"]
-    assert any("torch, forward" in name for name in failed)
+    assert any("torch, mean_embedding" in name for name in failed)
     assert all("error" in why for why in failed.values())
     assert set(rows_of(results, operations.LOSS)) == {"eager"}
     assert not rows_of(results, operations.FORWARD)
@@ -272,78 +272,8 @@ def test_a_wrong_result_is_an_error_and_is_not_timed(
     assert rows_of(results, "copy")
 
 
-def embedding(backend: Any = "torch", gradient: bool = False, dtype: Any = torch.float32) -> None:
-    options = {"moments": (1, 2), "bound": "sphere", "joint_weight": None}
-    size = (5, ((8, 2, 2), (8,)))
-    checks.embedding(torch.device("cpu"), backend, dtype, "aligned", size, 3, options, 0, gradient)
-
-
-@pytest.mark.parametrize(
-    ("fault", "gradient", "why"),
-    [
-        ("unwritten", False, "two runs differ, or are NaN"),
-        ("unsteady", False, "two runs differ"),
-        ("absent", False, "counts"),
-        ("rounded", False, "error"),
-        ("gradient", True, "error"),
-        ("row", True, "a row of the gradient is 0|error"),
-    ],
-)
-def test_faults_that_a_check_finds(
-    monkeypatch: pytest.MonkeyPatch, fault: str, gradient: bool, why: str
-) -> None:
-    embedding(gradient=gradient)
-    right, calls = functional.mean_embedding, iter(range(100))
-
-    def wrong(fs: list[Tensor], *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        if fault == "gradient":
-            fs = [f + 1e-4 * (f - f.detach()) for f in fs]
-        if fault == "row":
-            fs = [torch.cat([f[:-1], f[-1:].detach()]) for f in fs]
-        means, counts = right(fs, *args, **options)
-        if fault == "unwritten":
-            means = torch.empty_like(means)
-        if fault == "unsteady":
-            means = means * (1 + 1e-7 * next(calls))
-        if fault == "rounded":
-            means = means.bfloat16().float()
-        if fault == "absent":
-            counts = counts.clamp(min=1)
-        return means, counts
-
-    monkeypatch.setattr(functional, "mean_embedding", wrong)
-    with pytest.raises(checks.Wrong, match=why):
-        embedding(gradient=gradient)
-
-
-def test_a_wrong_estimate_and_a_wrong_integer_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu, right = torch.device("cpu"), functional.adam_loss
-    checks.difference(cpu, "torch", "adam", True, 33, 0)
-
-    def wrong(*args: Any, **options: Any) -> Tensor:
-        if args[0].dtype == torch.float32:
-            options["lr"] *= 1.5
-        return right(*args, **options)
-
-    monkeypatch.setattr(functional, "adam_loss", wrong)
-    with pytest.raises(checks.Wrong, match="tensor"):
-        checks.difference(cpu, "torch", "adam", True, 33, 0)
-
-    options = {"bound": Bound((1,), "ball", 1.5), "nonnegative": False}
-    size = (5, ((8, 2, 2), (8,)))
-    checks.sums(cpu, "torch", torch.float32, "aligned", size, options, 0)
-
-    def off_by_one(*args: Any, sums: Tensor, **rest: Any) -> None:
-        checks._definition_of_sums(*args, sums=sums, **rest)
-        sums[0, 0] += 1
-
-    monkeypatch.setattr(checks, "bounded_sums_of", lambda _: off_by_one)
-    with pytest.raises(checks.Wrong, match="1 of 120 integers differ"):
-        checks.sums(cpu, "torch", torch.float32, "aligned", size, options, 0)
-
-
 def test_graphs_and_many_elements() -> None:
-    checks.graph(Played(), "torch", torch.float32, 0)
+    checks.graph(Played(), "torch", torch.float32)
     checks.huge(torch.device("cpu"), "torch", 2048, 3)
 
     class Stale(Played):
@@ -354,16 +284,16 @@ def test_graphs_and_many_elements() -> None:
             return lambda: result
 
     with pytest.raises(checks.Wrong, match="the replay differs"):
-        checks.graph(Stale(), "torch", torch.float32, 0)
+        checks.graph(Stale(), "torch", torch.float32)
     check = checks.Check(
-        "torch", "graph", "", lambda: checks.graph(device.Host(), "torch", torch.float32, 0)
+        "torch", "graph", "", lambda: checks.graph(device.Host(), "torch", torch.float32)
     )
     assert checks.one(check) == "cannot be captured: a CPU has no CUDA graphs"
 
 
 def test_the_loss_module_is_compared_with_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    checks.module(cpu, "cpu", "float32", False, {})
+    checks.module(cpu, "cpu", "float32", False)
     right = functional.mean_embedding
 
     def wrong(features: list[Tensor], *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
@@ -373,19 +303,20 @@ def test_the_loss_module_is_compared_with_plain_torch(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("dpmmd.nn.mean_embedding", wrong)
     with pytest.raises(checks.Wrong, match="gradient of the images"):
-        checks.module(cpu, "cpu", "float32", False, {})
+        checks.module(cpu, "cpu", "float32", False)
 
 
 def test_every_kind_of_check_is_in_the_full_list() -> None:
-    full = checks.all_checks(Played(), ["torch", "triton"])
-    found = {(c.backend, c.operation) for c in full}
-    assert {o for b, o in found if b == "triton"} == {
-        "forward", "backward", "difference", "sums", "graph", *checks.loss_options("triton")
-    }  # fmt: skip
-    for words in (*checks.ODD, "2^31", "joint", "ball-per-tap", "float32", "K=1,", "K=6"):
-        assert any(words in c.name for c in full if c.backend == "triton"), words
-    short = [c for c in full if c.short and c.backend != "torch"][::5]
-    assert {c.operation for c in short} >= {"forward", "backward", "sums", "difference"}
+    full = checks.all_checks(Played(), list(ON_GPU))
+    operations = {c.operation for c in conformance.checks()}
+    for backend in compiled(ON_GPU):
+        injects = backend in injection.BACKENDS
+        wanted = operations if injects else operations - {conformance.INJECTED}
+        assert {c.operation for c in full if c.backend == backend} == {*wanted, checks.GRAPH}
+        for words in ("2^31", "joint", "ball-per-tap", "bfloat16", "unlabelled", "K=6", "seventy"):
+            assert any(words in c.name for c in full if c.backend == backend), words
+    short = [c for c in full if c.short and c.backend != PLAIN][::5]
+    assert {c.operation for c in short} >= operations - {conformance.IN_PARTS}
 
 
 def test_shares_and_workers_that_die(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -442,12 +373,12 @@ def test_what_a_worker_runs(
         lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         assert len(lines) >= 2
         assert all(line.get("why") is None for line in lines)
-    assert probed == [("triton", "cuda"), inputs.BACKENDS]  # torch's kernels are not sanitized
+    assert probed == [compiled(ON_GPU), ON_GPU]  # torch's kernels are not sanitized
 
     def wrong(*_: Any) -> None:
         raise checks.Wrong("no")
 
-    monkeypatch.setattr(checks, "embedding", wrong)
+    monkeypatch.setattr(conformance.Check, "run", wrong)
     assert program.worker(device.Host(), program.arguments(["--tiny", "--part", "sanitize"])) == 1
 
 
@@ -613,8 +544,9 @@ def test_a_bare_checkout(tmp_path: Path) -> None:
         import dpmmd.kernels, torch
         from benches.gpu import inputs, steps
         print(dpmmd.kernels.__file__.endswith("kernels/__init__.py"))
+        from benches.shapes import small_release
         encoder = steps.encoder_of(inputs.TINY, 32, "float32", torch.device("cpu"))
-        release = steps.release_of(encoder, 2)
+        release = small_release(encoder, 2)
         print(release.metadata.private, tuple(release.target.shape) == (2, 2, encoder.dim))
         settings = dpmmd.recipe.TrainSection(steps=1, batch_size=2)
         dpmmd.train.train(release, encoder, None, settings, progress=False)

@@ -37,25 +37,14 @@ def _hindrance() -> str | None:
 HINDRANCE = _hindrance()
 
 
-def whole(path: str, marked: str = "not long") -> Callable[[], None]:
-    """A test that the tests of a file, those so marked, pass under the interpreter."""
+def whole(path: str, marked: str = "not long", chosen: str = "") -> Callable[[], None]:
+    """A test that the tests of a file pass under the interpreter, those so marked and named."""
 
     @pytest.mark.skipif(HINDRANCE is not None, reason=HINDRANCE or "")
     def test() -> None:
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
         done = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "pytest",
-                "-q",
-                "-p",
-                "no:xdist",
-                "-p",
-                "no:cacheprovider",
-                "-m",
-                marked,
-                path,
-            ],
+            [*command, "-m", marked, "-k", chosen, path],
             env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
             cwd=Path(__file__).resolve().parents[2],
             capture_output=True,
@@ -66,13 +55,17 @@ def whole(path: str, marked: str = "not long") -> Callable[[], None]:
     return test
 
 
-@pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of 8 columns and 4 images, so that small shapes have several of each."""
+def set_blocks(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    """Blocks of so many columns, and 4 images, so that small shapes have several of each."""
     from dpmmd.kernels import table
 
     def lookup(operation: str, *_: object) -> table.Config:
         rows = table.TILE_ROWS if operation in ("row_dots", "gradient") else 4
-        return table.Config(8, rows, 4, 1, 255)
+        return table.Config(columns, rows, 4, 1, 255)
 
     monkeypatch.setattr(table, "lookup", lookup)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_blocks(monkeypatch, 8)

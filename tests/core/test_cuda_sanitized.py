@@ -32,7 +32,8 @@ def test_nothing_is_touched_that_must_not_be() -> None:
     done = subprocess.run(
         [
             sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider",
-            "-m", "not long", "-k", "not opcheck and not release", "tests/core/test_cuda.py",
+            "-m", "not long", "-k", "test_cuda and not opcheck and not release",
+            "tests/core/test_cuda.py", "tests/core/test_conformance.py",
         ],
         cwd=Path(__file__).resolve().parents[2],
         env={

@@ -2,90 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 from math import prod
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import dpmmd
 from dpmmd._contract.slot import Slot
 from dpmmd._cores import cpu
 from dpmmd._cores.arguments import Buffers
-from dpmmd.bounds import BOUNDS, Bound
-from dpmmd.encoders import Encoder, Rectified, StagedBackbone
-from dpmmd.encoders.layers import Convolution, MaxPool
-from dpmmd.nn import ESTIMATORS, MMDLoss
-from tests.conftest import images, no_noise, small_encoder
-
-KINDS = ("vgg", "fire", "residual", "relu6")
-
-
-class Concatenated(nn.Module):
-    """Two convolutions side by side, whose bias may be left out."""
-
-    def __init__(self, first: Convolution, second: Convolution) -> None:
-        super().__init__()
-        self.first, self.second = first, second
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat((self.first(x), self.second(x)), dim=1)
-
-    def unbiased(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        (a, b), (c, d) = self.first.unbiased(x), self.second.unbiased(x)
-        assert b is not None
-        assert d is not None
-        return torch.cat((a, c), dim=1), torch.cat((b, d))
-
-
-class Added(nn.Module):
-    def __init__(self, convolution: Convolution) -> None:
-        super().__init__()
-        self.convolution = convolution
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.convolution(x)
-
-
-def encoder_of(kind: str, **options: Any) -> Encoder:
-    """Four stages: a ReLU, one behind a pooling, one that is not a ReLU, and a last ReLU."""
-    rng = torch.Generator().manual_seed(3)
-
-    def convolution(inputs: int, outputs: int, kernel: int = 3) -> Convolution:
-        weight = torch.randn(outputs, inputs, kernel, kernel, generator=rng) / (inputs**0.5 * 2)
-        bias = torch.randn(outputs, generator=rng) * 0.2
-        return Convolution(weight, bias, padding=kernel // 2)
-
-    middle: nn.Module = convolution(4, 4)
-    if kind == "fire":
-        middle = Concatenated(convolution(4, 2), convolution(4, 2, 1))
-    if kind == "residual":
-        middle = Added(convolution(4, 4))
-    ceiling = 0.4 if kind == "relu6" else None
-    stages: dict[str, nn.Module] = {
-        "one": Rectified(convolution(3, 4), ceiling),
-        "two": Rectified(nn.Sequential(MaxPool(2, 2), middle), ceiling),
-        "linear": convolution(4, 4, 1),
-        "three": Rectified(convolution(4, 5), ceiling),
-    }
-    backbone = StagedBackbone(stages, mean=(0.5, 0.4, 0.3), std=(0.3, 0.3, 0.3))
-    signs = dict.fromkeys(stages, "nonnegative") | {"linear": "signed"}
-    arguments: dict[str, Any] = {"name": kind, "weights_sha256": "0" * 64, "image_size": 8}
-    return Encoder(backbone, tap_signs=signs, **{**arguments, **options}).double()
-
-
-def release_of(encoder: Encoder, **options: Any) -> dpmmd.Release:
-    arguments: dict[str, Any] = {"epsilon": 5.0, "delta": 1e-3, "adjacency": "replace-one"}
-    return dpmmd.release(
-        images(60),
-        encoder,
-        progress=False,
-        insecure_test_noise=no_noise,
-        **{**arguments, "num_classes": 3, **options},
-    )
+from dpmmd.bounds import Bound
+from dpmmd.encoders import Encoder
+from dpmmd.nn import MMDLoss
+from tests.conftest import small_encoder
+from tests.core.conformance import KINDS, LABELS, encoder_of, release_of
 
 
 def step(loss: MMDLoss, labels: Tensor | None, n: int = 7) -> tuple[Tensor, Tensor]:
@@ -95,37 +28,6 @@ def step(loss: MMDLoss, labels: Tensor | None, n: int = 7) -> tuple[Tensor, Tens
     value.backward()
     assert x.grad is not None
     return value.detach(), x.grad
-
-
-LABELS = torch.tensor([0, 2, 2, 0, 2, 0, 0])
-
-
-def compare_on_the_core(
-    encoder: Encoder, release: dpmmd.Release, labels: Tensor | None, **options: Any
-) -> None:
-    """On the native core in float32, against float64: at most three times the plain path's error.
-
-    ``encoder`` is in float64.
-    """
-    core = {"inject": True, "backend": "cpu"}
-    cases: dict[str, tuple[dict[str, Any], torch.dtype]] = {
-        "truth": ({"backend": "torch"}, torch.float64),
-        "plain": ({"backend": "cpu"}, torch.float32),
-        "ours": (core, torch.float32),
-        "auto": ({"inject": True}, torch.float32),
-    }
-    found = {}
-    for name, (how, dtype) in cases.items():
-        loss = MMDLoss(release, copy.deepcopy(encoder), **options, **how).to(dtype)
-        steps = [step(loss, labels) for _ in range(2)]
-        found[name] = steps[-1][0].double(), steps[-1][1]
-    value, gradient = found["truth"]
-    for each in (value, gradient):
-        assert float(each.norm()) > 0
-    for i, truth in enumerate((value, gradient)):
-        ours, plain = (float((found[key][i] - truth).norm()) for key in ("ours", "plain"))
-        assert ours <= 3 * plain + 1e-6 * float(truth.norm())
-        assert torch.equal(found["auto"][i], found["ours"][i])  # what "auto" takes
 
 
 def compare(
@@ -147,57 +49,20 @@ def test_encoders_say_which_taps_are_relus(kind: str) -> None:
     assert encoder_of(kind, taps=["linear", "one"]).rectified == ("one",)
 
 
-@pytest.mark.parametrize("bound", BOUNDS)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("moments", [(1,), (2,), (1, 2)])
-def test_bounds_and_moments(bound: str, kind: str, moments: tuple[int, ...]) -> None:
-    encoder = encoder_of(kind)
-    release = release_of(encoder, bound=bound, clip=2.0, moments=moments)
-    compare(encoder, release, LABELS)
-    compare_on_the_core(encoder, release, LABELS)
-
-
-@pytest.mark.parametrize("bound", ["sphere", "ball"])
-def test_a_joint_bound(bound: str) -> None:
-    encoder = encoder_of("vgg")
-    options = {"moments": (1, 2), "joint_weight": 0.5, "bound": bound, "clip": 2.0}
-    compare(encoder, release_of(encoder, **options), LABELS)
-    compare_on_the_core(encoder, release_of(encoder, **options), LABELS)
-
-
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("labelled", [True, False])
-def test_estimators(estimator: str, labelled: bool) -> None:
+def test_auto_takes_the_native_core() -> None:
     encoder = encoder_of("fire")
-    release = release_of(encoder, num_classes=3 if labelled else None)
-    labels = LABELS if labelled else None
-    compare(encoder, release, labels, estimator=estimator)
-    compare_on_the_core(encoder, release, labels, estimator=estimator)
-
-
-@pytest.mark.parametrize("estimator", ["batch", "ema", "adam"])
-def test_a_hybrid_release(estimator: str) -> None:
-    encoder = encoder_of("vgg")
-    compare(encoder, release_of(encoder, shared_taps=2), LABELS, estimator=estimator)
-
-
-@pytest.mark.parametrize("options", [{"pool": 4}, {"taps": ["linear", "one"]}, {"image_size": 12}])
-def test_taps_that_are_not_a_relus_output_take_the_plain_path(options: dict[str, Any]) -> None:
-    encoder = encoder_of("vgg", **options)
-    compare(encoder, release_of(encoder), LABELS)
-    compare_on_the_core(encoder, release_of(encoder), LABELS)
+    release = release_of(encoder)
+    found = []
+    for backend in ("auto", "cpu"):
+        loss = MMDLoss(release, encoder_of("fire"), backend=backend, inject=True).float()
+        found.append(step(loss, LABELS)[1])
+    assert torch.equal(*found)
 
 
 def test_a_backbone_without_such_stages() -> None:
     encoder = small_encoder().double()
     assert encoder.rectified == ()
     compare(encoder, release_of(encoder), LABELS)
-
-
-def test_micro_batches() -> None:
-    encoder = encoder_of("fire")
-    compare(encoder, release_of(encoder, moments=(1, 2)), LABELS, micro_batch=3)
-    compare_on_the_core(encoder, release_of(encoder, moments=(1, 2)), LABELS, micro_batch=3)
 
 
 @pytest.mark.parametrize("name", ["squeezenet1.1", "efficientnet-lite0", "vgg11", "resnet18"])

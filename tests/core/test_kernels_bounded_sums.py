@@ -1,24 +1,20 @@
-"""Triton's bounded integer sums against `dpmmd.privacy.sums.PrivateSums`, bit for bit."""
+"""Triton's bounded integer sums, kernel by kernel, and what they refuse."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from dpmmd import backends
-from dpmmd.bounds import BOUNDS, Bound
-from dpmmd.privacy.sums import PrivateSums
+from dpmmd.bounds import Bound
 from tests.core import interpreted
 from tests.core.interpreted import small_blocks  # noqa: F401
 
 if not interpreted.ACTIVE:
     test_interpreted = interpreted.whole(__file__)
-    test_interpreted_long = pytest.mark.long(interpreted.whole(__file__, "long"))
 else:
     from dpmmd.kernels import bounded_sums as kernels
     from dpmmd.kernels import table
@@ -38,18 +34,6 @@ else:
             torch.randn(n, 5, generator=rng).relu().to(dtype),
         ]
 
-    def flat(fs: list[Tensor]) -> list[Tensor]:
-        return [(f.permute(0, 2, 3, 1) if f.ndim == 4 else f).reshape(f.shape[0], -1) for f in fs]
-
-    def truth(
-        fs: list[Tensor], y: Tensor, valid: Tensor, limit: int = LIMIT, **options: Any
-    ) -> Tensor:
-        width = len(options["bound"].moments) * sum(f.shape[1:].numel() for f in fs)
-        sums = PrivateSums(K, width)
-        with backends.use("torch"):  # the definition
-            sums.add(flat(fs), y, valid, torch.full_like(y, limit), **options)
-        return sums.take()[0]
-
     def ours(fs: list[Tensor], y: Tensor, valid: Tensor, limits: Tensor, **options: Any) -> Tensor:
         width = len(options["bound"].moments) * sum(f.shape[1:].numel() for f in fs)
         sums = torch.zeros(K, width, dtype=torch.int64)
@@ -60,79 +44,8 @@ else:
         y = torch.arange(n) % (K - 1) * 2  # class 1 is absent
         return y, torch.ones(n, dtype=torch.bool), torch.full((n,), LIMIT)
 
-    @pytest.mark.parametrize("bound", BOUNDS)
-    @pytest.mark.parametrize("moments", [(1,), (2,), (1, 2)])
-    @pytest.mark.parametrize(
-        ("dtype", "nonnegative"),
-        [(torch.float32, False), (torch.bfloat16, True)],
-        ids=["fp32", "bf16-nonnegative"],
-    )
-    def test_same_bits(
-        bound: str, moments: tuple[int, ...], dtype: torch.dtype, nonnegative: bool
-    ) -> None:
-        fs = features(7, dtype)
-        fs[0][2:4] = fs[0][2:4].relu()
-        y, valid, limits = everyone(7)
-        valid[5] = False
-        options = {"bound": Bound(moments, bound, 1.5, 0.3), "nonnegative": nonnegative}
-        got = ours(fs, y, valid, limits, **options)
-        expected = truth(fs, y, valid, **options)
-        assert torch.equal(got, expected)
-        assert expected[0].any()
-        assert not expected[1].any()
-
     BOTH = Bound((1, 2), joint_weight=0.5)
     OPTIONS: dict[str, Any] = {"bound": BOTH, "nonnegative": False}
-
-    @pytest.mark.parametrize("bound", ["sphere", "ball-per-tap"])
-    @pytest.mark.parametrize(
-        "bad", [0.0, math.nan, math.inf, -math.inf, 3e38, 1e-38, 1e-45], ids=str
-    )
-    def test_values_at_the_edges(bound: str, bad: float) -> None:
-        fs = features(4)
-        fs[0][1] = bad
-        fs[1][2] = bad
-        y, valid, limits = everyone(4)
-        options = OPTIONS | {"bound": replace(BOTH, kind=bound)}
-        assert torch.equal(ours(fs, y, valid, limits, **options), truth(fs, y, valid, **options))
-
-    def test_what_must_not_contribute() -> None:
-        """Labels and limits out of range, images that are not valid: nothing, and no error."""
-        fs = features(6)
-        y, valid, limits = everyone(6)
-        y[0], y[1], limits[2], limits[3], valid[4] = -1, K, 0, LIMIT + 1, False
-        only = valid & (torch.arange(6) == 5)
-        got = ours(fs, y, valid, limits, **OPTIONS)
-        assert torch.equal(got, truth(fs, y.clamp(0, K - 1), only, **OPTIONS))
-        assert got.any()
-
-    def test_limits_differ_and_sums_are_added_to() -> None:
-        fs = features(4)
-        y, valid, _ = everyone(4)
-        limits = torch.tensor([LIMIT, LIMIT // 3, 7, 1])
-        expected = torch.full((K, 46), 5)
-        for i, limit in enumerate(limits.tolist()):
-            one = [f[i : i + 1] for f in fs]
-            expected += truth(one, y[i : i + 1], valid[:1], limit, **OPTIONS)
-        sums = torch.full((K, 46), 5)
-        bounded_sums(fs, y, valid, limits, sums=sums, **OPTIONS)
-        assert torch.equal(sums, expected)
-
-    @pytest.mark.parametrize("moments", [(1,), (1, 2)])
-    @pytest.mark.parametrize("shared_taps", [1, 2])
-    def test_shared_taps(moments: tuple[int, ...], shared_taps: int) -> None:
-        fs = features(5)
-        y, valid, limits = everyone(5)
-        options = OPTIONS | {"bound": replace(BOTH, moments=moments)}
-        expected = truth(fs, y, valid, **options).view(K, len(moments), -1)
-        own = sum(f[0].numel() for f in fs[shared_taps:])
-        sums = torch.zeros(K, len(moments) * own, dtype=torch.int64)
-        shared = torch.zeros(1, len(moments) * (23 - own), dtype=torch.int64)
-        bounded_sums(
-            fs, y, valid, limits, sums=sums, shared=shared, shared_taps=shared_taps, **options
-        )
-        assert torch.equal(sums.view(K, len(moments), -1), expected[..., 23 - own :])
-        assert torch.equal(shared.view(len(moments), -1), expected[..., : 23 - own].sum(dim=0))
 
     def test_planes_are_taken_in_channels_last_order() -> None:
         fs = features(3)
@@ -201,19 +114,6 @@ else:
         )  # fmt: skip
         expected = (f.double() ** 2 * 2**4).ceil().long().sum(dim=1)
         assert torch.equal(partials.sum(dim=(0, 2)), expected)
-
-    def test_no_images() -> None:
-        fs = [f[:0] for f in features(2)]
-        y, valid, limits = everyone(0)
-        assert not ours(fs, y, valid, limits, **OPTIONS).any()
-
-    @pytest.mark.long
-    def test_one_image_many_columns() -> None:
-        """More blocks than a finishing program takes at once; an odd number of columns."""
-        fs = [torch.randn(1, 8 * 300 + 3, generator=torch.Generator().manual_seed(0))]
-        y, valid, limits = everyone(1)
-        options = OPTIONS | {"bound": Bound()}
-        assert torch.equal(ours(fs, y, valid, limits, **options), truth(fs, y, valid, **options))
 
     def test_refusals() -> None:
         fs = features(2)

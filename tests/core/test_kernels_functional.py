@@ -1,4 +1,4 @@
-"""The functional layer and the loss module on Triton's core, under its interpreter."""
+"""The functional layer on Triton's core, under its interpreter, and what it refuses."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from dpmmd import backends, functional
-from dpmmd.bounds import BOUNDS
-from dpmmd.nn import MMDLoss
-from tests.conftest import images, nonnegative_encoder, small_encoder
+from dpmmd._contract.protocol import Step
+from tests.conftest import nonnegative_encoder
 from tests.core import interpreted
 from tests.core.interpreted import small_blocks  # noqa: F401
 
 if not interpreted.ACTIVE:
     test_interpreted = interpreted.whole(__file__)
 else:
+    from dpmmd.kernels.estimator import estimate
+
     pytestmark = pytest.mark.usefixtures("small_blocks")
 
     def features() -> list[Tensor]:
@@ -26,48 +27,6 @@ else:
         fs[0] = fs[0].contiguous(memory_format=torch.channels_last)
         fs[0][4], fs[1][4] = 0, 0
         return fs
-
-    @pytest.mark.parametrize("bound", BOUNDS)
-    @pytest.mark.parametrize("moments", [(1,), (1, 2)])
-    def test_the_loss_and_its_gradient(moments: tuple[int, ...], bound: str) -> None:
-        labels = torch.tensor([0, 2, 2, 0, 2, 0])
-        target = torch.rand(len(moments), 3, 23, generator=torch.Generator().manual_seed(1))
-        found = {}
-        for backend, dtype in (("triton", torch.float32), ("torch", torch.float64)):
-            fs = [f.to(dtype).requires_grad_() for f in features()]
-            means, counts = functional.mean_embedding(
-                fs, labels, 3, moments=moments, bound=bound, clip=2.0, backend=backend
-            )
-            loss = functional.mmd_loss(means, counts, target.to(dtype), backend=backend)
-            core, *_ = means.grad_fn.options  # type: ignore[union-attr]
-            assert core.name == backend
-            found[backend] = [loss.detach(), *torch.autograd.grad(loss, fs)]
-        for ours, truth in zip(found["triton"], found["torch"], strict=True):
-            torch.testing.assert_close(ours.double(), truth, rtol=2e-5, atol=1e-6)
-
-    @pytest.mark.parametrize("estimator", ["batch", "ema", "adam"])
-    @pytest.mark.parametrize("shared_taps", [0, 1])
-    def test_the_loss_module(estimator: str, shared_taps: int) -> None:
-        import dpmmd
-
-        encoder = small_encoder()
-        release = dpmmd.release(
-            images(50), encoder, epsilon=1.0, delta=1e-9, adjacency="replace-one", num_classes=3,
-            shared_taps=shared_taps, progress=False,
-        )  # fmt: skip
-        x, y = images(6, seed=3)
-        gradients = []
-        for backend in ("triton", "torch"):
-            loss = MMDLoss(release, encoder, estimator=estimator, lr=1e-2, backend=backend)
-            pixels = (torch.from_numpy(x).float() / 255).requires_grad_()
-            for _ in range(2):
-                pixels.grad = None
-                loss(pixels, torch.from_numpy(y)).backward()
-            assert pixels.grad is not None
-            gradients.append(pixels.grad)
-        torch.testing.assert_close(
-            *gradients, rtol=1e-4, atol=1e-4 * float(gradients[1].abs().max())
-        )
 
     def test_an_unlabelled_embedding_by_context() -> None:
         with backends.use("triton"):
@@ -89,3 +48,13 @@ else:
         fs = [f.double() for f in nonnegative_encoder()(torch.rand(2, 3, 8, 8))]
         with pytest.raises(ValueError, match=r"backend='triton': cannot run torch.float64"):
             functional.mean_embedding(fs, backend="triton")
+
+    def test_what_an_estimator_refuses() -> None:
+        means, counts = torch.zeros(1, 3, 4), torch.tensor([2.0, 0.0, 1.0])
+        with pytest.raises(ValueError, match=r"target: torch.float32 \[1, 3, 5\]"):
+            estimate(means, counts, torch.zeros(1, 3, 5), Step())
+        with pytest.raises(ValueError, match=r"means: torch.float64"):
+            estimate(means.double(), counts, means, Step())
+        its_own = Step("ema", estimate=means, steps=torch.zeros(3), decay=0.5)
+        with pytest.raises(ValueError, match="estimate: shares memory with means"):
+            estimate(means, counts, means.clone(), its_own)

@@ -3,7 +3,7 @@
 Whether a kernel is interpreted is settled when its module is imported, for the whole process: a
 file of such tests consists of `test_interpreted = interpreted.whole(__file__)` where it is not the
 interpreter that runs it, and of its tests where it is. By hand:
-``TRITON_INTERPRET=1 pytest tests/core/test_kernels_estimator.py``.
+``TRITON_INTERPRET=1 pytest tests/core/test_conformance.py``.
 """
 
 from __future__ import annotations

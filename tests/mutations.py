@@ -1546,7 +1546,7 @@ MUTATIONS = (
         "an image with zero or non-finite features turns the mean embedding into NaN",
         (
             Edit(
-                "dpmmd/functional.py",
+                "dpmmd/_cores/plain.py",
                 "usable = torch.isfinite(squares) & (squares > 0)",
                 "usable = torch.ones_like(squares, dtype=torch.bool)",
             ),

@@ -24,7 +24,7 @@ import torch.multiprocessing as mp
 
 import dpmmd
 from dpmmd.data import ArraySource, Batch, write_npz
-from dpmmd.privacy import Ledger, PrivacyError, Release, partial, ranks
+from dpmmd.privacy import Ledger, PrivacyError, Release, mechanism, partial, ranks
 from dpmmd.privacy.release_file import FURTHER
 from dpmmd.privacy.sums import PrivateSums
 from tests.conftest import images, nonnegative_encoder, small_encoder
@@ -212,7 +212,7 @@ def one_spend(rank: int, folder: Path) -> None:
         with pytest.raises(ValueError, match=f"rank 1 has another {name} than rank 0"):
             release(**{"ledger": book, **options})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dpmmd, "__version__", "0.0.9" if odd else dpmmd.__version__)
+        patch.setattr(mechanism, "__version__", "0.0.9" if odd else dpmmd.__version__)
         with pytest.raises(ValueError, match="rank 1 has another version than rank 0"):
             release(ledger=book)
     # What fails in one of them alone fails in all.

@@ -24,11 +24,11 @@ from torch import Tensor
 
 from benches.backends import PLAIN
 from benches.gpu.device import NoGraph, brief
+from benches.gpu.suite import conformance
 from dpmmd import functional, reference
-from tests.core import conformance
-from tests.core.conformance import EMBEDDING, STEP, Batch, Wrong, distance, moved, require, tf32
 
 GRAPH = "graph"
+Wrong, require, distance = conformance.Wrong, conformance.require, conformance.distance
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,10 @@ class Outcome:
 
 def graph(device: Any, backend: str, dtype: torch.dtype) -> None:
     """Forward and backward of the loss: a graph's replay on new numbers gives the eager bits."""
-    batch = Batch(37, ((8, 6, 6), (16, 3, 3), (64, 1, 1)), dtype)
+    batch = conformance.Batch(37, ((8, 6, 6), (16, 3, 3), (64, 1, 1)), dtype)
     first, second = (
-        [moved(f, device.device) for f in replace(batch, seed=seed).features()] for seed in (0, 8)
+        [conformance.moved(f, device.device) for f in replace(batch, seed=seed).features()]
+        for seed in (0, 8)
     )
     y = (torch.arange(batch.n) % 3).to(device.device)
     target = torch.rand(2, 3, batch.dim).to(device.device)
@@ -135,7 +136,7 @@ def module(device: torch.device, backend: str, precision: str, tiny: bool) -> No
     for core in (backend, PLAIN):
         x = images.to(device, copy=True).requires_grad_()
         loss = MMDLoss(release, encoder, estimator="adam", lr=1e-2, backend=core).train()
-        with tf32(False):
+        with conformance.tf32(False):
             values = []
             for _ in range(2):  # the first estimate is zero where its gradient is
                 x.grad = None
@@ -170,7 +171,7 @@ def all_checks(device: Any, present: Sequence[str], tiny: bool = False) -> list[
             if (
                 backend in check.backends
                 and check.dtype != torch.float64
-                and (check.short or not (backend == PLAIN or STEP in check.operation))
+                and (check.short or not (backend == PLAIN or conformance.STEP in check.operation))
             ):
                 run = partial(check.run, backend, device.device)
                 found.append(Check(backend, check.operation, check.name, run, check.short))
@@ -186,10 +187,10 @@ def _of_the_device(device: Any, backend: str, tiny: bool) -> list[Check]:
             name = conformance.text("replay", dtype)
             found.append(Check(backend, GRAPH, name, partial(graph, device, backend, dtype)))
         run = partial(huge, where, backend, 64 if tiny else 1 << 26)
-        found.append(Check(backend, EMBEDDING, "2^31 elements", run))
+        found.append(Check(backend, conformance.EMBEDDING, "2^31 elements", run))
     for precision in ("float32",) if tiny else ("float32", "bfloat16"):
         run = partial(module, where, backend, precision, tiny)
-        found.append(Check(backend, STEP, f"a large encoder, {precision}", run))
+        found.append(Check(backend, conformance.STEP, f"a large encoder, {precision}", run))
     return found
 
 

@@ -15,13 +15,12 @@ from benches.gpu import inputs
 from benches.gpu.checks import GRAPH
 from benches.gpu.inputs import Scale
 from benches.gpu.measure import Call, Measure, sets_of
+from benches.gpu.suite import conformance
 from benches.shapes import Case
 from dpmmd import functional, reference
 from dpmmd._contract.protocol import Saved
 from dpmmd._cores import named
 from dpmmd.bounds import Bound
-from tests.core.conformance import EMBEDDING, ESTIMATOR
-from tests.core.conformance import SUMS as SUMMED
 
 COPY = "copy"
 CASES: tuple[tuple[int, tuple[int, ...]], ...] = ((1, (1,)), (10, (1, 2)))  # K, moments
@@ -94,7 +93,7 @@ def _pieces(measure: Measure, like: Case, broken: set[tuple[str, str]]) -> None:
         }.items():
             calls[name].append(call)
     for name, (reads, vectors) in BYTES.items():
-        if (KERNELS, EMBEDDING) in broken:
+        if (KERNELS, conformance.EMBEDDING) in broken:
             measure.budget.skip(f"{name}, {KERNELS}", "its check failed")
             continue
         measure(
@@ -121,7 +120,8 @@ def loss(
     measure: Measure, scale: Scale, present: Sequence[str], broken: set[tuple[str, str]]
 ) -> None:
     """The loss whole, against the authors' formulas and torch.compile of them."""
-    sound = [b for b in present if not {(b, EMBEDDING), (b, ESTIMATOR)} & broken]
+    needs = conformance.EMBEDDING, conformance.ESTIMATOR
+    sound = [b for b in present if not {(b, need) for need in needs} & broken]
     for pixels in scale.pixels[:3:2] if len(scale.pixels) > 2 else scale.pixels:
         for classes, moments in _cases(scale):
             like = inputs.case(scale, pixels, torch.bfloat16, classes, moments)
@@ -227,7 +227,7 @@ def _embedding(
             with torch.no_grad():
                 return embed(features)
 
-        if (backend, EMBEDDING) in broken:
+        if (backend, conformance.EMBEDDING) in broken:
             continue
         forward[backend] = [functools.partial(forward_only, fs) for fs in sets]
         backward[backend] = [
@@ -253,7 +253,7 @@ def _estimate(
     means, counts = target * 0.9, torch.ones(like.classes, device=device)
     variants: dict[str, list[Call]] = {}
     for backend in present:
-        if (backend, ESTIMATOR) in broken:
+        if (backend, conformance.ESTIMATOR) in broken:
             continue
         states: dict[str, Any] = {
             name: torch.zeros_like(target) for name in ("estimate", "first_moment", "second_moment")
@@ -287,7 +287,7 @@ def _sums(
     options = {"bound": Bound(like.moments, joint_weight=1.0), "nonnegative": True}
     variants: dict[str, list[Call]] = {}
     for backend in compiled(present):
-        if (backend, SUMMED) not in broken:
+        if (backend, conformance.SUMS) not in broken:
             add = functools.partial(
                 named(backend).bounded_sums,
                 labels=y, valid=valid, limits=limits, sums=into, **options,

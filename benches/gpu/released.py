@@ -19,13 +19,12 @@ from benches.gpu.device import brief
 from benches.gpu.inputs import Scale
 from benches.gpu.measure import Call, Measure, Row
 from benches.gpu.steps import encoder_of
+from benches.gpu.suite import conformance
 from dpmmd import backends, reference
 from dpmmd._cores import named
 from dpmmd.bounds import Bound
 from dpmmd.encoders import Encoder
 from dpmmd.run import no_noise
-from tests.core.conformance import RELEASE as RELEASE_CHECK
-from tests.core.conformance import SUMS
 
 RELEASE, WHOLE = "release, encoder and sums", "dpmmd.release, images in memory"
 ALONE = "encoder alone"
@@ -35,7 +34,11 @@ def released(
     measure: Measure, scale: Scale, present: Sequence[str], broken: set[tuple[str, str]]
 ) -> None:
     device, (pixels, batch, _) = measure.device, scale.release
-    sound = [b for b in compiled(present) if not {(b, SUMS), (b, RELEASE_CHECK)} & broken]
+    sound = [
+        b
+        for b in compiled(present)
+        if not {(b, conformance.SUMS), (b, conformance.RELEASE)} & broken
+    ]
     shape = f"{scale.encoder} {pixels} px, n={batch}, K={scale.classes}, moments 1"
     encoders: dict[str, Encoder] = {}
     for precision in scale.precisions:  # first what targets are about

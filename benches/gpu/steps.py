@@ -24,14 +24,13 @@ from benches.gpu import operations
 from benches.gpu.device import brief
 from benches.gpu.inputs import Scale
 from benches.gpu.measure import Call, Measure, Row
+from benches.gpu.suite import conformance
 from benches.shapes import small_release
 from dpmmd import backends, injection
 from dpmmd.devices import device_of
 from dpmmd.encoders import Encoder
 from dpmmd.nn import MMDLoss
 from dpmmd.recipe import GeneratorSection, TrainSection
-from tests.core import conformance
-from tests.core.conformance import tf32
 
 STEP, CAPTURED, TRAIN = "training step", "training step, captured", "dpmmd train, a step"
 FLOOR = "sum of the last tap"
@@ -185,7 +184,7 @@ class Steps:
         step = AuthorsStep(self._generator(), target, self.batch, self.scale.classes)
 
         def run() -> None:
-            with tf32(allowed):
+            with conformance.tf32(allowed):
                 step()
 
         return run
@@ -259,7 +258,7 @@ def exact(call: Call, precision: str) -> Call:
         return call
 
     def run() -> None:
-        with tf32(False):
+        with conformance.tf32(False):
             call()
 
     return run

@@ -542,7 +542,7 @@ def test_a_bare_checkout(tmp_path: Path) -> None:
         from benches.gpu import ambient
         print(ambient.prepare() == ambient.prepare() == ["pydantic", "cryptography"])
         import dpmmd.kernels, torch
-        from benches.gpu import inputs, steps
+        from benches.gpu import checks, inputs, steps
         print(dpmmd.kernels.__file__.endswith("kernels/__init__.py"))
         from benches.shapes import small_release
         encoder = steps.encoder_of(inputs.TINY, 32, "float32", torch.device("cpu"))

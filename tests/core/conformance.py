@@ -1075,9 +1075,9 @@ def _odd_embeddings(scale: Scale) -> Iterator[Check]:
             name = text("rows of no use", dtype, Bound(m, kind))
             yield Check(EMBEDDING, name, run, dtype, core, _of_few(m, kind) and dtype == FLOAT32)
         for k in (None, 3):
-            name = text("layouts", dtype, f"K={k or 1}")
+            name, short = text("layouts", dtype, f"K={k or 1}"), k == 3 and dtype == FLOAT32
             batch = Batch(4, maps, dtype, k)
-            yield check(name, layouts, batch, dtype=dtype, backends=core, short=k == 3)
+            yield check(name, layouts, batch, dtype=dtype, backends=core, short=short)
         if dtype != BFLOAT16:
             batch = Batch(6, ((3, 4, 5), (7, 2, 1)), dtype, 2)
             yield check(text("one by one", dtype), images_alone, batch, dtype=dtype, backends=core)

@@ -23,11 +23,10 @@ import torch
 from torch import Tensor
 
 from benches.backends import PLAIN
-from benches.gpu.device import NoGraph, brief
+from benches.gpu.device import GRAPH, NoGraph, brief
 from benches.gpu.suite import conformance
 from dpmmd import functional, reference
 
-GRAPH = "graph"
 Wrong, require, distance = conformance.Wrong, conformance.require, conformance.distance
 
 

@@ -15,6 +15,8 @@ import torch
 
 from benches.gpu import ambient
 
+GRAPH = "graph"  # the operation of a check that a CUDA graph holds a step
+
 
 class NoGraph(RuntimeError):
     """A function that cannot be captured, and why."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from benches import baselines
 from benches.backends import KERNELS, compiled
 from benches.gpu import inputs
-from benches.gpu.checks import GRAPH
+from benches.gpu.device import GRAPH
 from benches.gpu.inputs import Scale
 from benches.gpu.measure import Call, Measure, sets_of
 from benches.gpu.suite import conformance

@@ -119,7 +119,5 @@ def _whole(
             measure.keep(Row(WHOLE, shape, precision, backend, note=brief(error)))
             measure.errors.append(f"{WHOLE}, {precision}, {backend}: {brief(error)}")
             continue
-        items = batch * count
-        measure.keep(
-            Row(WHOLE, shape, precision, backend, seconds, seconds, 1, "launches", items=items)
-        )
+        row = Row(WHOLE, shape, precision, backend, seconds, seconds, 1, "launches")
+        measure.keep(replace(row, items=batch * count))

@@ -151,12 +151,9 @@ def targets(results: Mapping[str, Any]) -> list[tuple[str, float, float, str, bo
         ]
         kept = ratios[0] >= bound if at_least else ratios[0] <= bound
         found.append((name, *ratios, f"at {'least' if at_least else 'most'} {bound:g}", kept))
-    memory = [
-        row["d_vectors"]
-        for row in results["rows"]
-        if row["operation"] == _BOTH and row["ours"] and row.get("d_vectors") is not None
-        and row["shape"].startswith(_VGG) and row["dtype"] == "float32"
-    ]  # fmt: skip
+    rows = [r for r in results["rows"] if r["operation"] == _BOTH and r["ours"]]
+    rows = [r for r in rows if r["shape"].startswith(_VGG) and r["dtype"] == "float32"]
+    memory = [r["d_vectors"] for r in rows if r.get("d_vectors") is not None]
     if memory:
         most = max(memory)
         found.append((_MEMORY, most, most, f"at most {_MEMORY_BOUND:g}", most <= _MEMORY_BOUND))

@@ -5,6 +5,7 @@ installs and downloads nothing. ``--device cpu --tiny`` runs all of it on a CPU,
 through their interpreter: a dry run, whose numbers mean nothing and are stamped so.
 
 `ambient` makes the package importable, `device` is all that touches CUDA, `budget` schedules,
-`checks` and `sanitizer` look for errors, `measure` times, `operations`, `steps` and `released` say
-what is timed, `sweep` searches launch parameters, `report` makes tables of the results.
+`checks` (of the conformance `suite`) and `sanitizer` look for errors, `measure` times,
+`operations`, `steps` and `released` say what is timed, `sweep` searches launch parameters, `report`
+makes tables of the results.
 """

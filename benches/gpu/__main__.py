@@ -160,9 +160,8 @@ def run(device: Any, options: argparse.Namespace, stood_in: Sequence[str] = ()) 
             processes = min(CHECK_PROCESSES, max(1, (os.cpu_count() or 2) - 2))
             outcome = checks.spread(wanted, processes, same, left)
         broken.update(outcome.broken)
-        results["checks"] = {
-            "passed": outcome.passed, "failed": outcome.failed, "missed": outcome.missed
-        }  # fmt: skip
+        kept = ("passed", "failed", "missed")
+        results["checks"] = {name: getattr(outcome, name) for name in kept}
 
     def sanitize() -> None:
         results["sanitizer"], errors = sanitizer.sanitize(same, lambda: budget.left)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,10 +35,8 @@ def copy(measure: Measure, scale: Scale) -> None:
     size = min(4 << 30, device.memory_bytes // 16) if not device.dry else 1 << 16
     source = torch.empty(size // 4, device=device.device).normal_()
     to = torch.empty_like(source)
-    measure(
-        COPY, f"{size / 1e9:.1f} GB", "float32", {COPY: [lambda: to.copy_(source)]},
-        min_bytes=2 * size,
-    )  # fmt: skip
+    calls = {COPY: [lambda: to.copy_(source)]}
+    measure(COPY, f"{size / 1e9:.1f} GB", "float32", calls, min_bytes=2 * size)
 
 
 def _cases(scale: Scale) -> list[tuple[int, tuple[int, ...]]]:
@@ -82,25 +80,19 @@ def _pieces(measure: Measure, like: Case, broken: set[tuple[str, str]]) -> None:
         gradients = [torch.empty_like(f) for f in maps]
         again = Saved(*(torch.empty_like(buffer) for buffer in saved))
         for name, call in {
-            "row statistics": functools.partial(
-                row_statistics_into, taps, labels, bound, again, counts
-            ),
-            "class sums": functools.partial(class_sums_into, taps, bound, saved, means),
-            "row dots": functools.partial(
-                row_dots_into, taps, labels, bound, saved, upstream, coefficients
-            ),
-            "gradient": functools.partial(gradient_into, taps, terms, gradients),
+            "row statistics": partial(row_statistics_into, taps, labels, bound, again, counts),
+            "class sums": partial(class_sums_into, taps, bound, saved, means),
+            "row dots": partial(row_dots_into, taps, labels, bound, saved, upstream, coefficients),
+            "gradient": partial(gradient_into, taps, terms, gradients),
         }.items():
             calls[name].append(call)
     for name, (reads, vectors) in BYTES.items():
         if (KERNELS, conformance.EMBEDDING) in broken:
             measure.budget.skip(f"{name}, {KERNELS}", "its check failed")
             continue
-        measure(
-            name, like.shape, like.dtype_name, {KERNELS: calls[name]},
-            min_bytes=reads * like.feature_bytes + vectors * like.d_vector_bytes,
-            graph=capturable([KERNELS], broken),
-        )  # fmt: skip
+        least = reads * like.feature_bytes + vectors * like.d_vector_bytes
+        variants, graph = {KERNELS: calls[name]}, capturable([KERNELS], broken)
+        measure(name, like.shape, like.dtype_name, variants, min_bytes=least, graph=graph)
 
 
 # Operation -> passes over the features, vectors of D float32 (a moment and class).
@@ -151,7 +143,7 @@ def _loss(
             means, counts = embed(features, labels, like.classes, moments=like.moments)
             return torch.autograd.grad(value(means, counts, target), features)
 
-        return [functools.partial(call, features) for features in sets]
+        return [partial(call, features) for features in sets]
 
     variants = {"eager": calls(baselines.mean_embedding, baselines.mmd_loss)}
     if compiled:
@@ -162,11 +154,11 @@ def _loss(
             value = whole(features, labels, like.classes, like.moments, target)
             return torch.autograd.grad(value, features)
 
-        variants["compile"] = [functools.partial(call, features) for features in sets]
+        variants["compile"] = [partial(call, features) for features in sets]
     for backend in sound:
         variants[backend] = calls(
-            functools.partial(functional.mean_embedding, backend=backend),
-            functools.partial(functional.mmd_loss, backend=backend),
+            partial(functional.mean_embedding, backend=backend),
+            partial(functional.mmd_loss, backend=backend),
         )
     arguments: dict[str, Any] = {
         "min_bytes": 3 * like.feature_bytes + 3 * like.d_vector_bytes,
@@ -229,20 +221,16 @@ def _embedding(
 
         if (backend, conformance.EMBEDDING) in broken:
             continue
-        forward[backend] = [functools.partial(forward_only, fs) for fs in sets]
+        forward[backend] = [partial(forward_only, fs) for fs in sets]
         backward[backend] = [
-            functools.partial(
-                torch.autograd.grad, embed(fs), fs, grad_outputs=upstream, retain_graph=True
-            )
+            partial(torch.autograd.grad, embed(fs), fs, grad_outputs=upstream, retain_graph=True)
             for fs in sets
         ]
     bytes_, vectors = like.feature_bytes, like.d_vector_bytes
-    measure(
-        FORWARD, like.shape, like.dtype_name, forward, min_bytes=2 * bytes_ + vectors,
-        graph=capturable(present, broken),
-    )  # fmt: skip
+    shape, graph = (like.shape, like.dtype_name), capturable(present, broken)
+    measure(FORWARD, *shape, forward, min_bytes=2 * bytes_ + vectors, graph=graph)
     # A graph cannot replay the backward of a forward that it does not hold.
-    measure(BACKWARD, like.shape, like.dtype_name, backward, min_bytes=3 * bytes_ + vectors)
+    measure(BACKWARD, *shape, backward, min_bytes=3 * bytes_ + vectors)
 
 
 def _estimate(
@@ -258,17 +246,11 @@ def _estimate(
         states: dict[str, Any] = {
             name: torch.zeros_like(target) for name in ("estimate", "first_moment", "second_moment")
         }
-        steps = torch.zeros(like.classes, device=device)
-        variants[backend] = [
-            functools.partial(
-                functional.adam_loss,
-                means, counts, target, **states, steps=steps, lr=1e-3, backend=backend,
-            )
-        ]  # fmt: skip
-    measure(
-        ESTIMATE, like.shape, "float32", variants, min_bytes=9 * like.d_vector_bytes,
-        graph=capturable(present, broken),
-    )  # fmt: skip
+        states |= {"steps": torch.zeros(like.classes, device=device), "lr": 1e-3}
+        call = partial(functional.adam_loss, means, counts, target, **states, backend=backend)
+        variants[backend] = [call]
+    least, graph = 9 * like.d_vector_bytes, capturable(present, broken)
+    measure(ESTIMATE, like.shape, "float32", variants, min_bytes=least, graph=graph)
 
 
 def _sums(
@@ -284,18 +266,13 @@ def _sums(
     into = torch.zeros(
         like.classes, len(like.moments) * like.dim, dtype=torch.int64, device=device.device
     )
-    options = {"bound": Bound(like.moments, joint_weight=1.0), "nonnegative": True}
+    given: dict[str, Any] = {"labels": y, "valid": valid, "limits": limits, "sums": into}
+    given |= {"bound": Bound(like.moments, joint_weight=1.0), "nonnegative": True}
     variants: dict[str, list[Call]] = {}
     for backend in compiled(present):
         if (backend, conformance.SUMS) not in broken:
-            add = functools.partial(
-                named(backend).bounded_sums,
-                labels=y, valid=valid, limits=limits, sums=into, **options,
-            )  # fmt: skip
-            variants[backend] = [functools.partial(add, features) for features in sets]
+            add = partial(named(backend).bounded_sums, **given)
+            variants[backend] = [partial(add, features) for features in sets]
     # Four passes over the features: their largest, their squares, the certificate, the sums.
-    measure(
-        SUMS, like.shape, like.dtype_name, variants,
-        min_bytes=4 * like.feature_bytes + 4 * like.d_vector_bytes,
-        graph=capturable(present, broken),
-    )  # fmt: skip
+    least, graph = 4 * like.feature_bytes + 4 * like.d_vector_bytes, capturable(present, broken)
+    measure(SUMS, like.shape, like.dtype_name, variants, min_bytes=least, graph=graph)

@@ -5,8 +5,9 @@ Of plain torch nothing: its sums are the definition, no competitor, and take sec
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -66,7 +67,8 @@ def _sums(
     y = (torch.arange(batch) % scale.classes).to(device.device)
     valid = torch.ones(batch, dtype=torch.bool, device=device.device)
     limits = torch.full((batch,), 1 << 30, device=device.device)
-    options: dict[str, Any] = {"bound": Bound(), "nonnegative": True}
+    given: dict[str, Any] = {"labels": y, "valid": valid, "limits": limits}
+    given |= {"bound": Bound(), "nonnegative": True}
 
     def loop(add: Callable[[list[Tensor]], None] | None) -> None:
         with torch.inference_mode():
@@ -75,14 +77,12 @@ def _sums(
                 if add is not None:
                     add(reference.flatten(maps))
 
-    variants: dict[str, list[Call]] = {ALONE: [functools.partial(loop, None)]}
+    variants: dict[str, list[Call]] = {ALONE: [partial(loop, None)]}
     for backend in sound:
         into = torch.zeros(scale.classes, encoder.dim, dtype=torch.int64, device=device.device)
-        add = functools.partial(
-            named(backend).bounded_sums,
-            labels=y, valid=valid, limits=limits, sums=into, **options,
-        )  # fmt: skip
-        variants[backend] = [functools.partial(loop, add)]
+        variants[backend] = [
+            partial(loop, partial(named(backend).bounded_sums, sums=into, **given))
+        ]
     measure(RELEASE, shape, precision, variants, items=batch * count)
 
 
@@ -100,12 +100,12 @@ def _whole(
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (2 * batch * count, 3, pixels, pixels), dtype=np.uint8)
 
+    options: dict[str, Any] = {"epsilon": 1.0, "delta": 1e-5, "adjacency": "replace-one"}
+    options |= {"num_classes": scale.classes, "batch_size": batch, "progress": False}
+
     def whole(n: int) -> None:
-        dpmmd.release(
-            (images[:n], np.arange(n) % scale.classes), encoder, epsilon=1.0, delta=1e-5,
-            adjacency="replace-one", num_classes=scale.classes, batch_size=batch, progress=False,
-            insecure_test_noise=no_noise,
-        )  # fmt: skip
+        source = images[:n], np.arange(n) % scale.classes
+        dpmmd.release(source, encoder, insecure_test_noise=no_noise, **options)
 
     for backend in sound:
         if not measure.budget.fits(f"{WHOLE}, {precision}, {backend}"):
@@ -119,9 +119,5 @@ def _whole(
             measure.keep(Row(WHOLE, shape, precision, backend, note=brief(error)))
             measure.errors.append(f"{WHOLE}, {precision}, {backend}: {brief(error)}")
             continue
-        measure.keep(
-            Row(
-                WHOLE, shape, precision, backend, seconds, seconds, 1, "launches",
-                items=batch * count,
-            )
-        )  # fmt: skip
+        row = Row(WHOLE, shape, precision, backend, seconds, seconds, 1, "launches")
+        measure.keep(replace(row, items=batch * count))

@@ -244,12 +244,9 @@ class Steps:
     def _seconds(self, steps: int, backend: str, chosen: Mapping[str, Any]) -> float:
         settings = TrainSection(steps=steps, batch_size=self.batch, estimator="adam", **chosen)
         generator = GeneratorSection(name="resnet", base_channels=self.scale.width)
+        more: dict[str, Any] = {"generator_settings": generator, "progress": False}
         with backends.use(backend):
-            done = dpmmd.train.train(
-                self.release, self.encoder, None, settings, generator_settings=generator,
-                progress=False,
-            )  # fmt: skip
-        return done.seconds
+            return dpmmd.train.train(self.release, self.encoder, None, settings, **more).seconds
 
 
 def exact(call: Call, precision: str) -> Call:

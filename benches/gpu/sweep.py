@@ -155,9 +155,14 @@ def results_of(
 
 
 def climb(
-    device: Any, budget: Budget, operation: str, config: Any, calls: list[Call], results: Any,
+    device: Any,
+    budget: Budget,
+    operation: str,
+    config: Any,
+    calls: list[Call],
+    results: Any,
     say: Callable[[str], None],
-) -> Any:  # fmt: skip
+) -> Any:
     """The best parameters found, from a table's."""
     with table_of(operation, config):
         truth = results_of(operation, calls, results)

@@ -110,6 +110,8 @@ class Plain(Core):
         return ((_ema if step.estimator == "ema" else _adam)(d, counts, step) * d).sum(), None
 
     def bounded_sums(self, *_: Any, **__: Any) -> NoReturn:
+        # `summed` names no dtype, so that nobody calls this: `PrivateSums.add` is the definition,
+        # and lies in the trusted code.
         raise NotImplementedError("the sums of plain PyTorch are those of dpmmd.privacy.sums")
 
     def slot(self, bound: Bound, dim: int) -> Slot:

@@ -119,5 +119,5 @@ def _core(backend: str, encoder: Encoder, images: Tensor) -> Core:
 
 
 # What torch.compiler.disable marks, whose import would take seconds: slots are no part of a graph.
-for _function in (mean_embedding, loss):
-    _function._torchdynamo_disable = True  # type: ignore[attr-defined]
+mean_embedding._torchdynamo_disable = True  # type: ignore[attr-defined]
+loss._torchdynamo_disable = True  # type: ignore[attr-defined]

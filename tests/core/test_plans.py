@@ -343,20 +343,25 @@ def test_a_subclass_has_no_plan(make: Callable[[Tensor], Tensor]) -> None:
 
 
 def test_transforms_and_traces_have_no_plan() -> None:
-    def total(*features: Tensor) -> Tensor:
-        means, counts = embed(list(features))
-        return functional.mmd_loss(means, counts, target())
+    y, goal, bound = labels(), target(), Bound()
 
-    value = gradients(taps())[0]
+    def two_nodes(*features: Tensor) -> Tensor:
+        return functional.mmd_loss(*embed(list(features), y), goal)
+
+    def in_one(*features: Tensor) -> Tensor:
+        return matching.loss(named("cpu"), features, y, K, bound, goal, Step())
+
     features = [f.detach() for f in taps()]
-    with pytest.raises(RuntimeError, match="functorch transforms"):  # warm
-        torch.func.grad(total)(*features)
-    with pytest.raises(RuntimeError, match="Batching rule not implemented"):
-        torch.vmap(total)(*[f[None] for f in features])
-    plans._plans.clear()
-    compiled = torch.compile(total, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(*features), value)
-    assert not plans._plans
+    for total in (two_nodes, in_one):
+        value = total(*features)
+        with pytest.raises(RuntimeError, match="functorch transforms"):  # warm
+            torch.func.grad(total)(*features)
+        with pytest.raises(RuntimeError, match="Batching rule not implemented"):
+            torch.vmap(total)(*[f[None] for f in features])
+        plans._plans.clear()
+        compiled = torch.compile(total, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(*features), value)
+        assert not plans._plans
 
 
 def test_defaults_do_not_matter() -> None:

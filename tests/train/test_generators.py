@@ -192,7 +192,32 @@ def test_the_registry_names_what_it_exports() -> None:
 
 
 def test_upsampled_conv_is_convolution_after_nearest_upsampling() -> None:
+    """And so are its gradients, the second one included."""
     layer = UpsampledConv(5, 3).double()
-    x = torch.randn(2, 5, 7, 6, dtype=torch.float64)
+    x = torch.randn(2, 5, 7, 6, dtype=torch.float64, requires_grad=True)
     expected = F.conv2d(F.interpolate(x, scale_factor=2), layer.weight, padding=1)
-    torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-14, atol=1e-14)
+    found = torch.autograd.grad(layer(x).square().sum(), (x, layer.weight), create_graph=True)
+    truth = torch.autograd.grad(expected.square().sum(), (x, layer.weight), create_graph=True)
+    torch.testing.assert_close(found, truth, rtol=1e-13, atol=1e-13)
+    twice, true = (
+        torch.autograd.grad(sum(g.square().sum() for g in pair), layer.weight)
+        for pair in (found, truth)
+    )
+    torch.testing.assert_close(twice, true, rtol=1e-12, atol=1e-12)
+
+
+def test_its_kernel_has_the_bits_of_products_with_zeros_and_ones() -> None:
+    """Sums over rows, then columns: a training that was begun with them goes on with the same."""
+    layer = UpsampledConv(5, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = torch.randn(2, 5, 7, 6).contiguous(memory_format=torch.channels_last)
+    spread = torch.tensor([[0.0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
+    rows = torch.einsum("ku,oiuv->okiv", spread, layer.weight)
+    kernel = torch.einsum("okiv,lv->iokl", rows, spread)
+    expected = F.conv_transpose2d(x, kernel, stride=2, padding=1)
+    assert torch.equal(layer(x), expected)
+    (found,) = torch.autograd.grad(layer(x).square().sum(), layer.weight)
+    (truth,) = torch.autograd.grad(expected.square().sum(), layer.weight)
+    assert torch.equal(found, truth)
+    assert found.stride() == layer.weight.stride()  # the optimizer copies none
+    assert list(layer.state_dict()) == ["weight"]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpmmd.generators.layers import LatentInput, UpsampledConv, initialise
+from dpmmd.generators.layers import LatentInput, UpsampledConv, initialise, to_pixels
 
 
 class ConvGenerator(nn.Module):
@@ -53,4 +53,4 @@ class ConvGenerator(nn.Module):
         h = F.relu(self.norm0(self.latent(z, y)))
         h = F.relu(self.norm1(self.conv1(h)))
         h = F.relu(self.norm2(self.conv2(h)))
-        return torch.sigmoid(self.to_image(h))
+        return to_pixels(self.to_image(h))

@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from dpmmd.generators.layers import LatentInput, initialise
+from dpmmd.generators.layers import LatentInput, initialise, to_pixels
 
 
 class DCGANGenerator(nn.Module):
@@ -57,7 +57,7 @@ class DCGANGenerator(nn.Module):
 
     def forward(self, z: Tensor, y: Tensor | None = None) -> Tensor:
         """z [n, z_dim], y int64 [n] or None, to images [n, channels, image_size, image_size]."""
-        return torch.sigmoid(self.layers(self.latent(z, y)))
+        return to_pixels(self.layers(self.latent(z, y)))
 
 
 def _doubling(inputs: int, outputs: int) -> nn.ConvTranspose2d:

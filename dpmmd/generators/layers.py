@@ -96,6 +96,11 @@ def _channels_last(like: Tensor, size: tuple[int, ...]) -> Tensor:
     )
 
 
+def to_pixels(x: Tensor) -> Tensor:
+    """The sigmoid, of half precision in float32: pixels near 0 and 1 would be lost otherwise."""
+    return torch.sigmoid(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x)
+
+
 def recomputed(block: nn.Module, x: Tensor) -> Tensor:
     """block(x), of which backward keeps x alone and computes the rest again, with the same result.
 

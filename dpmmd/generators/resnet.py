@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpmmd.generators.layers import LatentInput, UpsampledConv, initialise, recomputed
+from dpmmd.generators.layers import LatentInput, UpsampledConv, initialise, recomputed, to_pixels
 
 
 class ResNetGenerator(nn.Module):
@@ -63,7 +63,7 @@ class ResNetGenerator(nn.Module):
                 h = recomputed(block, h)
         else:
             h = self.blocks(h)
-        return torch.sigmoid(self.to_image(F.relu(self.norm(h))))
+        return to_pixels(self.to_image(F.relu(self.norm(h))))
 
 
 class _UpBlock(nn.Module):

@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dpmmd._choices import CHOICES
+from dpmmd.generators import fused
+
 
 class LatentInput(nn.Module):
     """(z, one-hot y) to a feature map [n, channels, side, side], channels-last in memory.
@@ -94,6 +97,20 @@ def _channels_last(like: Tensor, size: tuple[int, ...]) -> Tensor:
     return torch.empty(
         size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
     )
+
+
+def norm_relu(norm: nn.Module, x: Tensor) -> Tensor:
+    """relu(norm(x)) of a batch norm."""
+    if CHOICES.fused_norms and fused.takes_norm(norm, x):
+        return fused.NormRelu.apply(x, norm.weight, norm.bias, norm)
+    return F.relu(norm(x))
+
+
+def add_upsampled(h: Tensor, s: Tensor) -> Tensor:
+    """h [n, C, 2 H, 2 W] plus s [n, C, H, W] upsampled x 2 (nearest)."""
+    if CHOICES.fused_upsampling and fused.takes_sum(h, s):
+        return fused.AddUpsampled.apply(h, s)
+    return h + F.interpolate(s, scale_factor=2)
 
 
 def to_pixels(x: Tensor) -> Tensor:

@@ -30,11 +30,21 @@ FEATURES = {
     "add_sums",
     "step_kernel",
     "rectify_kernel",
+    "partial_moments",
+    "apply_norm",
+    "partial_slopes",
+    "apply_slopes",
+    "add_kernel",
+    "fold_kernel",
 }
 STORES = {
     "gradient_kernel": 128,
     "rectify_kernel": 128,
     "step_kernel": 128,
+    "apply_norm": 128,
+    "apply_slopes": 128,
+    "add_kernel": 128,
+    "fold_kernel": 128,
     "class_sums_kernel": 64,
     "add_sums": 64,
 }

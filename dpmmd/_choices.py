@@ -21,6 +21,7 @@ class Choices:
     Attributes:
         fused_norms: generators' batch norm and ReLU as one operation.
         fused_upsampling: the sum of a map and an upsampled one in one pass.
+        byte_pools: encoders' max pooling, which keeps the place of each maximum in a byte.
         flipped_convolutions: types of devices where the input gradient of a frozen convolution is a
             convolution with flipped weights, of which a copy is kept. On a CPU it gains 1 % of a
             pass of SqueezeNet and VGG19 at 32 px, which is not worth the copy.
@@ -28,6 +29,7 @@ class Choices:
 
     fused_norms: bool = False
     fused_upsampling: bool = False
+    byte_pools: bool = False
     flipped_convolutions: frozenset[str] = frozenset()
 
 

@@ -1,11 +1,10 @@
 """Launch parameters by operation, architecture, dtype and size: no autotuning at run time.
 
 Chosen among neighbours by time on an H200 (VGG19's taps, 128 images of 32 and 128 px, 1 and 10
-classes). No GPU has timed `estimator`, `bounded_sums` and those of layers (`normalise`,
-`upsampling`), which are chosen by arithmetic: 64 numbers or fewer a thread, so that
+classes). `estimator`, `bounded_sums` and those of layers (`normalise`, `upsampling`, `pooling`,
+which no GPU has run yet) are chosen by arithmetic: 64 numbers or fewer a thread, so that
 several programs share a multiprocessor and keep some 40 KiB of loads in flight on it (latency times
-bandwidth).
-`tests/core/kernels_aot.py` holds every entry to its register budget.
+bandwidth). `tests/core/kernels_aot.py` holds every entry to its register budget.
 """
 
 from __future__ import annotations
@@ -69,6 +68,7 @@ _BF16: dict[str, tuple[tuple[float, Config], ...]] = {
     "bounded_sums": ((float("inf"), Config(256, 8, 4, 1, 168)),),  # checked so on an H200
     "normalise": ((float("inf"), Config(64, 64, 4, 1, 128)),),
     "upsampling": ((float("inf"), Config(64, 64, 4, 1, 64)),),
+    "pooling": ((float("inf"), Config(64, 16, 4, 1, 112)),),
 }
 _FP32: dict[str, tuple[tuple[float, Config], ...]] = _BF16 | {
     "row_statistics": ((float("inf"), Config(512, 8, 4, 1, 128)),),

@@ -51,6 +51,8 @@ INSIDE = {
     "dpmmd.kernels.gradient": "gradients of generated images",
     "dpmmd.kernels.injection": "means and gradients of generated images",
     "dpmmd.kernels.mean_embedding": "the same",
+    "dpmmd.kernels.maps": "layers in training; a release's encoders run without gradients",
+    "dpmmd.kernels.pooling": "the same",
     "dpmmd.kernels.row_dots": "gradients of generated images",
     "dpmmd.kernels.row_statistics": "means of generated images",
     "dpmmd.privacy": "names of public functions",

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from dpmmd._choices import CHOICES
+from dpmmd._choices import CHOICES, has_kernels
 
 _Pair = tuple[int, int]
 
@@ -183,13 +184,48 @@ def _unbiased(body: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 class MaxPool(nn.MaxPool2d):
-    """Max pooling k x k that finds its maxima again in backward instead of keeping indices."""
+    """Max pooling k x k that keeps no indices: it finds its maxima again in backward.
+
+    Where Triton's kernels are taken it keeps a byte for each of them.
+    """
 
     def __init__(self, kernel_size: int, stride: int, padding: int = 0) -> None:
         super().__init__(kernel_size, stride, padding)
+        self.window = kernel_size, stride, padding
 
     def forward(self, x: Tensor) -> Tensor:
-        return _MaxPool.apply(x, self.kernel_size, self.stride, self.padding)
+        needed = x.requires_grad and torch.is_grad_enabled()
+        if CHOICES.byte_pools and needed and has_kernels(x) and _fits_bytes(x, *self.window):
+            return _BytePool.apply(x, *self.window)
+        return _MaxPool.apply(x, *self.window)
+
+
+def _fits_bytes(x: Tensor, kernel: int, stride: int, padding: int) -> bool:
+    """Whether windows have less than 256 places, and fit into the map, which PyTorch checks."""
+    return kernel <= 15 and 2 * padding <= kernel <= min(x.shape[2:]) + 2 * padding and stride > 0
+
+
+class _BytePool(torch.autograd.Function):
+    """Saved for backward: a byte for each maximum, its place in its window."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
+        from dpmmd.kernels import pooling
+
+        x = x.contiguous(memory_format=torch.channels_last)
+        pooled, places = pooling.max_pool(x, kernel, stride, padding)
+        ctx.save_for_backward(places)
+        ctx.options = x.shape, kernel, stride, padding
+        return pooled
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        from dpmmd.kernels import pooling
+
+        (places,) = ctx.saved_tensors
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        return pooling.max_pool_gradient(grad, places, *ctx.options), None, None, None
 
 
 class _MaxPool(torch.autograd.Function):

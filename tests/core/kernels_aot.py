@@ -36,6 +36,7 @@ from dpmmd.kernels import (
     maps,
     mean_embedding,
     normalise,
+    pooling,
     row_dots,
     row_statistics,
     table,
@@ -260,6 +261,9 @@ def _layers(x: torch.Tensor) -> None:
     normalise.norm_relu_backward(x, y, *saved, channels, channels)
     upsampling.add_upsampled(x, x[:, :, ::2, ::2].contiguous(memory_format=torch.channels_last))
     upsampling.upsampled_gradient(x)
+    for window in ((2, 2, 0), (3, 2, 1)):
+        pooled, places = pooling.max_pool(x, *window)
+        pooling.max_pool_gradient(pooled, places, x.shape, *window)
 
 
 def compile_case(case: Case, architecture: int) -> Compiled:

@@ -36,6 +36,8 @@ FEATURES = {
     "apply_slopes",
     "add_kernel",
     "fold_kernel",
+    "pool_kernel",
+    "unpool_kernel",
 }
 STORES = {
     "gradient_kernel": 128,
@@ -45,6 +47,8 @@ STORES = {
     "apply_slopes": 128,
     "add_kernel": 128,
     "fold_kernel": 128,
+    "pool_kernel": 128,
+    "unpool_kernel": 128,
     "class_sums_kernel": 64,
     "add_sums": 64,
 }

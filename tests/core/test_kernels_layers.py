@@ -18,6 +18,7 @@ if not interpreted.ACTIVE:
 else:
     from dpmmd import generators
     from dpmmd._choices import CHOICES
+    from dpmmd.encoders import layers
     from dpmmd.generators import fused, resnet
     from dpmmd.generators.fused import AddUpsampled, NormRelu
     from dpmmd.generators.layers import initialise, norm_relu, recomputed
@@ -148,9 +149,10 @@ else:
 
         for module in (maps, normalise):
             monkeypatch.setattr(module, "launch", note)
-        for key in ("fused_norms", "fused_upsampling"):
+        for key in ("fused_norms", "fused_upsampling", "byte_pools"):
             monkeypatch.setattr(CHOICES, key, True)
-        monkeypatch.setattr(fused, "has_kernels", lambda x: True)
+        for module in (fused, layers):
+            monkeypatch.setattr(module, "has_kernels", lambda x: True)
         monkeypatch.setattr(table, "lookup", lambda *_: table.Config(16, 64, 4, 1, 255))
         return ran
 
@@ -212,3 +214,46 @@ else:
         assert fused.takes_sum(h, s)
         assert not fused.takes_sum(h.bfloat16(), s)
         assert not fused.takes_sum(h, random(2, 3, 2, 1))
+
+    WINDOWS = [(2, 2, 0), (3, 2, 0), (3, 2, 1), (3, 1, 1), (2, 3, 0)]
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("window", WINDOWS)
+    def test_max_pool(chosen: list[str], window: tuple[int, int, int], dtype: torch.dtype) -> None:
+        """Overlapping windows, rows that none reaches, ties between zeros, maps of -inf."""
+        x = random(2, 18, 5, 6, dtype=dtype).relu()
+        x[0, 0] = -torch.inf
+        x = x.requires_grad_()
+        pool = layers.MaxPool(*window)
+        found, truth = pool(x), F.max_pool2d(x, *window)
+        assert chosen == ["pool_kernel"]
+        assert torch.equal(found, truth)
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        grad = random(*found.shape, seed=1, dtype=dtype)
+        (dx,) = torch.autograd.grad(found, x, grad)
+        exact = x.detach().double().requires_grad_()
+        F.max_pool2d(exact, *window).backward(grad.double())
+        assert chosen == ["pool_kernel", "unpool_kernel"]
+        assert dx.dtype == dtype
+        tolerance = 1e-5 if dtype == torch.float32 else CUT
+        torch.testing.assert_close(dx.double(), exact.grad, rtol=tolerance, atol=1e-6)
+
+    def test_what_is_not_a_number_is_a_maximum(chosen: list[str]) -> None:
+        x = random(1, 2, 4, 4)
+        x[0, 0, 1, 0] = x[0, 0, 1, 1] = x[0, 1, 0, 0] = torch.nan
+        x = x.requires_grad_()
+        found, truth = layers.MaxPool(2, 2)(x), F.max_pool2d(x, 2, 2)
+        torch.testing.assert_close(found, truth, rtol=0, atol=0, equal_nan=True)
+        grad = random(*found.shape, seed=1)
+        gradients = [torch.autograd.grad(y, x, grad)[0] for y in (found, truth)]
+        assert torch.equal(*gradients)
+
+    def test_a_pool_without_gradients_is_torchs(chosen: list[str]) -> None:
+        """As in a release, or where a window has too many places for a byte."""
+        with torch.no_grad():
+            layers.MaxPool(2, 2)(random(1, 2, 4, 4).requires_grad_())
+        layers.MaxPool(2, 2)(random(1, 2, 4, 4))
+        layers.MaxPool(16, 16)(random(1, 2, 16, 16).requires_grad_())
+        assert chosen == []
+        with pytest.raises(RuntimeError, match="too small"):
+            layers.MaxPool(5, 5)(random(1, 2, 4, 4).requires_grad_())

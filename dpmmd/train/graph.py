@@ -91,6 +91,7 @@ def graphed_stepper(task: Task, state: State, model: nn.Module) -> Stepper:
     moved = state.optimizer.state_dict()
     state.optimizer = adam(state.generator, task.settings, task.team.device, graphed=False)
     take_over(state.optimizer, moved)
+    state.loss.inject = bool(task.settings.inject)
     warnings.warn(
         f"settings.graph: a step cannot be a CUDA graph ({why}). Its kernels are launched one "
         "by one, with the same result, but it may take several times as long; graph=False "

@@ -102,10 +102,9 @@ class Average(AveragedModel):
         )
         numbers = [(a, c) for a, c in zip(theirs, ours, strict=True) if a.is_floating_point()]
         averaged, current = ([pair[i] for pair in numbers] for i in (0, 1))
-        distance = torch._foreach_sub(averaged, current)
-        torch._foreach_mul_(distance, self.on_device)
-        torch._foreach_add_(distance, current)
-        torch._foreach_copy_(averaged, distance)
+        torch._foreach_sub_(averaged, current)  # in place: eight passes, and no memory of its own
+        torch._foreach_mul_(averaged, self.on_device)
+        torch._foreach_add_(averaged, current)
         for a, c in zip(theirs, ours, strict=True):
             if not a.is_floating_point():
                 a.copy_(c)

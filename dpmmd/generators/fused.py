@@ -22,7 +22,7 @@ def takes_norm(norm: nn.Module, x: Tensor) -> bool:
         and norm.affine
         and norm.track_running_stats
         and norm.momentum is not None
-        and norm.weight.dtype == torch.float32
+        and (norm.weight.dtype, norm.weight.device) == (torch.float32, x.device)
         and not (norm._forward_hooks or norm._forward_pre_hooks)
         and not (norm._backward_hooks or norm._backward_pre_hooks)
         and has_kernels(x)

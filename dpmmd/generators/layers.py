@@ -62,8 +62,8 @@ class _Spread(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor) -> Tensor:
-        half = torch.cat(_spread(weight.transpose(0, 1), 2), dim=2)
-        return torch.cat(_spread(half, 3), dim=3, out=_channels_last(half, (*half.shape[:3], 4)))
+        turned = weight.transpose(0, 1).contiguous(memory_format=torch.channels_last)
+        return torch.cat(_spread(torch.cat(_spread(turned, 2), dim=2), 3), dim=3)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -83,20 +83,12 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, kernel: Tensor) -> Tensor:
         kernel = kernel.flip(2, 3)
         columns = kernel[..., :3] + kernel[..., 1:]
-        weight = _channels_last(kernel, (kernel.shape[1], kernel.shape[0], 3, 3))
-        torch.add(columns[:, :, :3], columns[:, :, 1:], out=weight.transpose(0, 1))
-        return weight
+        weight = (columns[:, :, :3] + columns[:, :, 1:]).transpose(0, 1)
+        return weight.contiguous(memory_format=torch.channels_last)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return _Spread.apply(grad)
-
-
-def _channels_last(like: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Of this dtype and device, not yet written."""
-    return torch.empty(
-        size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
-    )
 
 
 def norm_relu(norm: nn.Module, x: Tensor) -> Tensor:

@@ -191,10 +191,11 @@ else:
             nn.BatchNorm2d(3, track_running_stats=False),
             nn.BatchNorm2d(3, momentum=None),
             nn.BatchNorm2d(3).double(),
+            nn.BatchNorm2d(3, device="meta"),
             nn.SyncBatchNorm(3),
             nn.GroupNorm(1, 3),
         ],
-        ids=str,
+        ids=["eval", "plain", "untracked", "mean", "float64", "elsewhere", "processes", "groups"],
     )
     def test_other_norms_are_left_to_torch(chosen: list[str], norm: nn.Module) -> None:
         assert not fused.takes_norm(norm, random(2, 3, 2, 2))

@@ -268,3 +268,14 @@ def test_its_kernel_has_the_bits_of_products_with_zeros_and_ones() -> None:
     assert torch.equal(found, truth)
     assert found.stride() == layer.weight.stride()  # the optimizer copies none
     assert list(layer.state_dict()) == ["weight"]
+
+
+def test_a_generator_compiles_into_one_graph() -> None:
+    generator = small("conv", image_size=8)
+    z, y = latents(4), torch.arange(4) % 3
+    compiled = torch.compile(generator, backend="aot_eager", fullgraph=True)
+    found, truth = (
+        torch.autograd.grad(run(z, y).square().sum(), list(generator.parameters()))
+        for run in (compiled, generator)
+    )
+    torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-4)

@@ -29,6 +29,7 @@ INSIDE = {
     "dpmmd._cores": "a table of the cores by name",
     "dpmmd._cores.plain": "means and losses of generated images; sums nothing",
     "dpmmd._contract": "a docstring",
+    "dpmmd._contract.capturing": "keeps what CUDA graphs read alive; a release has none",
     "dpmmd._contract.protocol": "what a core provides: names and types",
     "dpmmd._contract.slot": "ReLUs of a generator's training; sums nothing",
     "dpmmd._lazy": "imports what a package offers when it is first used",

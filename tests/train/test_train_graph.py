@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import random
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import dpmmd
+from dpmmd import _capture
 from dpmmd import train as training
 from dpmmd.generators import ConvGenerator
 from dpmmd.nn import ESTIMATORS
@@ -26,44 +26,9 @@ from dpmmd.train import train
 from dpmmd.train.graph import GraphedStepper
 from dpmmd.train.step import Stepper
 from tests.conftest import images, small_encoder
+from tests.played import Played
+from tests.played import played as played
 from tests.train.test_train import GENERATOR, assert_same, make_release, quick, run, state_of
-
-Work = Callable[[], None]
-
-
-class Played:
-    """Plays a graph on the CPU: what is recorded is run again at each replay, in place."""
-
-    def __init__(self, warm_up_steps: int = 3) -> None:
-        self.warm_up_steps, self.replays = warm_up_steps, 0
-        self.fails: Exception | None = None
-
-    def warm_up(self, work: Work, device: torch.device, steps: int) -> None:
-        for _ in range(min(steps, self.warm_up_steps)):
-            work()
-
-    def record(self, work: Work, device: torch.device) -> Work:
-        if self.fails is not None:
-            work()  # what a CPU does while it is recorded, it has done
-            try:
-                raise self.fails
-            finally:
-                raise RuntimeError("failed due to a previous error")  # as torch.cuda.graph
-
-        def replay() -> None:
-            self.replays += 1
-            work()
-
-        return replay
-
-
-@pytest.fixture
-def played(monkeypatch: pytest.MonkeyPatch) -> Played:
-    it = Played()
-    monkeypatch.setattr(training.graph, "_GRAPHED_ON", ("cpu",))
-    monkeypatch.setattr(training.graph, "warm_up", lambda *a: it.warm_up(*a))
-    monkeypatch.setattr(training.graph, "record", lambda *a: it.record(*a))
-    return it
 
 
 def weights(state: dict[str, Any]) -> dict[str, Tensor]:
@@ -471,7 +436,7 @@ def test_a_step_reads_nothing_from_the_device(estimator: str, options: dict[str,
         return torch.zeros(())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.graph, "_GRAPHED_ON", ("meta",))
+        patch.setattr(_capture, "GRAPHED_ON", ("meta",))
         patch.setattr(training.loop, "adam", lambda model, *_: torch.optim.Adam(model.parameters()))
         patch.setattr(GraphedStepper, "capture", lambda self: None)
         patch.setattr(Stepper, "advance", advance)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dpmmd import backends, injection
 from dpmmd._contract.protocol import Step
+from dpmmd._fastest import size_of
 from dpmmd._ops import matching
 from dpmmd._ops.arguments import check_features, check_labels
 from dpmmd.bounds import Bound
@@ -207,7 +208,8 @@ class MMDLoss(nn.Module):
         features = self.encoder(images)
         check_features(features, labels, k)
         first = features[0]
-        core = backends.core(self.backend, first.device.type, first.dtype)
+        size = size_of(features)
+        core = backends.core(self.backend, first.device.type, first.dtype, size=size)
         return matching.loss(core, features, labels, k, bound, target, step)
 
     def _embed(

@@ -32,6 +32,7 @@ INSIDE = {
     "dpmmd._contract.capturing": "keeps what CUDA graphs read alive; a release has none",
     "dpmmd._contract.protocol": "what a core provides: names and types",
     "dpmmd._contract.slot": "ReLUs of a generator's training; sums nothing",
+    "dpmmd._fastest": "which core is the fastest; every core that it can name for sums is trusted",
     "dpmmd._lazy": "imports what a package offers when it is first used",
     "dpmmd._memory": "asks the C library to return freed memory",
     "dpmmd._torchvision": "imports torchvision, whose models are encoders",
@@ -68,8 +69,7 @@ DYNAMIC = {
     "dpmmd._lazy": "imports what the packages that use it name in constants",
     "dpmmd.privacy.evidence": "looks for the files of the modules above",
     "dpmmd._torchvision": "imports torchvision, a constant",
-    "dpmmd.backends": "looks for triton, a constant",
-    "dpmmd._cores.triton": "the same",
+    "dpmmd._cores.triton": "looks for triton, a constant",
     "dpmmd.data.named": "imports torchvision's data sets, and looks for a package: constants",
     "dpmmd.encoders.weights": "looks for packages that carry weights: constants",
 }

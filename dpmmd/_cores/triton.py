@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from collections.abc import Sequence
 from functools import partial
 
@@ -14,6 +15,15 @@ from dpmmd._contract.protocol import Core, Saved, Step
 from dpmmd._contract.slot import Slot, written
 from dpmmd._contract.taps import DTYPES
 from dpmmd.bounds import Bound
+
+
+def hindrance() -> str | None:
+    """Why no kernel can be compiled on this machine; None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if not any(map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))):
+        return "Triton finds no C compiler"
+    return None
 
 
 class Triton(Core):

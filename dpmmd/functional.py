@@ -63,10 +63,10 @@ def mean_embedding(
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, dtype or range.
     """
-    folded = checked(features, labels, num_classes, moments, bound, clip, joint_weight)
-    first = features[0]
-    core = backends.core(backend, first.device.type, first.dtype, size=size_of(features))
-    return embedding.mean_embedding(core, features, labels, num_classes, folded)
+    folded, taps = checked(features, labels, num_classes, moments, bound, clip, joint_weight)
+    first = taps[0]
+    core = backends.core(backend, first.device.type, first.dtype, size=size_of(taps))
+    return embedding.mean_embedding(core, taps, labels, num_classes, folded)
 
 
 def mmd_loss(means: Tensor, counts: Tensor, target: Tensor, *, backend: str = "auto") -> Tensor:

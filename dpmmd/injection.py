@@ -28,7 +28,7 @@ from dpmmd._contract.taps import DTYPES
 from dpmmd._cores import CORES, named
 from dpmmd._fastest import EMBEDDING, TABLE
 from dpmmd._ops import embedding, matching
-from dpmmd._ops.arguments import check_features, checked
+from dpmmd._ops.arguments import checked
 from dpmmd.bounds import Bound
 from dpmmd.encoders import Encoder
 
@@ -91,8 +91,8 @@ def mean_embedding(
     """
     unchecked = Bound(tuple(moments), bound, clip, joint_weight)
     core, features, slots = _features(encoder, images, unchecked, backend)
-    folded = checked(features, labels, num_classes, moments, bound, clip, joint_weight)
-    return embedding.mean_embedding(core, features, labels, num_classes, folded, slots)
+    folded, taps = checked(features, labels, num_classes, moments, bound, clip, joint_weight)
+    return embedding.mean_embedding(core, taps, labels, num_classes, folded, slots)
 
 
 def loss(
@@ -112,7 +112,6 @@ def loss(
         labels, num_classes, bound, target, step: as there.
     """
     core, features, slots = _features(encoder, images, bound, backend)
-    check_features(features, labels, num_classes)
     return matching.loss(core, features, labels, num_classes, bound, target, step, slots)
 
 

@@ -69,12 +69,12 @@ class Matched(NamedTuple):
     """What `Core.match` leaves for `Core.match_backward`, beside labels and features.
 
     Attributes:
-        saved: as `Core.forward` leaves it.
-        gradient: [M, K, D], of the loss in the means. A core that never forms the means leaves here
-            what its `match_backward` needs in the place of it.
+        saved: as `Core.forward` leaves it; None of a core that has all in ``gradient``.
+        gradient: [M, K, D], of the loss in the means. A core that never forms the means, or keeps
+            them elsewhere, leaves here what its `match_backward` needs in the place of it.
     """
 
-    saved: Saved
+    saved: Saved | None
     gradient: Tensor
 
 
@@ -177,6 +177,7 @@ class Core(Protocol):
         It may run several times for one `match` (``retain_graph=True``).
         """
         saved, gradient = matched
+        assert saved is not None
         upstream = times(gradient, grad)
         return self.backward(features, labels, num_classes, bound, saved, upstream, needed, slots)
 
@@ -216,12 +217,14 @@ class Core(Protocol):
 
 
 def times(gradient: Tensor, grad: Tensor) -> Tensor:
-    """``gradient * grad`` of a scalar ``grad``; the same tensor where that is known to be 1.
+    """``gradient * grad`` of a scalar ``grad``; the same tensor where that is known to be 1."""
+    return gradient if is_one(grad) else gradient * grad
 
-    A plain 1, the usual case, costs no pass and no memory. While a graph is traced (the tensor is
-    of another class then) there is no value to look at, and one on a device would have to be waited
-    for, which a CUDA graph cannot capture.
+
+def is_one(grad: Tensor) -> bool:
+    """Whether a scalar is known to be 1, the usual case, which then costs no pass and no memory.
+
+    While a graph is traced (the tensor is of another class then) there is no value to look at, and
+    one on a device would have to be waited for, which a CUDA graph cannot capture.
     """
-    if type(grad) is Tensor and grad.device.type == "cpu" and float(grad) == 1.0:
-        return gradient
-    return gradient * grad
+    return type(grad) is Tensor and grad.is_cpu and grad.item() == 1.0

@@ -62,7 +62,7 @@ def recorded(
     """
     before = {} if watched is None else state_of_host(watched)
     devices = [device] if device.type == "cuda" else []
-    with captured() as held, torch.random.fork_rng(devices=devices):
+    with captured() as held, torch.random.fork_rng(devices=devices), _kernels_searched():
         try:
             warm_up(work, device, _WARM_UP_STEPS)
         except BaseException:
@@ -152,6 +152,22 @@ def warm_up(work: Work, device: torch.device, steps: int) -> None:
         for _ in range(steps):
             work()
     torch.cuda.current_stream(device).wait_stream(side)
+
+
+@contextlib.contextmanager
+def _kernels_searched() -> Iterator[None]:
+    """Within the block cuDNN times its kernels for a shape that is new, and takes the fastest.
+
+    Which one that is may differ from run to run: not where PyTorch is to be deterministic.
+    """
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark
+    fixed = torch.are_deterministic_algorithms_enabled() or cudnn.deterministic
+    cudnn.benchmark = before or not fixed
+    try:
+        yield
+    finally:
+        cudnn.benchmark = before
 
 
 @contextlib.contextmanager

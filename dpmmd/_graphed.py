@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dpmmd import _capture, backends
 from dpmmd._ops.once import Once, untraced
 from dpmmd._warn import warn
-from dpmmd.encoders.base import float32_products
+from dpmmd.precision import switched
 
 MOST = 4  # graphs of one loss: each keeps the memory of a step
 
@@ -90,7 +90,7 @@ class Graphs:
             (images.shape, images.dtype, images.device, labels is None, options),
             _autocast_of(images.device),
             backends.requested("auto"),
-            float32_products(),
+            switched(),
         )
         graph = self._made.get(key)
         if graph is None and self._may_be_made(module, images):

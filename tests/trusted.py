@@ -54,6 +54,7 @@ INSIDE = {
     "dpmmd.kernels.mean_embedding": "the same",
     "dpmmd.kernels.row_dots": "gradients of generated images",
     "dpmmd.kernels.row_statistics": "means of generated images",
+    "dpmmd.precision": "which numbers a device multiplies, and in which precision",
     "dpmmd.privacy": "names of public functions",
     "dpmmd.privacy.canaries": "attacks releases of made-up images; a release never calls it",
     "dpmmd.privacy.evidence": "what the report says of tests; sees nothing private",

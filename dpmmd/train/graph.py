@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dpmmd import _capture
 from dpmmd._capture import CaptureError
@@ -96,11 +98,52 @@ def graphed_stepper(task: Task, state: State, model: nn.Module) -> Stepper:
 
 
 class GraphedStepper(Stepper):
-    """Steps whose work is one graph, once it is captured."""
+    """Steps whose work is one graph, once it is captured.
+
+    Of a generator of the package's the graph leaves out what the host can do: the counters of batch
+    norms, and a look for images that are not in [0, 1], where a sigmoid has none but those that are
+    not a number.
+    """
+
+    def __init__(self, task: Task, state: State, model: nn.Module) -> None:
+        super().__init__(task, state, model)
+        self.ours = _is_ours(state.generator)
+        modules = [state.generator, state.averaged.module]
+        if not self.ours or task.settings.compile:  # compiled modules count inside
+            modules = []
+        self.norms = [_counting(module) for module in modules]
+        self.counters = [_counters(norms) for norms in self.norms]
+        self.images = torch.zeros(())  # of the last step, where the graph has them
+
+    def check(self) -> None:
+        if self.ours and bool(self.images.sum().isnan()):
+            raise ValueError(
+                f"step {self.state.step}: the generator's images are not numbers: training has "
+                "diverged. Take a lower train.lr, and train in another folder or remove the last "
+                "checkpoint; it costs no privacy."
+            )
 
     def _run(self) -> None:
         self._replay()
         self.state.averaged.n_averaged += 1
+        if self.counters:
+            own, averaged = self.counters
+            torch._foreach_add_(own, 1)
+            torch._foreach_copy_(averaged, own)
+
+    def _work(self) -> None:
+        encoder = self.state.loss.encoder
+        with _counted_elsewhere([norm for norms in self.norms for norm in norms]):
+            encoder._range_known = self.ours
+            try:
+                super()._work()
+            finally:
+                encoder._range_known = False
+
+    def _generated(self) -> Tensor:
+        images = super()._generated()
+        self.images = images.detach()
+        return images
 
     def _average(self) -> None:
         self.state.averaged.update_on_device(self.state.generator)
@@ -114,6 +157,34 @@ class GraphedStepper(Stepper):
         generator, forget = self.state.generator, _trace(self.state)
         watched = None if _is_ours(generator) else generator
         self._replay = _capture.recorded(self._work, self.z.device, forget, watched)
+
+
+def _counting(module: nn.Module) -> list[_BatchNorm]:
+    """The batch norms that count batches without reading how many there were."""
+    return [
+        norm
+        for norm in module.modules()
+        if isinstance(norm, _BatchNorm)
+        and norm.num_batches_tracked is not None
+        and norm.momentum is not None
+    ]
+
+
+def _counters(norms: Sequence[_BatchNorm]) -> list[Tensor]:
+    return [n for norm in norms if (n := norm.num_batches_tracked) is not None]
+
+
+@contextlib.contextmanager
+def _counted_elsewhere(norms: Sequence[_BatchNorm]) -> Iterator[None]:
+    """Within the block the norms count on the host, for nothing."""
+    held = _counters(norms)
+    for norm in norms:
+        norm.num_batches_tracked = torch.zeros((), dtype=torch.int64)
+    try:
+        yield
+    finally:
+        for norm, counter in zip(norms, held, strict=True):
+            norm.num_batches_tracked = counter
 
 
 def _trace(state: State) -> Callable[[], None]:

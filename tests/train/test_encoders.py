@@ -31,6 +31,7 @@ from dpmmd.encoders import (
     torchvision_models,
     weights,
 )
+from dpmmd.precision import bfloat16_hindrance
 
 NAMES = encoders.available()
 PACKAGED = ("squeezenet1.1", "efficientnet-lite0")
@@ -433,8 +434,9 @@ def test_autocast():
 
 # ---- precision
 
+IN_WAY = bfloat16_hindrance(torch.device("cpu"))
 in_bfloat16 = pytest.mark.skipif(
-    not (base._cpu_has_bfloat16() or torch.cuda.is_available()),
+    IN_WAY is not None and not torch.cuda.is_available(),
     reason="this CPU has no bfloat16; that it is refused is tested below",
 )
 

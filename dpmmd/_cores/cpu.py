@@ -215,8 +215,7 @@ class Native(Core):
         call = call_of(features, taps, num_classes, bound)
         labels, target = _checked_labels(labels, taps.n), target.contiguous()
         check_match(target, step.state(), call.means, _CPU)
-        kept, value = _empty(call.numbers), _empty(())
-        passing = _empty(call.gradient + num_classes)
+        kept, value, passing = _empty(call.numbers), _empty(()), _empty(call.passing)
         means, start = passing.data_ptr(), kept.data_ptr()
         counts = means + 4 * call.gradient
         factors = start + 4 * call.scale, start + 4 * call.projection

@@ -65,6 +65,7 @@ def gradient_kernel(
     schedule,
     scale,
     coefficients,
+    grad,
     n,
     dim,
     blocks,
@@ -79,14 +80,17 @@ def gradient_kernel(
     PER_TAP: tl.constexpr,
     LABELLED: tl.constexpr,
     RECTIFIED: tl.constexpr,
+    AGAINST: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """df = s_1 G_1[y] / n_y - e_1 f + 2 w f (s_2 G_2[y] / n_y - w e_2 f^2), w = weight.
 
     Rows without use (s = 0) are not loaded, for they may hold NaN; their gradient is zero. With
-    RECTIFIED it is the gradient of x, as `rectified` says. A program has one block and one tile of
-    images of the same class. Grid [blocks of the launch, tiles].
+    RECTIFIED it is the gradient of x, as `rectified` says. With AGAINST, G is -grad times what
+    ``upstream`` has, and e that of ``upstream``; grad is one number on the device.
+    A program has one block and one tile of images of the same class. Grid [blocks of the launch,
+    tiles].
     Shapes: features and gradients [n, d_l] a tap; scale, coefficients float32 [N, n, B]; G float32
     [M, K, D].
     Bytes: the features once, the gradients once, 4 M D a tile (from cache). Deterministic.
@@ -103,6 +107,11 @@ def gradient_kernel(
         at = images * blocks + number * PER_TAP
         share = 1.0 / count.to(tl.float32)
         one, e_one, two, e_two = load_norms(scale, coefficients, at, n, blocks, live, NORMS)
+        if AGAINST:
+            against = -tl.load(grad)
+            share *= against
+            e_one *= against
+            e_two *= against
         used = (one != 0) | (two != 0)
         if RECTIFIED:
             value = load_tile(pointer, stride, images, live, rest, BLOCK)
@@ -145,12 +154,15 @@ class Terms:
         bound, saved: as given to and by `row_statistics`.
         coefficients: float32 [N, n, B], from `row_dots`.
         upstream: float32 [M, K, D], columns as they lie in memory.
+        grad: float32, one number on the device: where given, the upstream gradient is -grad times
+            ``upstream``, and ``coefficients`` are those of ``upstream``.
     """
 
     bound: Bound
     saved: Saved
     coefficients: Tensor
     upstream: Tensor
+    grad: Tensor | None = None
 
 
 def gradient_into(taps: Taps, terms: Terms, gradients: Sequence[Tensor | None]) -> None:
@@ -239,6 +251,7 @@ def _launch(
             schedule,
             scale,
             terms.coefficients,
+            terms.coefficients if terms.grad is None else terms.grad,
             taps.n,
             taps.dim,
             scale.shape[2],
@@ -253,5 +266,6 @@ def _launch(
             PER_TAP=int(scale.shape[2] > 1),
             LABELLED=labelled,
             RECTIFIED=rectified,
+            AGAINST=int(terms.grad is not None),
             **config.options,
         )

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from dpmmd._contract.lending import Lent
 from dpmmd._contract.slot import Slot
 from dpmmd.bounds import Bound
 
@@ -64,6 +65,12 @@ class Step(NamedTuple):
         }
         return {name: state for name, state in states.items() if state is not None}
 
+    def count(self) -> None:
+        """Tells autograd that the state has moved, if it has."""
+        if self.update:
+            for state in self.state().values():
+                torch.autograd.graph.increment_version(state)
+
 
 class Matched(NamedTuple):
     """What `Core.match` leaves for `Core.match_backward`, beside labels and features.
@@ -72,10 +79,12 @@ class Matched(NamedTuple):
         saved: as `Core.forward` leaves it.
         gradient: [M, K, D], of the loss in the means. A core that never forms the means leaves here
             what its `match_backward` needs in the place of it.
+        lent: the estimate, if `match_backward` reads it in the place of a gradient.
     """
 
     saved: Saved
     gradient: Tensor
+    lent: Lent | None = None
 
 
 class Core(Protocol):
@@ -154,11 +163,13 @@ class Core(Protocol):
         """Loss of an estimator's step on the features' mean embedding; moves the state.
 
         Of an opaque core; target and state are float32, on the device of the features. What a later
-        call of `match` moves, or writes in place, must not be what `match_backward` needs.
+        call of `match` moves, or writes in place, must not be what `match_backward` needs. Counts
+        the change in the state's versions.
         """
         means, counts, saved = self.forward(features, labels, num_classes, bound, slots)
         value, gradient = self.estimate(means, counts, target, step)
         assert gradient is not None
+        step.count()
         return value, Matched(saved, gradient)
 
     def match_backward(
@@ -176,8 +187,7 @@ class Core(Protocol):
 
         It may run several times for one `match` (``retain_graph=True``).
         """
-        saved, gradient = matched
-        upstream = times(gradient, grad)
+        saved, upstream = matched.saved, times(matched.gradient, grad)
         return self.backward(features, labels, num_classes, bound, saved, upstream, needed, slots)
 
     def bounded_sums(

@@ -59,19 +59,16 @@ class _Matching(torch.autograd.Function):
         *features: Tensor,
     ) -> Tensor:
         value, matched = core.match(features, labels, num_classes, bound, target, step, slots)
-        if step.update:
-            for state in step.state().values():
-                torch.autograd.graph.increment_version(state)
         ctx.save_for_backward(labels, *matched.saved, matched.gradient, *features)
-        ctx.options = core, num_classes, bound, slots
+        ctx.options = core, num_classes, bound, slots, matched.lent
         return value
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[7:]
-        core, num_classes, bound, slots = ctx.options
+        core, num_classes, bound, slots, lent = ctx.options
         labels, scale, projection, schedule, gradient, *features = ctx.saved_tensors
-        matched = Matched(Saved(scale, projection, schedule), gradient)
+        matched = Matched(Saved(scale, projection, schedule), gradient, lent)
         given = features, labels, num_classes, bound, matched, grad, needed, slots
         if torch.is_grad_enabled():  # create_graph=True
             with torch.no_grad():

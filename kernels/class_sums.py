@@ -84,12 +84,12 @@ def class_sums_kernel(
     Shapes: features [n, d_l] a tap; scale float32 [N, n, B]; means float32 [M, K, D].
     Bytes: the features once, 4 M K D out. Deterministic.
     """
-    pointer, stride, rest, column, number, _ = find_block(addresses, records, TYPE, VECTOR, BLOCK)
+    f, stride, rest, column, number, _ = find_block(addresses, records, TYPE, VECTOR, BLOCK)
     k = tl.program_id(1)
     start, end = class_range(schedule, k, n, num_classes, LABELLED)
     scale += number * PER_TAP
     sum1, sum2 = sums_of_class(
-        pointer,
+        f,
         stride,
         rest,
         scale,

@@ -35,29 +35,52 @@ _SIZES = ["addresses", "n", "dim", "blocks", "parts", "num_classes", "slope"]
 
 
 @triton.jit
-def match_row(
-    total,
-    share,
-    target,
-    estimate,
-    first_moment,
-    second_moment,
-    at,
-    inside,
-    taken,
-    lr,
-    slope,
-):
-    """Adam's step of v at [BLOCK] numbers of one class and moment; v, and the sum of v d there."""
-    # The product is rounded by itself, as where means are stored, and never a part of the
-    # subtraction: a compiler may make one operation of a product and a difference, but not of this.
+def match_row(total, share, target, v, m, s, at, inside, taken, lr, slope):
+    """Adam's step at [BLOCK] numbers of one class and moment: v there, and the sum of v d."""
+    # The product is rounded by itself, as where means are stored. A compiler may make one operation
+    # of a product and the difference it stands in, but not of this.
     mean = tl.fma(total, share, 0.0)
     d = tl.load(target + at, mask=inside, other=0.0) - mean
-    v = tl.load(estimate + at, mask=inside, other=0.0)
-    step = adam_step(v, d, slope, taken, first_moment, second_moment, at, inside)
-    v -= step * tl.cast(lr, tl.float32)
-    tl.store(estimate + at, v, mask=inside)
-    return v, tl.sum(v * d, axis=0)
+    estimate = tl.load(v + at, mask=inside, other=0.0)
+    step = adam_step(estimate, d, slope, taken, m, s, at, inside)
+    estimate -= step * tl.cast(lr, tl.float32)
+    tl.store(v + at, estimate, mask=inside)
+    return estimate, tl.sum(estimate * d, axis=0)
+
+
+@triton.jit
+def store_dots(
+    f,
+    stride,
+    rest,
+    schedule,
+    partials,
+    start,
+    end,
+    n,
+    parts,
+    v1,
+    v2,
+    MOMENTS: tl.constexpr,
+    LABELLED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """partials[m, i] = sum of f^m v_m over a block, for the images i at positions start..end.
+
+    A row without use may have any result, NaN too: `finish_dots` leaves it out.
+    """
+    for first in range(start, end, ROWS):
+        positions = first + tl.arange(0, ROWS)
+        live = positions < end
+        images = image_at(schedule, positions, live, LABELLED).to(tl.int64)
+        tile = load_tile(f, stride, images, live, rest, BLOCK)
+        at = partials + images * parts
+        if MOMENTS & 1:
+            tl.store(at, tl.sum(tile * v1[None, :], axis=1), mask=live)
+            at += n.to(tl.int64) * parts
+        if MOMENTS & 2:
+            tl.store(at, tl.sum(tile * tile * v2[None, :], axis=1), mask=live)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -67,9 +90,9 @@ def match_kernel(
     scale,
     schedule,
     target,
-    estimate,
-    first_moment,
-    second_moment,
+    v,
+    m,
+    s,
     steps,
     partials,
     values,
@@ -90,94 +113,45 @@ def match_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """With d = target - the mean of s f^m over class k, and t = steps + 1:
+    """With d = target - mean over class k of s f^m, and values, partials of block b of columns:
 
-        v           one step of Adam on slope / 2 |v - d|^2, the t-th
-        values[b, k]       = the part of <v, d> in block b
-        partials[m, i, b]  = sum over the columns of block b of f_i^m v_m[k], i an image of class k
+        v, m, s            one step of Adam on slope / 2 |v - d|^2, the steps[k] + 1-th
+        values[b, k]       <v, d>
+        partials[m, i, b]  <f_i^m, v> of every image i of class k
 
-    A program has one block of columns and one class. It reads the block of the class's images
-    twice; the second time it lies in cache, if the class is not long. Absent classes keep their
-    state and have value 0. Grid [blocks of the launch, K].
-    Shapes: features [n, d_l] a tap; scale float32 [N, n, B]; target, estimate, first_moment,
-    second_moment float32 [M, K, D]; steps [K]; values [parts, K]; partials [M, n, parts].
-    Bytes: the features once, 28 M K D (target, v, m, s in; v, m, s out), 4 M n parts out.
-    Deterministic. Saved for backward: nothing, for v is the state.
+    A program has one block and one class, whose images it reads twice; the second time they lie in
+    cache, if they are few. Absent classes keep their state. Grid [blocks of the launch, K].
+    Shapes: features [n, d_l] a tap; scale [N, n, B]; target, v, m, s [M, K, D]; values [parts, K];
+    partials [M, n, parts], all float32.
+    Bytes: the features once, 28 M K D, 4 M n parts out. Deterministic. Backward needs v alone.
     """
-    pointer, stride, rest, column, number, block = find_block(
-        addresses, records, TYPE, VECTOR, BLOCK
-    )
+    f, step, rest, column, number, block = find_block(addresses, records, TYPE, VECTOR, BLOCK)
     k = tl.program_id(1)
     start, end = class_range(schedule, k, n, num_classes, LABELLED)
+    scale += number * PER_TAP
+    v1, v2 = sums_of_class(
+        f, step, rest, scale, schedule, start, end, n, blocks, MOMENTS, NORMS, LABELLED, ROWS, BLOCK
+    )
     value = tl.zeros([], tl.float32)
     if end > start:
-        sum1, sum2 = sums_of_class(
-            pointer,
-            stride,
-            rest,
-            scale + number * PER_TAP,
-            schedule,
-            start,
-            end,
-            n,
-            blocks,
-            MOMENTS,
-            NORMS,
-            LABELLED,
-            ROWS,
-            BLOCK,
-        )
-        share = 1.0 / tl.maximum(end - start, 1).to(tl.float32)
-        columns = tl.arange(0, BLOCK)
-        inside = columns < rest
-        step = dim.to(tl.int64)
+        inside = tl.arange(0, BLOCK) < rest
+        dim = dim.to(tl.int64)
         if VECTOR > 1:
-            step = tl.multiple_of(step, VECTOR)
-        at = k.to(tl.int64) * step + column + columns
+            dim = tl.multiple_of(dim, VECTOR)
+        at = k.to(tl.int64) * dim + column + tl.arange(0, BLOCK)
+        share = 1.0 / tl.maximum(end - start, 1).to(tl.float32)
         taken = tl.maximum(tl.load(steps + k) + 1, 1.0).to(tl.float64)
-        v1 = sum1
-        v2 = sum2
         if MOMENTS & 1:
-            v1, value = match_row(
-                sum1,
-                share,
-                target,
-                estimate,
-                first_moment,
-                second_moment,
-                at,
-                inside,
-                taken,
-                lr,
-                slope,
-            )
-            at += num_classes.to(tl.int64) * step
+            v1, value = match_row(v1, share, target, v, m, s, at, inside, taken, lr, slope)
+            at += num_classes.to(tl.int64) * dim
         if MOMENTS & 2:
-            v2, more = match_row(
-                sum2,
-                share * tl.cast(weight, tl.float32),
-                target,
-                estimate,
-                first_moment,
-                second_moment,
-                at,
-                inside,
-                taken,
-                lr,
-                slope,
-            )
+            share = share * tl.cast(weight, tl.float32)
+            v2, more = match_row(v2, share, target, v, m, s, at, inside, taken, lr, slope)
             value += more
-        for first in range(start, end, ROWS):
-            positions = first + tl.arange(0, ROWS)
-            live = positions < end
-            images = image_at(schedule, positions, live, LABELLED).to(tl.int64)
-            f = load_tile(pointer, stride, images, live, rest, BLOCK)
-            to = partials + images * parts + block
-            if MOMENTS & 1:
-                tl.store(to, tl.sum(f * v1[None, :], axis=1), mask=live)
-                to += n.to(tl.int64) * parts
-            if MOMENTS & 2:
-                tl.store(to, tl.sum(f * f * v2[None, :], axis=1), mask=live)
+    to = partials + block
+    store_dots(
+        f, step, rest, schedule, to, start, end, n, parts, v1, v2, MOMENTS, LABELLED, ROWS, BLOCK
+    )
     tl.store(values + block * num_classes + k, value)
 
 
@@ -252,19 +226,16 @@ def match_into(
         target, step: float32 [M, K, D], and an "adam" step that moves.
         coefficients: of the upstream gradient v, as `row_dots` computes them.
     """
-    state, num_classes, blocks = step.state(), counts.shape[0], saved.scale.shape[2]
+    state, num_classes = step.state(), counts.shape[0]
     if taps.n == 0 or taps.dim == 0:
         value.zero_()
         coefficients.zero_()
         state["steps"].add_(counts > 0)
         return
     config = table.lookup("matching", taps.device, taps.dtype, taps.dim)
-    parts = taps.blocks(config.block)
-    new = taps.tensors[0].new_empty
+    new, parts = taps.tensors[0].new_empty, taps.blocks(config.block)
     partials = new((len(bound.moments), taps.n, parts), dtype=torch.float32)
     values = new((parts, num_classes), dtype=torch.float32)
-    sums = new(triton.cdiv(values.numel(), VALUES.value), dtype=torch.float64)
-    kind = {"MOMENTS": bound.bits, "LABELLED": int(labels is not None)}
     launch_blocks(
         match_kernel,
         taps,
@@ -281,39 +252,19 @@ def match_into(
         values,
         taps.n,
         taps.dim,
-        blocks,
+        saved.scale.shape[2],
         parts,
         num_classes,
         bound.weight,
         step.lr,
         2.0 / (target.numel() if step.numbers is None else step.numbers),
+        MOMENTS=bound.bits,
         NORMS=saved.scale.shape[0],
-        PER_TAP=int(blocks > 1),
-        **kind,
+        PER_TAP=int(saved.scale.shape[2] > 1),
+        LABELLED=int(labels is not None),
     )
-    launch(
-        finish_matching,
-        (taps.n * blocks + sums.numel(),),
-        taps.device,
-        partials,
-        taps.ranges(config.block, bound.per_tap),
-        saved.schedule if labels is None else labels,
-        saved.schedule,
-        saved.scale,
-        saved.projection,
-        coefficients,
-        values,
-        sums,
-        taps.n,
-        blocks,
-        parts,
-        num_classes,
-        values.numel(),
-        bound.weight,
-        JOINT=int(bound.joint),
-        num_warps=table.FINISH_WARPS,
-        **kind,
-    )
+    ranges = taps.ranges(config.block, bound.per_tap)
+    sums = _finish(partials, values, ranges, labels, bound, saved, coefficients)
     launch(
         finish_step,
         (1,),
@@ -327,6 +278,46 @@ def match_into(
         UPDATE=1,
         num_warps=table.VALUE_WARPS,
     )
+
+
+def _finish(
+    partials: Tensor,
+    values: Tensor,
+    ranges: Tensor,
+    labels: Tensor | None,
+    bound: Bound,
+    saved: Saved,
+    coefficients: Tensor,
+) -> Tensor:
+    """One launch, from what `match_kernel` leaves to coefficients; returns sums of its values."""
+    _, n, blocks = saved.scale.shape
+    parts, num_classes = values.shape
+    sums = values.new_empty(triton.cdiv(values.numel(), VALUES.value), dtype=torch.float64)
+    launch(
+        finish_matching,
+        (n * blocks + sums.numel(),),
+        values.device,
+        partials,
+        ranges,
+        saved.schedule if labels is None else labels,
+        saved.schedule,
+        saved.scale,
+        saved.projection,
+        coefficients,
+        values,
+        sums,
+        n,
+        blocks,
+        parts,
+        num_classes,
+        values.numel(),
+        bound.weight,
+        MOMENTS=bound.bits,
+        JOINT=int(bound.joint),
+        LABELLED=int(labels is not None),
+        num_warps=table.FINISH_WARPS,
+    )
+    return sums
 
 
 def forward(

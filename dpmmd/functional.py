@@ -62,10 +62,10 @@ def mean_embedding(
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, dtype or range.
     """
-    folded = checked(features, labels, num_classes, moments, bound, clip, joint_weight)
-    first = features[0]
+    folded, taps = checked(features, labels, num_classes, moments, bound, clip, joint_weight)
+    first = taps[0]
     core = backends.core(backend, first.device.type, first.dtype)
-    return embedding.mean_embedding(core, features, labels, num_classes, folded)
+    return embedding.mean_embedding(core, taps, labels, num_classes, folded)
 
 
 def mmd_loss(means: Tensor, counts: Tensor, target: Tensor, *, backend: str = "auto") -> Tensor:

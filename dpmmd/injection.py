@@ -24,7 +24,7 @@ from dpmmd._contract.protocol import Core, Step
 from dpmmd._contract.slot import Slot
 from dpmmd._cores import CORES, named
 from dpmmd._ops import embedding, matching
-from dpmmd._ops.arguments import check_features, checked
+from dpmmd._ops.arguments import checked
 from dpmmd.bounds import Bound
 from dpmmd.encoders import Encoder
 
@@ -70,8 +70,8 @@ def mean_embedding(
     """
     unchecked = Bound(tuple(moments), bound, clip, joint_weight)
     core, features, slots = _features(encoder, images, unchecked, backend)
-    folded = checked(features, labels, num_classes, moments, bound, clip, joint_weight)
-    return embedding.mean_embedding(core, features, labels, num_classes, folded, slots)
+    folded, taps = checked(features, labels, num_classes, moments, bound, clip, joint_weight)
+    return embedding.mean_embedding(core, taps, labels, num_classes, folded, slots)
 
 
 def loss(
@@ -91,7 +91,6 @@ def loss(
         labels, num_classes, bound, target, step: as there.
     """
     core, features, slots = _features(encoder, images, bound, backend)
-    check_features(features, labels, num_classes)
     return matching.loss(core, features, labels, num_classes, bound, target, step, slots)
 
 

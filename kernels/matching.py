@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpmmd._contract.checks import check_apart, check_buffer, check_labels
+from dpmmd._contract.checks import check_buffer, check_labels, check_match
 from dpmmd._contract.protocol import Saved, Step
 from dpmmd.bounds import Bound
 from dpmmd.kernels import injection, table
@@ -125,33 +125,33 @@ def match_kernel(
     partials [M, n, parts], all float32.
     Bytes: the features once, 28 M K D, 4 M n parts out. Deterministic. Backward needs v alone.
     """
-    f, step, rest, column, number, block = find_block(addresses, records, TYPE, VECTOR, BLOCK)
+    f, gap, rest, column, number, block = find_block(addresses, records, TYPE, VECTOR, BLOCK)
     k = tl.program_id(1)
     start, end = class_range(schedule, k, n, num_classes, LABELLED)
     scale += number * PER_TAP
     v1, v2 = sums_of_class(
-        f, step, rest, scale, schedule, start, end, n, blocks, MOMENTS, NORMS, LABELLED, ROWS, BLOCK
+        f, gap, rest, scale, schedule, start, end, n, blocks, MOMENTS, NORMS, LABELLED, ROWS, BLOCK
     )
     value = tl.zeros([], tl.float32)
     if end > start:
         inside = tl.arange(0, BLOCK) < rest
-        dim = dim.to(tl.int64)
+        width = dim.to(tl.int64)
         if VECTOR > 1:
-            dim = tl.multiple_of(dim, VECTOR)
-        at = k.to(tl.int64) * dim + column + tl.arange(0, BLOCK)
+            width = tl.multiple_of(width, VECTOR)
+        at = k.to(tl.int64) * width + column + tl.arange(0, BLOCK)
         share = 1.0 / tl.maximum(end - start, 1).to(tl.float32)
         taken = tl.maximum(tl.load(steps + k) + 1, 1.0).to(tl.float64)
         if MOMENTS & 1:
             v1, value = match_row(v1, share, target, v, m, s, at, inside, taken, lr, slope)
-            at += num_classes.to(tl.int64) * dim
+            at += num_classes.to(tl.int64) * width
         if MOMENTS & 2:
             share = share * tl.cast(weight, tl.float32)
             v2, more = match_row(v2, share, target, v, m, s, at, inside, taken, lr, slope)
             value += more
-    to = partials + block
-    store_dots(
-        f, step, rest, schedule, to, start, end, n, parts, v1, v2, MOMENTS, LABELLED, ROWS, BLOCK
-    )
+        to = partials + block
+        store_dots(
+            f, gap, rest, schedule, to, start, end, n, parts, v1, v2, MOMENTS, LABELLED, ROWS, BLOCK
+        )
     tl.store(values + block * num_classes + k, value)
 
 
@@ -387,8 +387,5 @@ def _check(
     """Refuses what the kernels could not take by its address."""
     if labels is not None:
         check_labels(labels, taps.n, taps.device)
-    size, state = (len(bound.moments), num_classes, taps.dim), step.state()
-    check_buffer("target", target, size, taps.device)
-    for name, buffer in state.items():
-        check_buffer(name, buffer, size[1:2] if name == "steps" else size, taps.device)
-    check_apart(state, {"target": target})
+    size = (len(bound.moments), num_classes, taps.dim)
+    check_match(target, step.state(), size, taps.device)

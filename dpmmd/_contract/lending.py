@@ -23,7 +23,8 @@ class Lent:
 
     def __init__(self, estimate: Tensor) -> None:
         self._estimate: Tensor | None = estimate.detach()
-        self._version: int | None = estimate._version  # None: a copy, which nobody moves
+        # Once the step is marked; None: of a copy, which nobody moves.
+        self._version: int | None = estimate._version + 1
         self._captured = _capturing(estimate)
 
     def read(self) -> Tensor:
@@ -55,7 +56,7 @@ class Lent:
 
 
 def lend(estimate: Tensor) -> Lent:
-    """Lends an estimate that has moved; the caller has counted that in its version."""
+    """Lends an estimate that has moved, before its step is marked."""
     lent = _lent[estimate.data_ptr()] = Lent(estimate)
     return lent
 

@@ -65,7 +65,7 @@ class Step(NamedTuple):
         }
         return {name: state for name, state in states.items() if state is not None}
 
-    def count(self) -> None:
+    def mark(self) -> None:
         """Tells autograd that the state has moved, if it has."""
         if self.update:
             for state in self.state().values():
@@ -76,13 +76,13 @@ class Matched(NamedTuple):
     """What `Core.match` leaves for `Core.match_backward`, beside labels and features.
 
     Attributes:
-        saved: as `Core.forward` leaves it.
-        gradient: [M, K, D], of the loss in the means. A core that never forms the means leaves here
-            what its `match_backward` needs in the place of it.
+        saved: as `Core.forward` leaves it; None of a core that has all in ``gradient``.
+        gradient: [M, K, D], of the loss in the means. A core that never forms the means, or keeps
+            them elsewhere, leaves here what its `match_backward` needs in the place of it.
         lent: the estimate, if `match_backward` reads it in the place of a gradient.
     """
 
-    saved: Saved
+    saved: Saved | None
     gradient: Tensor
     lent: Lent | None = None
 
@@ -163,13 +163,12 @@ class Core(Protocol):
         """Loss of an estimator's step on the features' mean embedding; moves the state.
 
         Of an opaque core; target and state are float32, on the device of the features. What a later
-        call of `match` moves, or writes in place, must not be what `match_backward` needs. Counts
-        the change in the state's versions.
+        call of `match` moves, or writes in place, must not be what `match_backward` needs. The
+        caller marks the step (`Step.mark`) once this has returned.
         """
         means, counts, saved = self.forward(features, labels, num_classes, bound, slots)
         value, gradient = self.estimate(means, counts, target, step)
         assert gradient is not None
-        step.count()
         return value, Matched(saved, gradient)
 
     def match_backward(
@@ -187,7 +186,9 @@ class Core(Protocol):
 
         It may run several times for one `match` (``retain_graph=True``).
         """
-        saved, upstream = matched.saved, times(matched.gradient, grad)
+        saved = matched.saved
+        assert saved is not None
+        upstream = times(matched.gradient, grad)
         return self.backward(features, labels, num_classes, bound, saved, upstream, needed, slots)
 
     def bounded_sums(
@@ -226,12 +227,14 @@ class Core(Protocol):
 
 
 def times(gradient: Tensor, grad: Tensor) -> Tensor:
-    """``gradient * grad`` of a scalar ``grad``; the same tensor where that is known to be 1.
+    """``gradient * grad`` of a scalar ``grad``; the same tensor where that is known to be 1."""
+    return gradient if is_one(grad) else gradient * grad
 
-    A plain 1, the usual case, costs no pass and no memory. While a graph is traced (the tensor is
-    of another class then) there is no value to look at, and one on a device would have to be waited
-    for, which a CUDA graph cannot capture.
+
+def is_one(grad: Tensor) -> bool:
+    """Whether a scalar is known to be 1, the usual case, which then costs no pass and no memory.
+
+    While a graph is traced (the tensor is of another class then) there is no value to look at, and
+    one on a device would have to be waited for, which a CUDA graph cannot capture.
     """
-    if type(grad) is Tensor and grad.device.type == "cpu" and float(grad) == 1.0:
-        return gradient
-    return gradient * grad
+    return type(grad) is Tensor and grad.is_cpu and grad.item() == 1.0

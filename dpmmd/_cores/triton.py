@@ -117,7 +117,6 @@ class Triton(Core):
         value, saved, coefficients = matching.forward(
             taps, labels, num_classes, bound, target, step, partials
         )
-        step.count()
         return value, Matched(saved, coefficients, lend(estimate))
 
     def match_backward(
@@ -135,7 +134,7 @@ class Triton(Core):
         from dpmmd.kernels.taps import Taps
 
         saved, coefficients, lent = matched
-        if lent is None:
+        if lent is None or saved is None:
             return super().match_backward(
                 features, labels, num_classes, bound, matched, grad, needed, slots
             )

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from dpmmd._contract import checks
+from dpmmd._contract import checks, plans
 from dpmmd._contract.checks import brief
+from dpmmd._ops.once import untraced
 from dpmmd.bounds import Bound
+
+_SEQUENCES = frozenset({list, tuple})
 
 
 def checked(
@@ -19,10 +23,29 @@ def checked(
     bound: str,
     clip: float,
     joint_weight: float | None,
-) -> Bound:
-    """The bound that the keywords of `mean_embedding` describe; refuses what does not fit."""
-    check_features(features, labels, num_classes)
-    return Bound.checked(moments, bound, clip, joint_weight)
+) -> tuple[Bound, Sequence[Tensor]]:
+    """The bound that the keywords of `mean_embedding` describe, and the features.
+
+    What does not fit is refused. Where nothing traces the features come with the plan of the call,
+    and features alike, of a later call with the same keywords, are not checked again.
+    """
+
+    def check() -> Bound:
+        check_features(features, labels, num_classes)
+        return Bound.checked(moments, bound, clip, joint_weight)
+
+    if (
+        not torch.compiler.is_compiling()
+        and _SEQUENCES.issuperset((type(features), type(moments)))
+        and features
+        and type(num_classes) is int
+        and untraced(*features, labels)
+    ):
+        options = (*moments, bound, clip, joint_weight)
+        plan = plans.find(features, labels, num_classes, options, check)
+        if plan is not None:
+            return plan.bound, plan.of(features)
+    return check(), features
 
 
 def check_features(features: Sequence[Tensor], labels: Tensor | None, num_classes: int) -> None:

@@ -38,7 +38,7 @@ class _Loss(torch.autograd.Function):
         ctx: Any, core: Core, means: Tensor, counts: Tensor, target: Tensor, step: Step
     ) -> Tensor:
         value, gradient = core.estimate(means.detach(), counts, target, step)
-        step.count()
+        step.mark()
         ctx.save_for_backward(means, gradient)
         return value
 

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpmmd._contract.plans import Plan, plan_of
 from dpmmd._contract.protocol import Core, Matched, Saved, Step
 from dpmmd._contract.slot import Slot, written
 from dpmmd._ops import embedding, estimator
-from dpmmd._ops.arguments import check_target
+from dpmmd._ops.arguments import check_target, checked
 from dpmmd._ops.once import Once, untraced
 from dpmmd.bounds import Bound
 
@@ -36,11 +37,18 @@ def loss(
             float32, like the state of ``step``.
         step: of the estimator.
     """
-    if not core.opaque or not untraced(*features, labels, target, *step.state().values()):
-        means, counts = embedding.mean_embedding(core, features, labels, num_classes, bound, slots)
+    options = bound.moments, bound.kind, bound.clip, bound.joint_weight
+    bound, taps = checked(features, labels, num_classes, *options)
+    plan, states = plan_of(taps), step.state().values()
+    traced = not untraced(target, *states) or (plan is None and not untraced(*taps, labels))
+    if traced or not core.opaque:
+        means, counts = embedding.mean_embedding(core, taps, labels, num_classes, bound, slots)
         check_target(means, counts, target)
         return estimator.loss(core, means, counts, target, step)
-    return _Matching.apply(core, labels, num_classes, bound, target, step, slots, *features)
+    return _Matching.apply(core, labels, num_classes, bound, target, step, slots, plan, *taps)
+
+
+_NOTHING = None, None, None  # of `Saved`
 
 
 class _Matching(torch.autograd.Function):
@@ -56,20 +64,26 @@ class _Matching(torch.autograd.Function):
         target: Tensor,
         step: Step,
         slots: Sequence[Slot | None] | None,
+        plan: Plan | None,
         *features: Tensor,
     ) -> Tensor:
-        value, matched = core.match(features, labels, num_classes, bound, target, step, slots)
-        ctx.save_for_backward(labels, *matched.saved, matched.gradient, *features)
-        ctx.options = core, num_classes, bound, slots, matched.lent
+        given = features if plan is None else plan.of(features)
+        value, matched = core.match(given, labels, num_classes, bound, target, step, slots)
+        step.mark()
+        saved, gradient, lent = matched
+        ctx.save_for_backward(labels, *(saved or _NOTHING), gradient, *features)
+        ctx.options = core, num_classes, bound, slots, plan, lent
         return value
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[7:]
-        core, num_classes, bound, slots, lent = ctx.options
+        needed = ctx.needs_input_grad[8:]
+        core, num_classes, bound, slots, plan, lent = ctx.options
         labels, scale, projection, schedule, gradient, *features = ctx.saved_tensors
-        matched = Matched(Saved(scale, projection, schedule), gradient, lent)
-        given = features, labels, num_classes, bound, matched, grad, needed, slots
+        saved = None if scale is None else Saved(scale, projection, schedule)
+        matched = Matched(saved, gradient, lent)
+        taps = features if plan is None else plan.again(features, labels)
+        given = taps, labels, num_classes, bound, matched, grad, needed, slots
         if torch.is_grad_enabled():  # create_graph=True
             with torch.no_grad():
                 gradients = core.match_backward(*given)
@@ -77,4 +91,4 @@ class _Matching(torch.autograd.Function):
         else:
             gradients = core.match_backward(*given)
         found = [g if w else None for g, w in zip(gradients, written(needed, slots), strict=True)]
-        return None, None, None, None, None, None, None, *found
+        return None, None, None, None, None, None, None, None, *found

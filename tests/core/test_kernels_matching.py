@@ -85,6 +85,7 @@ else:
         for core, step in zip((None, CORE), steps, strict=True):
             match = CORE.match if core else lambda *a: Core.match(CORE, *a)
             value, matched = match(fs, y, k, bound, target, step)
+            step.mark()
             assert (matched.lent is not None) == (core is not None)
             given = fs, y, k, bound, matched, torch.tensor(grad), [True] * len(fs)
             found.append([value, *CORE.match_backward(*given)])
@@ -118,6 +119,7 @@ else:
         target, step = state(bound, k, DIM)
         truth = {name: t.double() for name, t in step.state().items()}
         value, matched = CORE.match(fs, y, k, bound, target, step)
+        step.mark()
         given = fs, y, k, bound, matched, torch.tensor(0.5), [True, True]
         gradients = CORE.match_backward(*given)
         taps = [f.double().requires_grad_() for f in fs]
@@ -282,13 +284,13 @@ else:
         """A loss of features, and what the separate kernels say of the same batches."""
 
         def __init__(self) -> None:
-            self.target, self.step = state(Bound(), 3, 8)
-            self.other, self.y = copy.deepcopy(self.step), labels(3, 3)
+            self.target, self.step = state(Bound(), 1, 8)
+            self.other = copy.deepcopy(self.step)
 
         def forward(self, seed: int, update: bool = True) -> tuple[list[Tensor], Tensor, Tensor]:
             """Features, their loss, and its gradient in all of them."""
-            fs = [f.requires_grad_() for f in features(3, ((8,),), seed=seed)]
-            given = fs, self.y, 3, Bound()
+            fs = [f.requires_grad_() for f in features(2, ((8,),), seed=seed)]
+            given = fs, None, 1, Bound()
             kind = self.step._replace(update=update)
             value = operation.loss(CORE, *given, self.target, kind)
             other = self.other._replace(update=update)
@@ -311,7 +313,7 @@ else:
         with monkeypatch.context() as patched:
 
             def counted(tensor: Tensor, *a: Any, **b: Any) -> Tensor:
-                if tensor.shape == (1, 3, 8):
+                if tensor.shape == (1, 1, 8):
                     made.append(tensor)
                 return clone(tensor, *a, **b)
 
@@ -357,8 +359,8 @@ else:
     def test_the_estimator_alone_moves_it_too() -> None:
         loop = Loop()
         fs, value, truth = loop.forward(0)
-        CORE.estimate(torch.zeros_like(loop.target), torch.ones(3), loop.target, loop.step)
-        loop.step.count()
+        CORE.estimate(torch.zeros_like(loop.target), torch.ones(1), loop.target, loop.step)
+        loop.step.mark()
         right(gradients(fs, value), truth)
 
     @pytest.mark.parametrize("then", ["nothing", "a forward"])
@@ -415,7 +417,7 @@ else:
 
     # The module -----------------------------------------------------------------------------------
 
-    @pytest.mark.parametrize("inject", [False, True])
+    @pytest.mark.parametrize("inject", [pytest.param(False, marks=pytest.mark.long), True])
     def test_a_training_goes_on_with_either(monkeypatch: pytest.MonkeyPatch, inject: bool) -> None:
         """`MMDLoss` after a step by the separate kernels, against two of them."""
         interpreted.set_blocks(monkeypatch, 64)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dpmmd import _capture, backends
+from dpmmd._contract.lending import settle
 from dpmmd._ops.once import Once, untraced
 from dpmmd._warn import warn
 from dpmmd.precision import switched
@@ -148,6 +149,8 @@ class _Graph:
             self.images.copy_(images)
             if self.labels is not None and labels is not None:
                 self.labels.copy_(labels)
+            for state in self.state:
+                settle(state)  # somebody's backward pass may still need it
             self.replay()
             for state in self.state:
                 torch.autograd.graph.increment_version(state)

@@ -77,21 +77,19 @@ class _Matching(torch.autograd.Function):
         core, num_classes, bound, slots, plan = call
         given = features if plan is None else plan.of(features)
         value, matched = core.match(given, labels, num_classes, bound, target, step, slots)
-        if step.update:
-            for state in step.state().values():
-                torch.autograd.graph.increment_version(state)
-        saved, gradient = matched
+        step.mark()
+        saved, gradient, lent = matched
         ctx.save_for_backward(labels, *(saved or _NOTHING), gradient, *features)
-        ctx.call = call
+        ctx.call, ctx.lent = call, lent
         return value
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[4:]
+        needed, lent = ctx.needs_input_grad[4:], ctx.lent
         core, num_classes, bound, slots, plan = ctx.call
         labels, scale, projection, schedule, gradient, *features = ctx.saved_tensors
         saved = None if scale is None else Saved(scale, projection, schedule)
-        matched = Matched(saved, gradient)
+        matched = Matched(saved, gradient, lent)
         taps = features if plan is None else plan.again(features, labels)
         given = taps, labels, num_classes, bound, matched, grad, needed, slots
         if torch.is_grad_enabled():  # create_graph=True

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dpmmd import _capture, _graphed, backends
 from dpmmd._contract.capturing import is_captured
+from dpmmd._contract.lending import lend
 from dpmmd.encoders import Encoder
 from dpmmd.nn import ESTIMATORS, MMDLoss
 from dpmmd.privacy import Release
@@ -488,6 +489,22 @@ def test_with_processes_the_generator_alone_is_distributed(played: Played, group
         assert value is not None
         assert torch.equal(value, expected)
     assert played.replays == 2
+
+
+def test_an_estimate_that_is_lent_is_settled_before_a_replay(played: Played) -> None:
+    """A launched loss, on Triton's core, may read it in a backward pass that is still to come."""
+    x, y = batch()
+    loss = pair(make_release())[1]
+    loss(x.requires_grad_(), y)
+    assert loss._graphs is not None
+    (graph,) = loss._graphs._made.values()
+    graph.replay = lambda: None  # what moves the state beside the host
+    estimate = loss.by_class.difference
+    lent, before = lend(estimate), estimate.clone()
+    torch.autograd.graph.increment_version(estimate)  # as the node does after a core has lent it
+    loss(x, y)
+    estimate.zero_()
+    assert torch.equal(lent.read(), before)
 
 
 class Traced(Tensor):

@@ -16,6 +16,7 @@ from dpmmd import backends
 from dpmmd._contract.checks import brief
 from dpmmd._contract.protocol import Step
 from dpmmd._cores import named
+from dpmmd._fastest import ESTIMATOR, size_of
 from dpmmd._ops import embedding, estimator
 from dpmmd._ops.arguments import check_target, checked
 
@@ -64,7 +65,7 @@ def mean_embedding(
     """
     folded, taps = checked(features, labels, num_classes, moments, bound, clip, joint_weight)
     first = taps[0]
-    core = backends.core(backend, first.device.type, first.dtype)
+    core = backends.core(backend, first.device.type, first.dtype, size=size_of(taps))
     return embedding.mean_embedding(core, taps, labels, num_classes, folded)
 
 
@@ -177,7 +178,7 @@ def _loss(means: Tensor, counts: Tensor, target: Tensor, step: Step, backend: st
             )
     odd = [t for t in (means, *others) if t.dtype != torch.float32]
     like = odd[0] if odd else means
-    core = backends.core(backend, like.device.type, like.dtype)
+    core = backends.core(backend, like.device.type, like.dtype, operation=ESTIMATOR)
     if odd or any(t.requires_grad for t in others):
         core = named("torch")
     return estimator.loss(core, means, counts, target, step)

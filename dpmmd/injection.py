@@ -17,18 +17,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from dpmmd import backends
+from dpmmd._contract.capturing import is_captured
 from dpmmd._contract.protocol import Core, Step
 from dpmmd._contract.slot import Slot
+from dpmmd._contract.taps import DTYPES
 from dpmmd._cores import CORES, named
+from dpmmd._fastest import EMBEDDING, TABLE
 from dpmmd._ops import embedding, matching
 from dpmmd._ops.arguments import checked
 from dpmmd.bounds import Bound
 from dpmmd.encoders import Encoder
 
 BACKENDS = ("auto", *(name for name, core in CORES.items() if core.slot(Bound(), 1) is not None))
+
+_INJECTING = {core for row in TABLE if row.captured and row.injects for core in row.cores}
 
 
 def check(backend: str) -> None:
@@ -39,6 +45,21 @@ def check(backend: str) -> None:
             f"inject=True with {origin}={chosen!r}: expected one of "
             f"{', '.join(map(repr, BACKENDS))}; leave inject out, or the backend."
         )
+
+
+def wanted(encoder: Encoder, images: Tensor, backend: str) -> bool:
+    """Whether a loss that leaves injection to the library injects: captured ones on Triton's core.
+
+    Arguments are those of `mean_embedding`.
+    """
+    if torch.compiler.is_compiling() or not is_captured() or not encoder.rectified:
+        return False
+    chosen = backends.requested(backend)[1]
+    if chosen != "auto":
+        return chosen in _INJECTING
+    if images.device.type != "cuda" or dtype_of(encoder, images) not in DTYPES:
+        return False
+    return backends.fastest_on_cuda(EMBEDDING, True, False, None)[1]
 
 
 def mean_embedding(
@@ -109,12 +130,14 @@ def _features(
 def _core(backend: str, encoder: Encoder, images: Tensor) -> Core:
     """The core that has injection: of ``"auto"`` the fastest, by the encoder's dtype."""
     chosen = backends.requested(backend)[1]
-    if chosen == "auto":
-        dtype = next((p.dtype for p in encoder.parameters()), images.dtype)
-        chosen = backends.resolve("auto", images.device.type, dtype)
-        if chosen not in BACKENDS:  # the CUDA core has none
-            chosen = "torch" if backends.triton_hindrance() else "triton"
-    return named(chosen)
+    if chosen != "auto":
+        return named(chosen)
+    return backends.core("auto", images.device.type, dtype_of(encoder, images), inject=True)
+
+
+def dtype_of(encoder: Encoder, images: Tensor) -> torch.dtype:
+    """The dtype that an encoder computes in, which without parameters is that of the images."""
+    return next((p.dtype for p in encoder.parameters()), images.dtype)
 
 
 # What torch.compiler.disable marks, whose import would take seconds: slots are no part of a graph.

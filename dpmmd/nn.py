@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dpmmd import backends, injection
+from dpmmd import _capture, backends, injection
 from dpmmd._contract.protocol import Step
+from dpmmd._fastest import size_of
+from dpmmd._graphed import Graphs
 from dpmmd._ops import matching
 from dpmmd._ops.arguments import check_labels
 from dpmmd.bounds import Bound
@@ -65,7 +67,16 @@ class MMDLoss(nn.Module):
         backend: see `dpmmd.backends`.
         inject: let the encoder's ReLUs add this loss's gradient to the one that they pass on
             anyway, instead of writing one for every feature (`dpmmd.injection`); runs on "torch",
-            the native core or "triton". The same result up to rounding.
+            the native core or "triton". The same result up to rounding. None: where a CUDA graph
+            is captured and Triton's kernels run, the one case in which it was measured faster.
+        graph: on a GPU, replay encoder and loss, forward and backward, as one CUDA graph, in which
+            no kernel waits for the host; for any training loop and any generator, also one in
+            DistributedDataParallel. The result is the same up to rounding. A graph is captured at
+            the first call with images of a shape and dtype, in training mode and with a gradient,
+            which takes as long as several steps; all other calls are launched, and so are those
+            beyond the fourth graph, with a warning. The encoder must leave nothing to the host:
+            a rehearsal looks for that. What lies elsewhere in memory than before, or is trained, is
+            noticed at the next call; hooks and other changes of the encoder's code are not.
         process_group: match the images of all its processes together, as one batch, e.g.
             ``torch.distributed.group.WORLD`` under torchrun; see `dpmmd.distributed` for the scale
             of the gradient. All of them make the module, and compare what they were given. None:
@@ -75,7 +86,8 @@ class MMDLoss(nn.Module):
         PrivacyError: the release was made with another encoder.
         ValueError: unknown estimator or one that does not fit the release's bound, decay or lr
             out of range, micro_batch not an int >= 1, unknown state, a backend that has no
-            injection, or processes with different releases, encoders, estimators or versions.
+            injection, a graph on a CPU or with a process group, micro-batches or state on the host,
+            or processes with different releases, encoders, estimators or versions.
         RuntimeError: a process group without torch.distributed being initialised.
     """
 
@@ -90,7 +102,8 @@ class MMDLoss(nn.Module):
         micro_batch: int | None = None,
         state: str = "device",
         backend: str = "auto",
-        inject: bool = False,
+        inject: bool | None = None,
+        graph: bool = False,
         process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
@@ -127,10 +140,13 @@ class MMDLoss(nn.Module):
             )
         if inject:
             injection.check(backend)
+        if graph:
+            _check_graph(device_of(encoder), micro_batch, state, process_group)
         self.encoder, self.process_group, self.inject = encoder, process_group, inject
         self.estimator, self.decay, self.lr, self.backend = estimator, decay, lr, backend
         self.num_classes, self.labelled = release.metadata.num_classes, release.metadata.labelled
         self._chunk = None if micro_batch is None else Chunk(micro_batch)
+        self._graphs = Graphs() if graph else None
         device = torch.device("cpu") if state == "host" else device_of(encoder)
         target, shared = release.target, release.shared_target
         numbers = target.numel() + (0 if shared is None else shared.numel())
@@ -166,6 +182,12 @@ class MMDLoss(nn.Module):
                 f"{'labelled' if self.labelled else 'unlabelled'}; "
                 f"{'pass' if self.labelled else 'leave out'} the labels of the images."
             )
+        if self._graphs is None:
+            return self._launched(images, labels)
+        return self._graphs(self, self._launched, images, labels, self._options())
+
+    def _launched(self, images: Tensor, labels: Tensor | None) -> Tensor:
+        """The loss of one batch, one kernel at a time."""
         if self._chunk is None:
             if self._needs_means(images):
                 return self._value(*self._embed(images, labels, self.num_classes))
@@ -187,6 +209,17 @@ class MMDLoss(nn.Module):
             chunk=self._chunk,
         )
 
+    def _options(self) -> tuple[Any, ...]:
+        """What the loss depends on, beside tensors and arguments: it may be set at any time."""
+        parts = [self.by_class] if self.shared is None else [self.by_class, self.shared]
+        estimators = [(p.estimator, p.decay, p.lr, p.numbers, p.backend, p.training) for p in parts]
+        return self.bound, self.num_classes, self.backend, self.inject, tuple(estimators)
+
+    def _injects(self, images: Tensor) -> bool:
+        if self.inject is None:
+            return injection.wanted(self.encoder, images, self.backend)
+        return self.inject
+
     def _needs_means(self, images: Tensor) -> bool:
         """Whether the loss is not one step of one estimator on the device of the images."""
         return (
@@ -200,13 +233,14 @@ class MMDLoss(nn.Module):
         """The loss of one batch where nothing asks for its means."""
         estimator, k, bound = self.by_class, self.num_classes, self.bound
         target, step = estimator.target, estimator.step()
-        if self.inject:
+        if self._injects(images):
             return injection.loss(
                 self.encoder, images, labels, k, bound, target, step, self.backend
             )
         features = self.encoder(images)
         first = features[0]
-        core = backends.core(self.backend, first.device.type, first.dtype)
+        size = size_of(features)
+        core = backends.core(self.backend, first.device.type, first.dtype, size=size)
         return matching.loss(core, features, labels, k, bound, target, step)
 
     def _embed(
@@ -220,7 +254,7 @@ class MMDLoss(nn.Module):
             "joint_weight": self.bound.joint_weight,
             "backend": self.backend,
         }
-        if self.inject:
+        if self._injects(images):
             return injection.mean_embedding(self.encoder, images, labels, num_classes, **options)
         return mean_embedding(self.encoder(images), labels, num_classes, **options)
 
@@ -335,6 +369,32 @@ class _Estimator(nn.Module):
             numbers=self.numbers,
             **options,
         )
+
+
+def _check_graph(
+    device: torch.device, micro_batch: int | None, state: str, process_group: ProcessGroup | None
+) -> None:
+    """Refuses graph=True where the loss cannot be a graph."""
+    if process_group is not None:
+        why = (
+            "with process_group: a graph holds the work of one process alone; leave one of the two "
+            "out. A generator in DistributedDataParallel needs no process group in the loss."
+        )
+    elif micro_batch is not None:
+        why = (
+            f"with micro_batch={micro_batch}: micro-batches are cut on the host, which a graph "
+            "leaves out; choose one of the two."
+        )
+    elif state == "host":
+        why = "with state='host': a graph waits for no host; leave one of the two out."
+    elif device.type not in _capture.GRAPHED_ON:
+        why = (
+            f"with the encoder on {device}: only CUDA devices have graphs; move the encoder there "
+            "first, or leave graph out."
+        )
+    else:
+        return
+    raise ValueError(f"graph=True {why}")
 
 
 def check_encoder(release: Release, encoder: Encoder, *, selection: bool = False) -> None:

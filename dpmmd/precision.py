@@ -100,25 +100,26 @@ def products(precision: str, device: torch.device) -> Iterator[None]:
 @contextlib.contextmanager
 def float32_products(how: str) -> Iterator[None]:
     """Within the block products of float32 numbers on CUDA are "ieee" or may be "tf32"."""
-    switches: list[tuple[Any, str, Any]]
-    if hasattr(torch.backends.cudnn, "conv"):  # PyTorch 2.9 and newer
-        switches = [
-            (torch.backends.cudnn.conv, "fp32_precision", how),
-            (torch.backends.cuda.matmul, "fp32_precision", how),
-        ]
-    else:
-        switches = [
-            (torch.backends.cudnn, "allow_tf32", how == "tf32"),
-            (torch.backends.cuda.matmul, "allow_tf32", how == "tf32"),
-        ]
-    before = [getattr(where, name) for where, name, _ in switches]
+    switches, before = _switches(), switched()
     try:
-        for where, name, value in switches:
-            setattr(where, name, value)
+        for where, name in switches:
+            setattr(where, name, how if name == "fp32_precision" else how == "tf32")
         yield
     finally:
-        for (where, name, _), value in zip(switches, before, strict=True):
+        for (where, name), value in zip(switches, before, strict=True):
             setattr(where, name, value)
+
+
+def switched() -> tuple[Any, ...]:
+    """How PyTorch's switches for such products are."""
+    return tuple([getattr(where, name) for where, name in _switches()])
+
+
+def _switches() -> list[tuple[Any, str]]:
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    if hasattr(cudnn, "conv"):  # PyTorch 2.9 and newer
+        return [(cudnn.conv, "fp32_precision"), (matmul, "fp32_precision")]
+    return [(cudnn, "allow_tf32"), (matmul, "allow_tf32")]
 
 
 def told(encoder: str, generator: str, device: torch.device) -> str:

@@ -48,7 +48,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     release = dpmmd.Release.load(arguments.release)
     encoder = dpmmd.encoders.from_spec(release.metadata.encoder).to(device)
-    loss_of = dpmmd.nn.MMDLoss(release, encoder, estimator="batch")
+    loss_of = dpmmd.nn.MMDLoss(release, encoder, estimator="batch", graph=device == "cuda")
     channels, side, _ = release.metadata.image_shape
     generator = Generator(release.num_classes, channels, side).to(device)
     optimizer = torch.optim.Adam(generator.parameters(), lr=3e-3)

@@ -24,17 +24,39 @@ RECTIFIED, WITH_INCOMING, WITH_CEILING = 1, 2, 4
 
 
 @triton.jit
-def load_norms(scale, coefficients, at, n, blocks, live, NORMS: tl.constexpr):
-    """s_1, e_1, s_2 and e_2 at entries [ROWS] of the first norm; the moments may share one."""
+def load_norms(
+    scale,
+    coefficients,
+    grad,
+    at,
+    n,
+    blocks,
+    live,
+    count,
+    NORMS: tl.constexpr,
+    AGAINST: tl.constexpr,
+):
+    """1 / n_y, and s_1, e_1, s_2, e_2 at entries [ROWS] of the first norm; moments may share one.
+
+    AGAINST: the gradient wanted is -grad times that for G and e, so 1 / n_y and e come out -grad
+    times as great; grad is one number on the device.
+    """
+    share = 1.0 / count.to(tl.float32)
     one = tl.load(scale + at, mask=live, other=0.0)
     e_one = tl.load(coefficients + at, mask=live, other=0.0)
+    if AGAINST:
+        against = -tl.load(grad)
+        share *= against
+        e_one *= against
     two = one
     e_two = e_one
     if NORMS == 2:
         at += n.to(tl.int64) * blocks
         two = tl.load(scale + at, mask=live, other=0.0)
         e_two = tl.load(coefficients + at, mask=live, other=0.0)
-    return one, e_one, two, e_two
+        if AGAINST:
+            e_two *= against
+    return share, one, e_one, two, e_two
 
 
 @triton.jit
@@ -65,6 +87,7 @@ def gradient_kernel(
     schedule,
     scale,
     coefficients,
+    grad,
     n,
     dim,
     blocks,
@@ -79,14 +102,15 @@ def gradient_kernel(
     PER_TAP: tl.constexpr,
     LABELLED: tl.constexpr,
     RECTIFIED: tl.constexpr,
+    AGAINST: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """df = s_1 G_1[y] / n_y - e_1 f + 2 w f (s_2 G_2[y] / n_y - w e_2 f^2), w = weight.
 
-    Rows without use (s = 0) are not loaded, for they may hold NaN; their gradient is zero. With
-    RECTIFIED it is the gradient of x, as `rectified` says. A program has one block and one tile of
-    images of the same class. Grid [blocks of the launch, tiles].
+    Rows without use (s = 0) are not loaded, for they may hold NaN; their gradient is zero.
+    RECTIFIED and AGAINST are those of `rectified` and `load_norms`. A program has one block and one
+    tile of images of the same class. Grid [blocks of the launch, tiles].
     Shapes: features and gradients [n, d_l] a tap; scale, coefficients float32 [N, n, B]; G float32
     [M, K, D].
     Bytes: the features once, the gradients once, 4 M D a tile (from cache). Deterministic.
@@ -97,12 +121,12 @@ def gradient_kernel(
             addresses, records, TYPE, VECTOR, BLOCK
         )
         g, h = load_class_rows(upstream, k, num_classes, dim, column, rest, MOMENTS, VECTOR, BLOCK)
-        row = tl.arange(0, ROWS)
-        live = row < rows
-        images = image_at(schedule, first + row, live, LABELLED).to(tl.int64)
+        live = tl.arange(0, ROWS) < rows
+        images = image_at(schedule, first + tl.arange(0, ROWS), live, LABELLED).to(tl.int64)
         at = images * blocks + number * PER_TAP
-        share = 1.0 / count.to(tl.float32)
-        one, e_one, two, e_two = load_norms(scale, coefficients, at, n, blocks, live, NORMS)
+        share, one, e_one, two, e_two = load_norms(
+            scale, coefficients, grad, at, n, blocks, live, count, NORMS, AGAINST
+        )
         used = (one != 0) | (two != 0)
         if RECTIFIED:
             value = load_tile(pointer, stride, images, live, rest, BLOCK)
@@ -114,9 +138,8 @@ def gradient_kernel(
             df = (one * share)[:, None] * g - e_one[:, None] * f
         if MOMENTS & 2:
             w = tl.cast(weight, tl.float32)
-            twice = 2 * w
-            along = (twice * two * share)[:, None] * h
-            df += f * (along - (twice * w * e_two)[:, None] * (f * f))
+            along = (2 * w * two * share)[:, None] * h
+            df += f * (along - (2 * w * w * e_two)[:, None] * (f * f))
         record = records + tl.program_id(0).to(tl.int64) * 8
         tap = tl.load(record)
         begin = tl.load(record + 1)
@@ -145,12 +168,15 @@ class Terms:
         bound, saved: as given to and by `row_statistics`.
         coefficients: float32 [N, n, B], from `row_dots`.
         upstream: float32 [M, K, D], columns as they lie in memory.
+        grad: float32, one number on the device: where given, the upstream gradient is -grad times
+            ``upstream``, and ``coefficients`` are those of ``upstream``.
     """
 
     bound: Bound
     saved: Saved
     coefficients: Tensor
     upstream: Tensor
+    grad: Tensor | None = None
 
 
 def gradient_into(taps: Taps, terms: Terms, gradients: Sequence[Tensor | None]) -> None:
@@ -225,7 +251,8 @@ def _launch(
     (dtype,) = {g.dtype for g in gradients if g is not None}
     scale, _projection, schedule = terms.saved
     num_classes, labelled = terms.upstream.shape[1], int(schedule.numel() > 0)
-    config = table.lookup("gradient", taps.device, taps.dtype, taps.dim)
+    operation = "rectified_gradient" if rectified else "gradient"
+    config = table.lookup(operation, taps.device, taps.dtype, taps.dim)
     for piece in taps.launches(config.block, gradients):
         launch(
             gradient_kernel,
@@ -239,6 +266,7 @@ def _launch(
             schedule,
             scale,
             terms.coefficients,
+            terms.coefficients if terms.grad is None else terms.grad,
             taps.n,
             taps.dim,
             scale.shape[2],
@@ -253,5 +281,6 @@ def _launch(
             PER_TAP=int(scale.shape[2] > 1),
             LABELLED=labelled,
             RECTIFIED=rectified,
+            AGAINST=int(terms.grad is not None),
             **config.options,
         )

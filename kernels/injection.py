@@ -35,6 +35,18 @@ def forward(
         partials: from `row_statistics.rectify`, or None for a tap that has none.
     """
     taps = Taps(features, planes=False)
+    saved, counts = statistics(taps, partials, labels, num_classes, bound)
+    return class_sums(taps, num_classes, bound, saved), counts, saved
+
+
+def statistics(
+    taps: Taps,
+    partials: Sequence[Tensor | None],
+    labels: Tensor | None,
+    num_classes: int,
+    bound: Bound,
+) -> tuple[Saved, Tensor]:
+    """As `row_statistics`, with the partial statistics that taps bring."""
     saved, counts = empty_statistics(taps, labels, num_classes, bound)
     for buffer in (*saved, counts):
         buffer.zero_()
@@ -48,7 +60,7 @@ def forward(
         ]
         labels = None if labels is None else labels.contiguous()
         finish_into(taps, labels, bound, torch.cat(whole, dim=2), config.block, saved, counts)
-    return class_sums(taps, num_classes, bound, saved), counts, saved
+    return saved, counts
 
 
 def backward(
@@ -64,7 +76,6 @@ def backward(
     The taps returned hold no tensor: each lives as long as its own ReLU needs it.
     """
     taps = Taps(features, planes=False)
-    coefficients = row_dots(taps, labels, bound, saved, upstream)
-    terms = Terms(bound, saved, coefficients, upstream)
+    terms = Terms(bound, saved, row_dots(taps, labels, bound, saved, upstream), upstream)
     gradients = gradient(taps, terms, needed)
     return taps.places(), terms, gradients

@@ -4,7 +4,9 @@ Chosen among neighbours by time on an H200 (VGG19's taps, 128 images of 32 and 1
 classes). `estimator`, `bounded_sums` and those of layers (`normalise`, `upsampling`, `pooling`,
 which no GPU has run yet) are chosen by arithmetic: 64 numbers or fewer a thread, so that
 several programs share a multiprocessor and keep some 40 KiB of loads in flight on it (latency times
-bandwidth). `tests/core/kernels_aot.py` holds every entry to its register budget.
+bandwidth). `matching` has not been measured: its blocks, rows and warps are those of `class_sums`,
+whose sums it adds in the same order, so that the state moves to the same bits.
+`tests/core/kernels_aot.py` holds every entry to its register budget.
 """
 
 from __future__ import annotations
@@ -64,6 +66,8 @@ _BF16: dict[str, tuple[tuple[float, Config], ...]] = {
     "class_sums": ((float("inf"), Config(256, 16, 1, 1, 168)),),
     "row_dots": ((float("inf"), Config(512, TILE_ROWS, 4, 1, 168)),),
     "gradient": ((float("inf"), Config(512, TILE_ROWS, 4, 1, 168)),),
+    "rectified_gradient": ((float("inf"), Config(512, TILE_ROWS, 4, 1, 168)),),
+    "matching": ((float("inf"), Config(256, 16, 1, 1, 168)),),  # not measured on a device
     "estimator": ((float("inf"), Config(1024, 1, 4, 1, 80)),),
     "bounded_sums": ((float("inf"), Config(256, 8, 4, 1, 168)),),  # checked so on an H200
     "normalise": ((float("inf"), Config(64, 64, 4, 1, 128)),),
@@ -77,6 +81,9 @@ _FP32: dict[str, tuple[tuple[float, Config], ...]] = _BF16 | {
     "gradient": ((float("inf"), Config(512, TILE_ROWS, 4, 1, 168)),),
     "normalise": ((float("inf"), Config(64, 32, 4, 1, 80)),),
     "upsampling": ((float("inf"), Config(64, 32, 4, 1, 64)),),
+    # With 4 warps a thread would need 254 registers. Not measured on a device.
+    "rectified_gradient": ((float("inf"), Config(512, TILE_ROWS, 8, 1, 168)),),
+    "matching": ((float("inf"), Config(128, 16, 1, 1, 168)),),  # not measured on a device
 }
 TABLE: dict[int, dict[torch.dtype, dict[str, tuple[tuple[float, Config], ...]]]] = {
     architecture: {torch.bfloat16: _BF16, torch.float32: _FP32} for architecture in ARCHITECTURES

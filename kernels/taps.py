@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dpmmd._contract import taps
+from dpmmd._contract.capturing import hold
 from dpmmd.kernels.table import Config
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
@@ -158,7 +159,7 @@ class Taps(taps.Taps):
                 vector,
                 records.shape[0],
             )
-            for chosen, records, vector in _groups(*key)
+            for chosen, records, vector in hold(_groups(*key))
         ]
 
     def places(self) -> Taps:
@@ -183,7 +184,7 @@ class Taps(taps.Taps):
 
     def ranges(self, block: int, per_tap: bool) -> Tensor:
         """int32 [B + 1] on the device: the blocks of each tap, or all of them as one (B = 1)."""
-        return _ranges(self.widths, block, per_tap, self.device)
+        return hold(_ranges(self.widths, block, per_tap, self.device))
 
 
 @lru_cache(maxsize=256)

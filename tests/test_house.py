@@ -23,6 +23,7 @@ LINES, PARAMETERS, FILE_LINES = 80, 10, 600
 PUBLIC = {
     "dpmmd.data.open.open_source",
     "dpmmd.functional.adam_loss",
+    "dpmmd.nn.__init__",
     "dpmmd.privacy.mechanism.release",
     "dpmmd.privacy.pipeline.audit_source",
     "dpmmd.train.loop.train",

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from dpmmd._contract.lending import Lent
 from dpmmd._contract.slot import Slot
 from dpmmd.bounds import Bound
 
@@ -64,6 +65,12 @@ class Step(NamedTuple):
         }
         return {name: state for name, state in states.items() if state is not None}
 
+    def mark(self) -> None:
+        """Tells autograd that the state has moved, if it has."""
+        if self.update:
+            for state in self.state().values():
+                torch.autograd.graph.increment_version(state)
+
 
 class Matched(NamedTuple):
     """What `Core.match` leaves for `Core.match_backward`, beside labels and features.
@@ -72,10 +79,12 @@ class Matched(NamedTuple):
         saved: as `Core.forward` leaves it; None of a core that has all in ``gradient``.
         gradient: [M, K, D], of the loss in the means. A core that never forms the means, or keeps
             them elsewhere, leaves here what its `match_backward` needs in the place of it.
+        lent: the estimate, if `match_backward` reads it in the place of a gradient.
     """
 
     saved: Saved | None
     gradient: Tensor
+    lent: Lent | None = None
 
 
 class Core(Protocol):
@@ -154,7 +163,8 @@ class Core(Protocol):
         """Loss of an estimator's step on the features' mean embedding; moves the state.
 
         Of an opaque core; target and state are float32, on the device of the features. What a later
-        call of `match` moves, or writes in place, must not be what `match_backward` needs.
+        call of `match` moves, or writes in place, must not be what `match_backward` needs. The
+        caller marks the step (`Step.mark`) once this has returned.
         """
         means, counts, saved = self.forward(features, labels, num_classes, bound, slots)
         value, gradient = self.estimate(means, counts, target, step)
@@ -176,9 +186,9 @@ class Core(Protocol):
 
         It may run several times for one `match` (``retain_graph=True``).
         """
-        saved, gradient = matched
+        saved = matched.saved
         assert saved is not None
-        upstream = times(gradient, grad)
+        upstream = times(matched.gradient, grad)
         return self.backward(features, labels, num_classes, bound, saved, upstream, needed, slots)
 
     def bounded_sums(

@@ -48,6 +48,7 @@ class Call:
         gradient, scale, projection: numbers of a gradient [M, K, D], and where the others start
             behind it in one buffer.
         numbers: in that buffer.
+        passing: of a buffer that forward alone needs, with the means and the counts behind them.
     """
 
     def __init__(self, taps: Taps, num_classes: int, bound: Bound) -> None:
@@ -58,6 +59,7 @@ class Call:
         self.scale = _whole_lines(self.gradient)
         self.projection = self.scale + _whole_lines(prod(self.statistics))
         self.numbers = self.projection + prod(self.statistics)
+        self.passing = self.gradient + num_classes
 
 
 def call_of(features: Sequence[Tensor], taps: Taps, num_classes: int, bound: Bound) -> Call:

@@ -215,8 +215,7 @@ class Native(Core):
         call = call_of(features, taps, num_classes, bound)
         labels, target = _checked_labels(labels, taps.n), target.contiguous()
         check_match(target, step.state(), call.means, _CPU)
-        kept, value = _empty(call.numbers), _empty(())
-        passing = _empty(call.gradient + num_classes)
+        kept, value, passing = _empty(call.numbers), _empty(()), _empty(call.passing)
         means, start = passing.data_ptr(), kept.data_ptr()
         counts = means + 4 * call.gradient
         factors = start + 4 * call.scale, start + 4 * call.projection
@@ -236,11 +235,10 @@ class Native(Core):
         needed: Sequence[bool],
         slots: Sequence[Slot | None] | None = None,
     ) -> list[Tensor]:
+        kept, given = matched.gradient, (features, labels, num_classes, bound)
         if matched.saved is not None:
-            return super().match_backward(
-                features, labels, num_classes, bound, matched, grad, needed, slots
-            )
-        taps, kept = Taps(features, DTYPES, "cpu"), matched.gradient
+            return super().match_backward(*given, matched, grad, needed, slots)
+        taps = Taps(features, DTYPES, "cpu")
         call = call_of(features, taps, num_classes, bound)
         check_buffer("gradient", kept, (call.numbers,), _CPU)
         upstream = kept if is_one(grad) else kept[: call.gradient] * grad

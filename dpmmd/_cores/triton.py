@@ -4,16 +4,32 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from dpmmd._contract.protocol import Core, Saved, Step
+from dpmmd._contract.lending import lend, settle
+from dpmmd._contract.protocol import Core, Matched, Saved, Step
 from dpmmd._contract.slot import Slot, written
 from dpmmd._contract.taps import DTYPES
 from dpmmd.bounds import Bound
+
+if TYPE_CHECKING:
+    from dpmmd.kernels.gradient import Terms
+    from dpmmd.kernels.taps import Taps
+
+
+def hindrance() -> str | None:
+    """Why no kernel can be compiled on this machine; None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if not any(map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))):
+        return "Triton finds no C compiler"
+    return None
 
 
 class Triton(Core):
@@ -47,8 +63,7 @@ class Triton(Core):
 
         if slots is None:
             return mean_embedding.forward(features, labels, num_classes, bound)
-        partials = [slot.take_partials() if isinstance(slot, _Slot) else None for slot in slots]
-        return injection.forward(features, partials, labels, num_classes, bound)
+        return injection.forward(features, _partials(slots), labels, num_classes, bound)
 
     def backward(
         self,
@@ -61,7 +76,7 @@ class Triton(Core):
         needed: Sequence[bool],
         slots: Sequence[Slot | None] | None = None,
     ) -> list[Tensor]:
-        from dpmmd.kernels import gradient, injection, mean_embedding
+        from dpmmd.kernels import injection, mean_embedding
 
         if slots is None:
             return mean_embedding.backward(
@@ -70,9 +85,7 @@ class Triton(Core):
         places, terms, gradients = injection.backward(
             features, labels, bound, saved, upstream.contiguous(), written(needed, slots)
         )
-        for column, (slot, wanted) in enumerate(zip(slots, needed, strict=True)):
-            if slot is not None and wanted:
-                slot.left = partial(gradient.rectified_gradient, places, column, terms)
+        _leave(slots, needed, places, terms)
         return gradients
 
     def schedule_size(self, n: int, num_classes: int | None) -> int:
@@ -85,7 +98,72 @@ class Triton(Core):
     ) -> tuple[Tensor, Tensor | None]:
         from dpmmd.kernels.estimator import estimate
 
+        if step.update and step.estimate is not None:
+            settle(step.estimate)
         return estimate(means, counts, target, step)
+
+    def match(
+        self,
+        features: Sequence[Tensor],
+        labels: Tensor | None,
+        num_classes: int,
+        bound: Bound,
+        target: Tensor,
+        step: Step,
+        slots: Sequence[Slot | None] | None = None,
+    ) -> tuple[Tensor, Matched]:
+        """In one pass, which writes no means, for an "adam" step and taps in order of columns."""
+        from dpmmd.kernels import matching
+        from dpmmd.kernels.taps import Taps
+
+        estimate = step.estimate
+        if step.estimator != "adam" or not step.update or estimate is None:
+            return super().match(features, labels, num_classes, bound, target, step, slots)
+        taps = Taps(features, planes=slots is None)
+        if taps.planes:
+            return super().match(features, labels, num_classes, bound, target, step, slots)
+        settle(estimate)
+        partials = None if slots is None else _partials(slots)
+        value, saved, coefficients = matching.forward(
+            taps, labels, num_classes, bound, target, step, partials
+        )
+        return value, Matched(saved, coefficients, lend(estimate))
+
+    def match_backward(
+        self,
+        features: Sequence[Tensor],
+        labels: Tensor | None,
+        num_classes: int,
+        bound: Bound,
+        matched: Matched,
+        grad: Tensor,
+        needed: Sequence[bool],
+        slots: Sequence[Slot | None] | None = None,
+    ) -> list[Tensor]:
+        from dpmmd.kernels import matching
+        from dpmmd.kernels.taps import Taps
+
+        saved, coefficients, lent = matched
+        if lent is None or saved is None:
+            return super().match_backward(
+                features, labels, num_classes, bound, matched, grad, needed, slots
+            )
+        taps = Taps(features, planes=slots is None)
+        terms, gradients = matching.backward(
+            taps,
+            labels,
+            num_classes,
+            bound,
+            saved,
+            coefficients,
+            lent.read(),
+            grad,
+            written(needed, slots),
+        )
+        if slots is not None:
+            _leave(slots, needed, taps.places(), terms)
+        lent.finish()
+        return gradients
 
     def bounded_sums(
         self,
@@ -116,6 +194,22 @@ class Triton(Core):
 
     def slot(self, bound: Bound, dim: int) -> Slot | None:
         return _Slot(bound, dim)
+
+
+def _partials(slots: Sequence[Slot | None]) -> list[Tensor | None]:
+    """The partial statistics that taps bring in their slots."""
+    return [slot.take_partials() if isinstance(slot, _Slot) else None for slot in slots]
+
+
+def _leave(
+    slots: Sequence[Slot | None], needed: Sequence[bool], places: Taps, terms: Terms
+) -> None:
+    """Leaves in each slot what makes the gradient that its ReLU adds to its own."""
+    from dpmmd.kernels.gradient import rectified_gradient
+
+    for column, (slot, wanted) in enumerate(zip(slots, needed, strict=True)):
+        if slot is not None and wanted:
+            slot.left = partial(rectified_gradient, places, column, terms)
 
 
 class _Slot(Slot):

@@ -38,9 +38,7 @@ class _Loss(torch.autograd.Function):
         ctx: Any, core: Core, means: Tensor, counts: Tensor, target: Tensor, step: Step
     ) -> Tensor:
         value, gradient = core.estimate(means.detach(), counts, target, step)
-        if step.update:
-            for state in step.state().values():
-                torch.autograd.graph.increment_version(state)
+        step.mark()
         ctx.save_for_backward(means, gradient)
         return value
 

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import random
-import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dpmmd import _capture
+from dpmmd._capture import CaptureError
 from dpmmd.distributed import Team
-from dpmmd.errors import first_line
 from dpmmd.generators import ConvGenerator, DCGANGenerator, ResNetGenerator
 from dpmmd.recipe import TrainSection
 from dpmmd.train.state import State, Task, adam, take_over
 from dpmmd.train.step import Stepper
-
-_GRAPHED_ON = ("cuda",)
-_WARM_UP_STEPS = 3
 
 
 def is_graphed(
@@ -49,7 +43,7 @@ def is_graphed(
             f"with {team.size} processes: a graph holds the step of one process alone; leave graph "
             "out, or train in one process."
         )
-    elif device.type not in _GRAPHED_ON:
+    elif device.type not in _capture.GRAPHED_ON:
         why = (
             f"with the encoder on {device}: only CUDA devices have graphs; move the encoder there, "
             "or leave graph out."
@@ -80,19 +74,19 @@ def graphed_stepper(task: Task, state: State, model: nn.Module) -> Stepper:
         RuntimeError: it was asked for and cannot be.
     """
     graphed = GraphedStepper(task, state, model)
-    error = graphed.capture()
-    if error is None:
+    try:
+        graphed.capture()
         return graphed
-    why = _reason(error)
-    if task.settings.graph:
-        raise RuntimeError(
-            f"settings.graph=True: a step cannot be a CUDA graph ({why}). Leave "
-            "nothing of the generator's forward pass to the host, or leave graph out."
-        ) from error
+    except CaptureError as error:
+        why = str(error)
+        if task.settings.graph:
+            raise RuntimeError(
+                f"settings.graph=True: a step cannot be a CUDA graph ({why}). Leave "
+                "nothing of the generator's forward pass to the host, or leave graph out."
+            ) from error
     moved = state.optimizer.state_dict()
     state.optimizer = adam(state.generator, task.settings, task.team.device, graphed=False)
     take_over(state.optimizer, moved)
-    state.loss.inject = bool(task.settings.inject)
     warnings.warn(
         f"settings.graph: a step cannot be a CUDA graph ({why}). Its kernels are launched one "
         "by one, with the same result, but it may take several times as long; graph=False "
@@ -154,38 +148,15 @@ class GraphedStepper(Stepper):
     def _average(self) -> None:
         self.state.averaged.update_on_device(self.state.generator)
 
-    def capture(self) -> Exception | None:
-        """Records `_work`; warming up leaves no trace. Returns why it cannot be done."""
-        device, generator = self.z.device, self.state.generator
-        forget, before = _trace(self.state), _state_of_host(generator)
-        drawing = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-        with drawing, _kernels_searched():
-            warm_up(self._work, device, _WARM_UP_STEPS)
-            try:
-                if not _is_ours(generator):
-                    self._rehearse(device, before)
-                forget()
-                self._replay = record(self._work, device)
-            except Exception as error:
-                forget()
-                return error
-        return None
+    def capture(self) -> None:
+        """Records `_work`; warming up leaves no trace.
 
-    def _rehearse(self, device: torch.device, before: Mapping[Any, Any]) -> None:
-        """One more step, which raises a RuntimeError if the host takes part in it.
-
-        A replay would leave the host's part out: what it waits for cannot be captured, and what it
-        counts, assigns or draws would stay as it was, without an error.
-
-        Args:
-            before: `_state_of_host` before the warm-up.
+        Raises:
+            CaptureError: it cannot be a graph.
         """
-        with _waiting_refused(device):
-            warm_up(self._work, device, 1)
-        now = _state_of_host(self.state.generator)
-        for key in now.keys() | before.keys():
-            if now.get(key) != before.get(key):
-                raise RuntimeError(f"a forward pass changes {key[0]}")
+        generator, forget = self.state.generator, _trace(self.state)
+        watched = None if _is_ours(generator) else generator
+        self._replay = _capture.recorded(self._work, self.z.device, forget, watched)
 
 
 def _counting(module: nn.Module) -> list[_BatchNorm]:
@@ -216,118 +187,26 @@ def _counted_elsewhere(norms: Sequence[_BatchNorm]) -> Iterator[None]:
             norm.num_batches_tracked = counter
 
 
-@contextlib.contextmanager
-def _kernels_searched() -> Iterator[None]:
-    """Within the block cuDNN times its kernels for a shape that is new, and takes the fastest.
-
-    Which one that is may differ from run to run: not where PyTorch is to be deterministic.
-    """
-    cudnn = torch.backends.cudnn
-    before = cudnn.benchmark
-    fixed = torch.are_deterministic_algorithms_enabled() or cudnn.deterministic
-    cudnn.benchmark = before or not fixed
-    try:
-        yield
-    finally:
-        cudnn.benchmark = before
-
-
 def _trace(state: State) -> Callable[[], None]:
     """What sets back everything that steps move, in place, but torch's random states."""
     generator, averaged, optimizer = state.generator, state.averaged.module, state.optimizer
-    held = [
-        *generator.parameters(),
-        *generator.buffers(),
-        *averaged.parameters(),
-        *averaged.buffers(),
-        *state.estimate().values(),
-    ]
-    before = [t.detach().clone() for t in held]
+    tensors = _capture.traced(
+        [
+            *generator.parameters(),
+            *generator.buffers(),
+            *averaged.parameters(),
+            *averaged.buffers(),
+            *state.estimate().values(),
+        ]
+    )
     moments = {p: {k: v.clone() for k, v in optimizer.state[p].items()} for p in optimizer.state}
-    drawn = random.getstate(), np.random.get_state()  # noqa: NPY002
 
     @torch.no_grad()
     def forget() -> None:
-        for tensor, value in zip(held, before, strict=True):
-            tensor.copy_(value)
+        tensors()
         for p, values in optimizer.state.items():
             for key, tensor in values.items():
                 tensor.copy_(moments[p][key] if p in moments else torch.zeros_like(tensor))
         optimizer.zero_grad(set_to_none=True)
-        random.setstate(drawn[0])
-        np.random.set_state(drawn[1])  # noqa: NPY002
 
     return forget
-
-
-def _state_of_host(module: nn.Module) -> dict[tuple[str, int], Any]:
-    """Attributes of the modules that are no tensors' values, and where random generators are.
-
-    Of numbers, flags and strings the value, of parameters and buffers which they are.
-    """
-    numpy: dict[str, Any] = np.random.get_state(legacy=False)  # noqa: NPY002
-    found: dict[tuple[str, int], Any] = {
-        ("the host's random numbers: torch's", 0): torch.get_rng_state().tolist(),
-        ("the host's random numbers: Python's", 0): random.getstate(),
-        ("the host's random numbers: NumPy's", 0): numpy["state"]["key"].tobytes(),
-        ("the host's random numbers: NumPy's", 1): numpy["state"]["pos"],
-    }
-    for part in module.modules():
-        named = {**part._parameters, **part._buffers}
-        held = {name: id(tensor) for name, tensor in named.items()}
-        plain = {n: v for n, v in vars(part).items() if type(v) in (bool, int, float, str)}
-        for name, value in {**plain, **held}.items():
-            found[f"{type(part).__qualname__}.{name}", id(part)] = value
-    return found
-
-
-def _reason(error: BaseException) -> str:
-    """The first error's first line, and where it was; others follow it when a capture ends."""
-    while error.__context__ is not None:
-        error = error.__context__
-    text = first_line(error).rstrip(".")
-    places = [p for p in traceback.extract_tb(error.__traceback__)[-1:] if p.filename != __file__]
-    return ", ".join([text, *(f"{place.filename}:{place.lineno}" for place in places)])
-
-
-def warm_up(work: Callable[[], None], device: torch.device, steps: int) -> None:
-    """Runs steps on a side stream: libraries choose kernels and allocate then."""
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with warnings.catch_warnings(), torch.cuda.stream(side):
-        warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
-        for _ in range(steps):
-            work()
-    torch.cuda.current_stream(device).wait_stream(side)
-
-
-@contextlib.contextmanager
-def _waiting_refused(device: torch.device) -> Iterator[None]:
-    """Within the block operations of PyTorch that wait for a GPU raise a RuntimeError."""
-    if device.type != "cuda":
-        yield
-        return
-    before = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Synchronization debug mode")
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-
-
-def record(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """Captures a step in a CUDA graph, without running it; returns what runs it."""
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
-    try:
-        # A capture that fails leaves its stream the current one; the outer block does not.
-        with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
-            work()
-    except BaseException:
-        torch.cuda.synchronize(device)
-        # It also leaves the random generator as if it were going on; a copy of its state is not.
-        generator = torch.cuda.default_generators[stream.device.index]
-        generator.graphsafe_set_state(generator.clone_state())
-        raise
-    return graph.replay

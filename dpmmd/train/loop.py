@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from dpmmd import backends, injection, precision
+from dpmmd import precision
 from dpmmd.devices import device_of
 from dpmmd.distributed import Team, replicated, require_alike
 from dpmmd.encoders import Encoder
@@ -118,7 +118,7 @@ def train(
         lr=settings.estimator_lr,
         micro_batch=limits.encoded,
         state=limits.state,
-        inject=_injects(settings, graphed),
+        inject=settings.inject,
         process_group=process_group,
     ).train()
     optimizer = adam(generator, settings, team.device, graphed)
@@ -154,13 +154,6 @@ def _made(
             "size of the latent vectors that it takes; set it."
         )
     return generator, {"name": type(generator).__qualname__}
-
-
-def _injects(settings: TrainSection, graphed: bool) -> bool:
-    """By itself a step that is a graph does, unless the caller has chosen a core without it."""
-    if settings.inject is not None:
-        return settings.inject
-    return graphed and backends.requested("auto")[1] in injection.BACKENDS
 
 
 def _planned(

@@ -60,7 +60,8 @@ def set_blocks(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
     from dpmmd.kernels import table
 
     def lookup(operation: str, *_: object) -> table.Config:
-        rows = table.TILE_ROWS if operation in ("row_dots", "gradient") else 4
+        tiled = operation in ("row_dots", "gradient", "rectified_gradient")
+        rows = table.TILE_ROWS if tiled else 4
         return table.Config(columns, rows, 4, 1, 255)
 
     monkeypatch.setattr(table, "lookup", lookup)

@@ -34,6 +34,7 @@ from dpmmd.kernels import (
     gradient,
     injection,
     maps,
+    matching,
     mean_embedding,
     normalise,
     pooling,
@@ -44,7 +45,17 @@ from dpmmd.kernels import (
     upsampling,
 )
 
-MODULES = (bounded_sums, estimator, gradient, maps, normalise, row_dots, row_statistics, taps)
+MODULES = (
+    bounded_sums,
+    estimator,
+    gradient,
+    maps,
+    matching,
+    normalise,
+    row_dots,
+    row_statistics,
+    taps,
+)
 LARGE = ((64, 32, 32), (128, 8, 8), (64,))
 SMALL = ((32, 8, 8), (64,))
 ODD = ((3, 7, 5), (33,))
@@ -173,6 +184,7 @@ def _calls(quick: bool) -> Iterator[tuple[list[Any], Callable[[], None]]]:
         for bound, k in itertools.product(bounds, (3, 1) if everything else (3,)):
             yield current, partial(_embed, features, k, bound)
             yield current, partial(_inject, features, k, bound)
+            yield current, partial(_match, features, k, bound)
         sums = [Bound((1, 2), joint_weight=0.5)]
         if everything:
             sums = [Bound(m, kind, joint_weight=0.5) for kind in kinds for m in MOMENTS]
@@ -219,6 +231,28 @@ def _inject(features: list[torch.Tensor], k: int, bound: Bound) -> None:
     for i, behind, ceiling in cases:
         f = features[i]
         gradient.rectified_gradient(places, i, terms, f, f if behind else None, ceiling)
+
+
+def _match(features: list[torch.Tensor], k: int, bound: Bound) -> None:
+    every = taps.Taps(features)
+    shape = (len(bound.moments), k, every.dim)
+    target, *state = [torch.zeros(shape) for _ in range(4)]
+    step = Step("adam", state[0], torch.zeros(k), *state[1:], lr=1e-3)
+    _, saved, coefficients = matching.forward(every, _labels(k), k, bound, target, step)
+    terms, _ = matching.backward(
+        every,
+        _labels(k),
+        k,
+        bound,
+        saved,
+        coefficients,
+        state[0],
+        torch.ones(()),
+        [True] * len(features),
+    )
+    for i, f in enumerate(features):
+        if f.ndim == 4:
+            gradient.rectified_gradient(every.places(), i, terms, f, f, None)
 
 
 def _add(features: list[torch.Tensor], bound: Bound, shared_taps: int) -> None:
@@ -311,8 +345,8 @@ def _widths(ptx: str, operation: str) -> tuple[int, ...]:
 
 def budget(case: Case, architecture: int) -> int:
     """Registers a thread that the table allows."""
-    operation = case.operation
     flags = {case.kernel.arg_names[key[0]]: value for key, value in case.constants}
+    operation = f"rectified_{case.operation}" if flags.get("RECTIFIED") else case.operation
     if "BLOCK" not in flags:
         return table.FINISH_REGISTERS
     sizes = table.TABLE[architecture][case.dtype][operation]

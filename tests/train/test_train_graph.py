@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import dpmmd
-from dpmmd import encoders
+from dpmmd import _capture, encoders, injection
 from dpmmd import train as training
+from dpmmd._contract.capturing import is_captured
 from dpmmd.generators import ConvGenerator
 from dpmmd.nn import ESTIMATORS
 from dpmmd.privacy import Release
@@ -27,44 +28,9 @@ from dpmmd.train import train
 from dpmmd.train.graph import GraphedStepper
 from dpmmd.train.step import Stepper
 from tests.conftest import images, small_encoder
+from tests.played import Played
+from tests.played import played as played
 from tests.train.test_train import GENERATOR, assert_same, make_release, quick, run, state_of
-
-Work = Callable[[], None]
-
-
-class Played:
-    """Plays a graph on the CPU: what is recorded is run again at each replay, in place."""
-
-    def __init__(self, warm_up_steps: int = 3) -> None:
-        self.warm_up_steps, self.replays = warm_up_steps, 0
-        self.fails: Exception | None = None
-
-    def warm_up(self, work: Work, device: torch.device, steps: int) -> None:
-        for _ in range(min(steps, self.warm_up_steps)):
-            work()
-
-    def record(self, work: Work, device: torch.device) -> Work:
-        if self.fails is not None:
-            work()  # what a CPU does while it is recorded, it has done
-            try:
-                raise self.fails
-            finally:
-                raise RuntimeError("failed due to a previous error")  # as torch.cuda.graph
-
-        def replay() -> None:
-            self.replays += 1
-            work()
-
-        return replay
-
-
-@pytest.fixture
-def played(monkeypatch: pytest.MonkeyPatch) -> Played:
-    it = Played()
-    monkeypatch.setattr(training.graph, "_GRAPHED_ON", ("cpu",))
-    monkeypatch.setattr(training.graph, "warm_up", lambda *a: it.warm_up(*a))
-    monkeypatch.setattr(training.graph, "record", lambda *a: it.record(*a))
-    return it
 
 
 def weights(state: dict[str, Any]) -> dict[str, Tensor]:
@@ -524,44 +490,18 @@ def test_a_diverged_training_is_found_and_not_kept(
     assert all(value.isfinite().all() for value in weights(kept).values())
 
 
-def test_a_step_that_is_no_graph_after_all_injects_nothing(
+def test_injection_that_is_left_open_is_for_captured_steps(
     released: Release, played: Played, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By itself a graph injects, which makes launched steps slower; what is asked for is kept."""
-    found = []
-    original = training.loop._loop
-
-    def noted(stepper: Stepper, *given: Any) -> None:
-        found.append(stepper.state.loss.inject)
-        original(stepper, *given)
-
-    monkeypatch.setattr(training.loop, "_loop", noted)
-    run(released, quick(steps=1))
-    run(released, quick(steps=1, inject=False))
-    run(released, quick(steps=1, graph=False))
-    monkeypatch.setenv("DPMMD_BACKEND", "torch")
-    monkeypatch.setattr(dpmmd.injection, "BACKENDS", ("auto",))
-    run(released, quick(steps=1))
-    monkeypatch.undo()
-    assert found == [True, False, False, False]
-
-
-def test_a_failed_capture_takes_injection_back(released: Release, played: Played) -> None:
-    played.fails, found = RuntimeError("not permitted"), []
-    original = Stepper._work
-
-    def noted(self: Stepper) -> None:
-        found.append((type(self), self.state.loss.inject))
-        original(self)
-
-    for inject in (None, True):
-        found.clear()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Stepper, "_work", noted)
-            with pytest.warns(RuntimeWarning, match="not permitted"):
-                run(released, quick(steps=1, inject=inject))
-        assert found[0] == (GraphedStepper, True)
-        assert found[-1] == (Stepper, bool(inject))
+    """It makes launched steps slower, also where a step is no graph after all."""
+    seen: list[bool] = []
+    monkeypatch.setattr(injection, "wanted", lambda *_: bool(seen.append(is_captured())))
+    played.fails = RuntimeError("not permitted")
+    for inject, expected in ((None, [True] * 4 + [False]), (False, [])):
+        seen.clear()
+        with pytest.warns(RuntimeWarning, match="not permitted"):
+            run(released, quick(steps=1, inject=inject))
+        assert seen == expected
 
 
 # ----------------------------------------------------------------------------- the optimiser
@@ -709,7 +649,7 @@ def test_a_step_reads_nothing_from_the_device(estimator: str, options: dict[str,
         return torch.zeros(())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.graph, "_GRAPHED_ON", ("meta",))
+        patch.setattr(_capture, "GRAPHED_ON", ("meta",))
         patch.setattr(training.loop, "adam", lambda model, *_: torch.optim.Adam(model.parameters()))
         patch.setattr(GraphedStepper, "capture", lambda self: None)
         patch.setattr(GraphedStepper, "check", lambda self: None)  # of the loop, now and then

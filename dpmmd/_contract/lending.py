@@ -1,0 +1,84 @@
+"""Estimates that a pending backward pass reads where they lie.
+
+The gradient of an "adam" step's loss in the means is the estimate with its sign turned. A core that
+reads the estimate itself writes no gradient, but the next step moves the estimate in place. So the
+core lends it out, and settles before it moves: whoever has not finished then gets a copy. A loop
+that runs backward before the next forward makes no copies.
+"""
+
+from __future__ import annotations
+
+from typing import NoReturn
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+
+class Lent:
+    """An estimate as a step has left it.
+
+    It is finished once its backward has run and cannot run again, or when nothing refers to it.
+    """
+
+    def __init__(self, estimate: Tensor) -> None:
+        self._estimate: Tensor | None = estimate.detach()
+        # Once the step is marked; None: of a copy, which nobody moves.
+        self._version: int | None = estimate._version + 1
+        self._captured = _capturing(estimate)
+
+    def read(self) -> Tensor:
+        """The estimate.
+
+        Raises:
+            RuntimeError: it is not as the step left it any more.
+        """
+        if self._estimate is None:
+            _refuse("is gone: a CUDA graph was captured in between")
+        if self._version is not None and self._version != self._estimate._version:
+            _refuse("has been changed in place")
+        return self._estimate
+
+    def finish(self) -> None:
+        """Ends the loan after a backward pass, unless its graph is kept for another."""
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            self._estimate = None
+
+    def settle(self) -> None:
+        """Takes a copy, unless finished, for the estimate is about to move."""
+        if self._estimate is None or self._version != self._estimate._version:
+            return
+        if self._captured != _capturing(self._estimate):
+            # A copy would be made when the graph is replayed, or only now.
+            self._estimate = None
+            return
+        self._estimate, self._version = self._estimate.clone(), None
+
+
+def lend(estimate: Tensor) -> Lent:
+    """Lends an estimate that has moved, before its step is marked."""
+    lent = _lent[estimate.data_ptr()] = Lent(estimate)
+    return lent
+
+
+def settle(estimate: Tensor) -> None:
+    """Settles with whom an estimate is lent to; it is about to move."""
+    lent = _lent.pop(estimate.data_ptr(), None)
+    if lent is not None:
+        lent.settle()
+
+
+# By address, for a caller may have another view of the same estimate at every step. One who has not
+# finished keeps the memory, so that the address is nobody else's.
+_lent: WeakValueDictionary[int, Lent] = WeakValueDictionary()
+
+
+def _capturing(estimate: Tensor) -> bool:
+    return estimate.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _refuse(what: str) -> NoReturn:
+    raise RuntimeError(
+        f"dpmmd.nn: backward needs the loss's estimate as forward left it, but the estimate {what} "
+        "since. Run backward before the state is loaded, changed or moved by a CUDA graph."
+    )

@@ -90,11 +90,12 @@ class Stepper:
         leaf = images.detach().requires_grad_()
         value = state.loss(leaf, self.y)
         (gradient,) = torch.autograd.grad(value, leaf)
+        value = value.detach()  # what its graph still holds is not needed by the generator
         with precision.products(self.precision, self.z.device):
             images.backward(gradient)
         state.optimizer.step()
         self._average()
-        self.value.copy_(value.detach())
+        self.value.copy_(value)
 
     def _generated(self) -> Tensor:
         """Differentiable images [n, C, H, W] of the latent points and labels of the step."""

@@ -542,6 +542,19 @@ def test_another_kind_of_adam_goes_on(released: Release, first: bool, tmp_path: 
         assert float(moments["step"]) == quick().steps
 
 
+@pytest.mark.parametrize(
+    ("options", "place"), [({"fused": True}, "meta"), ({"capturable": True}, "meta"), ({}, "cpu")]
+)
+def test_steps_lie_where_adam_reads_them(options: dict[str, bool], place: str) -> None:
+    """On the device of the weights for one that is fused or in a graph, else on the host."""
+    p = nn.Parameter(torch.zeros(2, device="meta"))
+    old, new = (torch.optim.Adam([p], foreach=True) for _ in range(2))
+    old.state[p] = {"step": torch.tensor(3.0), "exp_avg": torch.zeros(2, device="meta")}
+    new.param_groups[0].update(options)
+    training.state.take_over(new, old.state_dict())
+    assert new.state[p]["step"].device.type == place
+
+
 def test_a_gpu_has_one_kernel_for_adam(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[dict[str, Any]] = []
     real, settings = ConvGenerator(num_classes=3, image_size=8), quick()

@@ -27,10 +27,13 @@ TRUSTED = frozenset(name for names in MODULES.values() for name in names)
 INSIDE = {
     "dpmmd": "names of public modules; the trusted code takes __version__ of it and nothing else",
     "dpmmd._cores": "a table of the cores by name",
+    "dpmmd._cores.calls": "sizes of means of generated images",
+    "dpmmd._cores.matching": "losses of generated images; sums nothing",
     "dpmmd._cores.plain": "means and losses of generated images; sums nothing",
     "dpmmd._choices": "how gradients of generated images are computed; features are the same",
     "dpmmd._contract": "a docstring",
     "dpmmd._contract.capturing": "keeps what CUDA graphs read alive; a release has none",
+    "dpmmd._contract.plans": "what is kept from step to step of training; a release keeps nothing",
     "dpmmd._contract.protocol": "what a core provides: names and types",
     "dpmmd._contract.slot": "ReLUs of a generator's training; sums nothing",
     "dpmmd._fastest": "which core is the fastest; every core that it can name for sums is trusted",

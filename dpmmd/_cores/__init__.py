@@ -1,10 +1,10 @@
 """The implementations of the operations, one module each, of `dpmmd._contract.protocol.Core`."""
 
 from dpmmd._contract.protocol import Core
-from dpmmd._cores import cpu, cuda, plain, triton
+from dpmmd._cores import cuda, matching, plain, triton
 
 CORES: dict[str, Core] = {
-    core.name: core for core in (plain.CORE, cpu.CORE, triton.CORE, cuda.CORE)
+    core.name: core for core in (plain.CORE, matching.CORE, triton.CORE, cuda.CORE)
 }
 
 

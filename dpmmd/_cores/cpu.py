@@ -19,17 +19,15 @@ from dpmmd._contract.checks import (
     address,
     brief,
     check_buffer,
-    check_estimate,
     check_labels,
-    check_match,
     check_sums,
     refuse_values,
 )
-from dpmmd._contract.protocol import Core, Matched, Saved, Step, is_one
+from dpmmd._contract.protocol import Core, Saved
 from dpmmd._contract.slot import Slot, written
 from dpmmd._contract.taps import DTYPES, Taps
 from dpmmd._cores import arguments
-from dpmmd._cores.arguments import Buffers, call_of
+from dpmmd._cores.calls import Buffers, call_of
 from dpmmd.bounds import Bound
 
 try:
@@ -50,7 +48,7 @@ CLASS_SUMS = GRADIENT = 2
 BOTH = 3
 
 _LABEL_OUT_OF_RANGE = 1
-_CPU = torch.device("cpu")
+CPU = torch.device("cpu")
 _NO_RELU = 0.0, 0, 0
 
 
@@ -93,19 +91,19 @@ class Native(Core):
         taps = Taps(features, DTYPES, "cpu")
         call = call_of(features, taps, num_classes, bound)
         if statistics is None:
-            scale, projection = _empty(call.statistics), _empty(call.statistics)
+            scale, projection = empty(call.statistics), empty(call.statistics)
         else:
             scale, projection = statistics
-            check_buffer("scale", scale, call.statistics, _CPU)
-            check_buffer("projection", projection, call.statistics, _CPU)
-        means, counts = _empty(call.means), _empty(num_classes)
-        labels = _checked_labels(labels, taps.n)
+            check_buffer("scale", scale, call.statistics, CPU)
+            check_buffer("projection", projection, call.statistics, CPU)
+        means, counts = empty(call.means), empty(num_classes)
+        labels = checked_labels(labels, taps.n)
         buffers = Buffers(scale, projection, means, counts).addresses()
         images = arguments.images(taps, labels, num_classes)
-        _embed(False, phases, images, call.bound, buffers, labels, threads)
+        embed(False, phases, images, call.bound, buffers, labels, threads)
         if phases & CLASS_SUMS:
             taps.to_columns(means)
-        return means, counts, Saved(scale, projection, _empty(0, torch.int32))
+        return means, counts, Saved(scale, projection, empty(0, torch.int32))
 
     def backward(
         self,
@@ -165,92 +163,23 @@ class Native(Core):
         """
         taps = Taps(features, DTYPES, "cpu")
         call = call_of(features, taps, num_classes, bound)
-        check_buffer("scale", saved.scale, call.statistics, _CPU)
-        check_buffer("projection", saved.projection, call.statistics, _CPU)
+        check_buffer("scale", saved.scale, call.statistics, CPU)
+        check_buffer("projection", saved.projection, call.statistics, CPU)
         if coefficients is None:
-            coefficients = _empty(call.statistics)
+            coefficients = empty(call.statistics)
         else:
-            check_buffer("coefficients", coefficients, call.statistics, _CPU)
+            check_buffer("coefficients", coefficients, call.statistics, CPU)
         upstream = upstream.contiguous()
-        check_buffer("upstream", upstream, call.means, _CPU)
+        check_buffer("upstream", upstream, call.means, CPU)
         upstream = taps.from_columns(upstream)
         gradients = taps.empty_gradients(needed)
-        labels = _checked_labels(labels, taps.n)
+        labels = checked_labels(labels, taps.n)
         buffers = Buffers(
             saved.scale, saved.projection, upstream=upstream, coefficients=coefficients
         ).addresses()
         images = arguments.images(taps, labels, num_classes, gradients)
-        _embed(True, phases, images, call.bound, buffers, labels, threads)
+        embed(True, phases, images, call.bound, buffers, labels, threads)
         return gradients, coefficients
-
-    def estimate(
-        self,
-        means: Tensor,
-        counts: Tensor,
-        target: Tensor,
-        step: Step,
-        threads: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        means, counts, target = means.contiguous(), counts.contiguous(), target.contiguous()
-        check_estimate(means, counts, target, step.state(), _CPU)
-        value, gradient = _empty(()), _empty(means.shape)
-        buffers = means.data_ptr(), counts.data_ptr(), target.data_ptr()
-        _step(means.shape, buffers, step, gradient.data_ptr(), value, threads)
-        return value, gradient
-
-    def match(
-        self,
-        features: Sequence[Tensor],
-        labels: Tensor | None,
-        num_classes: int,
-        bound: Bound,
-        target: Tensor,
-        step: Step,
-        slots: Sequence[Slot | None] | None = None,
-    ) -> tuple[Tensor, Matched]:
-        """As `Core.match`; the gradient, scale and projection lie in one buffer."""
-        taps = Taps(features, DTYPES, "cpu")
-        if slots is not None or taps.planes:
-            return super().match(features, labels, num_classes, bound, target, step, slots)
-        call = call_of(features, taps, num_classes, bound)
-        labels, target = _checked_labels(labels, taps.n), target.contiguous()
-        check_match(target, step.state(), call.means, _CPU)
-        kept, value, passing = _empty(call.numbers), _empty(()), _empty(call.passing)
-        means, start = passing.data_ptr(), kept.data_ptr()
-        counts = means + 4 * call.gradient
-        factors = start + 4 * call.scale, start + 4 * call.projection
-        images = arguments.images(taps, labels, num_classes)
-        _embed(False, BOTH, images, call.bound, (*factors, means, counts, 0, 0), labels, None)
-        _step(call.means, (means, counts, target.data_ptr()), step, start, value, None)
-        return value, Matched(None, kept)
-
-    def match_backward(
-        self,
-        features: Sequence[Tensor],
-        labels: Tensor | None,
-        num_classes: int,
-        bound: Bound,
-        matched: Matched,
-        grad: Tensor,
-        needed: Sequence[bool],
-        slots: Sequence[Slot | None] | None = None,
-    ) -> list[Tensor]:
-        kept, given = matched.gradient, (features, labels, num_classes, bound)
-        if matched.saved is not None:
-            return super().match_backward(*given, matched, grad, needed, slots)
-        taps = Taps(features, DTYPES, "cpu")
-        call = call_of(features, taps, num_classes, bound)
-        check_buffer("gradient", kept, (call.numbers,), _CPU)
-        upstream = kept if is_one(grad) else kept[: call.gradient] * grad
-        if taps.planes:  # which they were not in `match`: hooks have brought them back so
-            upstream = taps.from_columns(upstream[: call.gradient].view(call.means))
-        gradients, coefficients = taps.empty_gradients(needed), _empty(call.statistics)
-        labels, start = _checked_labels(labels, taps.n), kept.data_ptr()
-        factors = start + 4 * call.scale, start + 4 * call.projection
-        buffers = *factors, 0, 0, upstream.data_ptr(), coefficients.data_ptr()
-        images = arguments.images(taps, labels, num_classes, gradients)
-        _embed(True, BOTH, images, call.bound, buffers, labels, None)
-        return gradients
 
     def bounded_sums(
         self,
@@ -274,9 +203,9 @@ class Native(Core):
             nonnegative,
             shared_taps,
             tuple(map(address, (valid, limits, sums, shared))),
-            _number(threads),
+            number(threads),
         )
-        _check_status(status)
+        check_status(status)
 
     def slot(self, bound: Bound, dim: int) -> NativeSlot:
         return NativeSlot(bound, dim)
@@ -294,9 +223,6 @@ class NativeSlot(Slot):
     def forward(self, x: Tensor, bias: Tensor | None, ceiling: float | None) -> None:
         assert bias is None
         x.relu_() if ceiling is None else x.clamp_(0, ceiling)
-
-
-CORE = Native()
 
 
 def rectified_gradient(
@@ -325,9 +251,9 @@ def rectified_gradient(
     """
     taps = Taps([tap], DTYPES, "cpu", planes=False)
     for name in ("scale", "projection", "coefficients"):
-        check_buffer(name, getattr(buffers, name), (bound.norms, taps.n), _CPU)
+        check_buffer(name, getattr(buffers, name), (bound.norms, taps.n), CPU)
     size = len(bound.moments), num_classes, taps.dim
-    check_buffer("upstream", buffers.upstream, size, _CPU)  # type: ignore[arg-type]
+    check_buffer("upstream", buffers.upstream, size, CPU)  # type: ignore[arg-type]
     if ceiling is not None and not ceiling > 0:
         raise ValueError(f"ceiling={ceiling!r}: expected None or a number > 0.")
     if incoming is not None:
@@ -336,15 +262,15 @@ def rectified_gradient(
         incoming = Taps([incoming], DTYPES, "cpu", planes=False).tensors[0]
     top = torch.tensor(float("inf") if ceiling is None else ceiling, dtype=tap.dtype).item()
     out = torch.empty_like(taps.tensors[0], memory_format=torch.preserve_format)
-    labels = _checked_labels(labels, taps.n)
+    labels = checked_labels(labels, taps.n)
     images = arguments.images(taps, labels, num_classes, [out])
     relu = top, address(incoming), 0 if incoming is None else incoming.stride(0)
     told = arguments.numbers(bound), buffers.addresses()
-    _embed(True, GRADIENT, images, *told, labels, threads, relu)
+    embed(True, GRADIENT, images, *told, labels, threads, relu)
     return out
 
 
-def _embed(
+def embed(
     is_backward: bool,
     phases: int,
     images: arguments.Images,
@@ -355,41 +281,29 @@ def _embed(
     relu: tuple[float, int, int] = _NO_RELU,
 ) -> None:
     status = _native.mean_embedding(
-        is_backward, phases, images, bound, buffers, relu, _number(threads)
+        is_backward, phases, images, bound, buffers, relu, number(threads)
     )
     if status == _LABEL_OUT_OF_RANGE and labels is not None:
         refuse_values(labels, images[-1])
-    _check_status(status)
+    check_status(status)
 
 
-def _step(
-    shape: tuple[int, ...],
-    buffers: tuple[int, int, int],
-    step: Step,
-    gradient: int,
-    value: Tensor,
-    threads: int | None,
-) -> None:
-    told = arguments.estimator(shape, buffers, step, gradient, value.data_ptr())
-    _check_status(_native.estimator(*told, _number(threads)))
-
-
-def _empty(size: int | Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+def empty(size: int | Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
     """What the core writes: float32 on the CPU, whatever torch's defaults are."""
-    return torch.empty(size, dtype=dtype, device=_CPU)
+    return torch.empty(size, dtype=dtype, device=CPU)
 
 
-def _number(threads: int | None) -> int:
+def number(threads: int | None) -> int:
     return torch.get_num_threads() if threads is None else threads
 
 
-def _checked_labels(labels: Tensor | None, n: int) -> Tensor | None:
+def checked_labels(labels: Tensor | None, n: int) -> Tensor | None:
     if labels is None:
         return None
-    check_labels(labels, n, _CPU, "the CPU")
+    check_labels(labels, n, CPU, "the CPU")
     return labels.contiguous()
 
 
-def _check_status(status: int) -> None:
+def check_status(status: int) -> None:
     if status:
         raise MemoryError(f"dpmmd._native: no workspace (status {status}).")

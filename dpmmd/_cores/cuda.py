@@ -19,7 +19,7 @@ from dpmmd._contract.protocol import Core, Saved, Step
 from dpmmd._contract.slot import Slot
 from dpmmd._contract.taps import DTYPES, Taps
 from dpmmd._cores import arguments, cpu
-from dpmmd._cores.arguments import Buffers, call_of
+from dpmmd._cores.calls import Buffers, call_of, estimator
 from dpmmd.bounds import Bound
 
 _native: Any = None if cpu.missing is not None else cpu._native
@@ -148,7 +148,7 @@ class Cuda(Core):
             allocate, _kept = _workspace(device)
             buffers = means.data_ptr(), counts.data_ptr(), target.data_ptr()
             written = gradient.data_ptr(), value.data_ptr()
-            told = arguments.estimator(means.shape, buffers, step, *written)
+            told = estimator(means.shape, buffers, step, *written)
             status = _native.cuda_estimator(*told, allocate, stream)
         _check_status(status)
         return value, gradient

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dpmmd import backends
 from dpmmd._contract.protocol import Core
 from dpmmd._cores import cpu
+from dpmmd._cores.matching import CORE
 from dpmmd.bounds import BOUNDS, Bound
 from dpmmd.privacy.sums import GUARD, PrivateSums
 from tests.core.test_mean_embedding import level as level
@@ -54,7 +55,7 @@ def both(
     valid: Tensor,
     k: int,
     limit: int = LIMIT,
-    core: Core = cpu.CORE,
+    core: Core = CORE,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Sums by a native core, and by the definition."""
@@ -127,7 +128,7 @@ def test_exact_against_python_integers(limit: int) -> None:
     """One image, the definition's steps in rational arithmetic where they are exact."""
     (f,) = rows(1, [37], torch.float32, signed=True)
     sums = torch.zeros(1, 37, dtype=torch.int64)
-    cpu.CORE.bounded_sums(
+    CORE.bounded_sums(
         [f], torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.bool),
         torch.tensor([limit]), bound=Bound((1,), "sphere", 1.0, 1.0), nonnegative=False, sums=sums,
     )  # fmt: skip
@@ -169,7 +170,7 @@ def check_limits_labels_and_validity(core: Core) -> None:
 
 
 def test_limits_labels_and_validity_by_image() -> None:
-    check_limits_labels_and_validity(cpu.CORE)
+    check_limits_labels_and_validity(CORE)
 
 
 @pytest.mark.parametrize("moments", [(1,), (1, 2)], ids=str)
@@ -184,7 +185,7 @@ def test_shared_taps_have_one_row(moments: tuple[int, ...]) -> None:
     m, dim = len(moments), sum(widths)
     shared = torch.zeros(1, m * 75, dtype=torch.int64)
     deep = torch.zeros(4, m * 41, dtype=torch.int64)
-    cpu.CORE.bounded_sums(
+    CORE.bounded_sums(
         fs, y, valid, torch.full_like(y, LIMIT), sums=deep, shared=shared, shared_taps=2, **options
     )
     whole, _ = both(fs, y, valid, 4, **options)
@@ -199,7 +200,7 @@ def test_adds_to_what_is_there_with_any_number_of_threads(level: str) -> None:
     results = []
     for threads in (1, 2, 16):
         sums = torch.arange(3 * 2 * 4808).view(3, -1).clone()
-        cpu.CORE.bounded_sums(
+        CORE.bounded_sums(
             fs,
             y,
             valid,

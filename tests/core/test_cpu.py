@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dpmmd._contract.protocol import Saved, Step
 from dpmmd._cores import cpu
-from dpmmd._cores.cpu import CORE
+from dpmmd._cores.matching import CORE
 from dpmmd.bounds import Bound
 
 pytestmark = pytest.mark.skipif(cpu.missing is not None, reason="dpmmd._native is not built")

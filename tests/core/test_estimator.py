@@ -11,6 +11,7 @@ from torch import Tensor
 from dpmmd import functional
 from dpmmd._contract.protocol import Step
 from dpmmd._cores import cpu
+from dpmmd._cores.matching import CORE
 
 pytestmark = pytest.mark.skipif(cpu.missing is not None, reason="dpmmd._native is not built")
 
@@ -61,7 +62,7 @@ def test_same_bits_for_any_number_of_threads(estimator: str) -> None:
         for step in range(2):
             means, counts, target = problem(shape, step)
             moved = Step(estimator, decay=0.9, lr=1e-2, **state)
-            out = cpu.CORE.estimate(means, counts, target, moved, threads=threads)
+            out = CORE.estimate(means, counts, target, moved, threads=threads)
         results.append([*out, *state.values()])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

@@ -13,7 +13,7 @@ from torch import Tensor
 import dpmmd
 from dpmmd._contract.slot import Slot
 from dpmmd._cores import cpu
-from dpmmd._cores.arguments import Buffers
+from dpmmd._cores.calls import Buffers
 from dpmmd.bounds import Bound
 from dpmmd.encoders import Encoder
 from dpmmd.nn import MMDLoss

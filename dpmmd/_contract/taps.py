@@ -158,8 +158,9 @@ class Taps:
         if plan is None:
             known = Geometry(features, dtypes, kind, planes)
         else:
-            key = Geometry, tuple(dtypes), kind, planes
-            known = plan.keep(key, lambda: Geometry(features, dtypes, kind, planes))
+            key = Geometry, kind, planes, *dtypes
+            found = plan.kept.get(key)
+            known = found or plan.keep(key, Geometry(features, dtypes, kind, planes))
         self.widths, self.planes, self.alike = known.widths, known.planes, known.alike
         self.strides = known.strides
         self.n, self.dim, self.dtype, self.device = known.n, known.dim, known.dtype, known.device

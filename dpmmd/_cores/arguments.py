@@ -45,17 +45,21 @@ class Call:
         statistics: [N, n, B], the shape of scale, projection and coefficients.
         means: [M, K, D].
         bound: as csrc/bindings.h has it.
-        scale, projection: where they start in one buffer behind a gradient [M, K, D].
+        gradient, scale, projection: numbers of a gradient [M, K, D], and where the others start
+            behind it in one buffer.
         numbers: in that buffer.
+        passing: of a buffer that forward alone needs, with the means and the counts behind them.
     """
 
     def __init__(self, taps: Taps, num_classes: int, bound: Bound) -> None:
         self.statistics = statistics_shape(bound, taps.n, len(taps.tensors))
         self.means = len(bound.moments), num_classes, taps.dim
         self.bound = numbers(bound)
-        self.scale = _whole_lines(prod(self.means))
+        self.gradient = prod(self.means)
+        self.scale = _whole_lines(self.gradient)
         self.projection = self.scale + _whole_lines(prod(self.statistics))
         self.numbers = self.projection + prod(self.statistics)
+        self.passing = self.gradient + num_classes
 
 
 def call_of(features: Sequence[Tensor], taps: Taps, num_classes: int, bound: Bound) -> Call:
@@ -63,7 +67,7 @@ def call_of(features: Sequence[Tensor], taps: Taps, num_classes: int, bound: Bou
     plan = plan_of(features)
     if plan is None or plan.bound is not bound or plan.num_classes != num_classes:
         return Call(taps, num_classes, bound)
-    return plan.keep(Call, lambda: Call(taps, num_classes, bound))
+    return plan.kept.get(Call) or plan.keep(Call, Call(taps, num_classes, bound))
 
 
 def _whole_lines(numbers: int) -> int:

@@ -98,14 +98,14 @@ class Native(Core):
             scale, projection = statistics
             check_buffer("scale", scale, call.statistics, _CPU)
             check_buffer("projection", projection, call.statistics, _CPU)
-        means, counts = _empty(call.means), _empty((num_classes,))
+        means, counts = _empty(call.means), _empty(num_classes)
         labels = _checked_labels(labels, taps.n)
         buffers = Buffers(scale, projection, means, counts).addresses()
         images = arguments.images(taps, labels, num_classes)
         _embed(False, phases, images, call.bound, buffers, labels, threads)
         if phases & CLASS_SUMS:
             taps.to_columns(means)
-        return means, counts, Saved(scale, projection, _empty((0,), torch.int32))
+        return means, counts, Saved(scale, projection, _empty(0, torch.int32))
 
     def backward(
         self,
@@ -215,13 +215,13 @@ class Native(Core):
         call = call_of(features, taps, num_classes, bound)
         labels, target = _checked_labels(labels, taps.n), target.contiguous()
         check_match(target, step.state(), call.means, _CPU)
-        kept, value = _empty((call.numbers,)), _empty(())
-        means, counts = _empty(call.means), _empty((num_classes,))
-        start, mean, count = kept.data_ptr(), means.data_ptr(), counts.data_ptr()
-        buffers = start + 4 * call.scale, start + 4 * call.projection, mean, count, 0, 0
+        kept, value, passing = _empty(call.numbers), _empty(()), _empty(call.passing)
+        means, start = passing.data_ptr(), kept.data_ptr()
+        counts = means + 4 * call.gradient
+        factors = start + 4 * call.scale, start + 4 * call.projection
         images = arguments.images(taps, labels, num_classes)
-        _embed(False, BOTH, images, call.bound, buffers, labels, None)
-        _step(call.means, (mean, count, target.data_ptr()), step, start, value, None)
+        _embed(False, BOTH, images, call.bound, (*factors, means, counts, 0, 0), labels, None)
+        _step(call.means, (means, counts, target.data_ptr()), step, start, value, None)
         return value, Matched(None, kept)
 
     def match_backward(
@@ -235,13 +235,16 @@ class Native(Core):
         needed: Sequence[bool],
         slots: Sequence[Slot | None] | None = None,
     ) -> list[Tensor]:
-        kept, given = matched.gradient, (features, labels, num_classes, bound)
         if matched.saved is not None:
-            return super().match_backward(*given, matched, grad, needed, slots)
-        taps = Taps(features, DTYPES, "cpu")
+            return super().match_backward(
+                features, labels, num_classes, bound, matched, grad, needed, slots
+            )
+        taps, kept = Taps(features, DTYPES, "cpu"), matched.gradient
         call = call_of(features, taps, num_classes, bound)
         check_buffer("gradient", kept, (call.numbers,), _CPU)
-        upstream = kept if is_one(grad) else kept[: prod(call.means)] * grad
+        upstream = kept if is_one(grad) else kept[: call.gradient] * grad
+        if taps.planes:  # which they were not in `match`: hooks have brought them back so
+            upstream = taps.from_columns(upstream[: call.gradient].view(call.means))
         gradients, coefficients = taps.empty_gradients(needed), _empty(call.statistics)
         labels, start = _checked_labels(labels, taps.n), kept.data_ptr()
         factors = start + 4 * call.scale, start + 4 * call.projection
@@ -372,7 +375,7 @@ def _step(
     _check_status(_native.estimator(*told, _number(threads)))
 
 
-def _empty(size: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+def _empty(size: int | Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
     """What the core writes: float32 on the CPU, whatever torch's defaults are."""
     return torch.empty(size, dtype=dtype, device=_CPU)
 

@@ -87,6 +87,8 @@ class _MeanEmbedding(torch.autograd.Function):
             gradients = [Once.apply(f, g) for f, g in zip(features, gradients, strict=True)]
         else:
             gradients = core.backward(*given)
+        if slots is None and all(needed):
+            return None, None, None, None, None, None, *gradients
         found = [g if w else None for g, w in zip(gradients, written(needed, slots), strict=True)]
         return None, None, None, None, None, None, *found
 

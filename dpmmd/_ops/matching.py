@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from dpmmd._contract.protocol import Core, Matched, Saved, Step
 from dpmmd._contract.slot import Slot, written
 from dpmmd._ops import embedding, estimator
 from dpmmd._ops.arguments import check_target, checked
-from dpmmd._ops.once import Once, untraced
+from dpmmd._ops.once import Once, of_torch, untraced
 from dpmmd.bounds import Bound
 
 
@@ -39,13 +39,24 @@ def loss(
     """
     options = bound.moments, bound.kind, bound.clip, bound.joint_weight
     bound, taps = checked(features, labels, num_classes, *options)
-    plan, states = plan_of(taps), step.state().values()
-    traced = not untraced(target, *states) or (plan is None and not untraced(*taps, labels))
-    if traced or not core.opaque:
+    plan, others = plan_of(taps), (target, *step.state().values())
+    plainly = untraced(*taps, labels, *others) if plan is None else of_torch(others)
+    if not plainly or not core.opaque:
         means, counts = embedding.mean_embedding(core, taps, labels, num_classes, bound, slots)
         check_target(means, counts, target)
         return estimator.loss(core, means, counts, target, step)
-    return _Matching.apply(core, labels, num_classes, bound, target, step, slots, plan, *taps)
+    call = _Call(core, num_classes, bound, slots, plan)
+    return _Matching.apply(call, labels, target, step, *taps)
+
+
+class _Call(NamedTuple):
+    """What forward and backward of a node are both given, besides tensors."""
+
+    core: Core
+    num_classes: int
+    bound: Bound
+    slots: Sequence[Slot | None] | None
+    plan: Plan | None
 
 
 _NOTHING = None, None, None  # of `Saved`
@@ -57,31 +68,28 @@ class _Matching(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        core: Core,
+        call: _Call,
         labels: Tensor | None,
-        num_classes: int,
-        bound: Bound,
         target: Tensor,
         step: Step,
-        slots: Sequence[Slot | None] | None,
-        plan: Plan | None,
         *features: Tensor,
     ) -> Tensor:
+        core, num_classes, bound, slots, plan = call
         given = features if plan is None else plan.of(features)
         value, matched = core.match(given, labels, num_classes, bound, target, step, slots)
         step.mark()
         saved, gradient, lent = matched
         ctx.save_for_backward(labels, *(saved or _NOTHING), gradient, *features)
-        ctx.options = core, num_classes, bound, slots, plan, lent
+        ctx.call, ctx.lent = call, lent
         return value
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[8:]
-        core, num_classes, bound, slots, plan, lent = ctx.options
+        needed = ctx.needs_input_grad[4:]
+        core, num_classes, bound, slots, plan = ctx.call
         labels, scale, projection, schedule, gradient, *features = ctx.saved_tensors
         saved = None if scale is None else Saved(scale, projection, schedule)
-        matched = Matched(saved, gradient, lent)
+        matched = Matched(saved, gradient, ctx.lent)
         taps = features if plan is None else plan.again(features, labels)
         given = taps, labels, num_classes, bound, matched, grad, needed, slots
         if torch.is_grad_enabled():  # create_graph=True
@@ -90,5 +98,7 @@ class _Matching(torch.autograd.Function):
             gradients = [Once.apply(f, g) for f, g in zip(features, gradients, strict=True)]
         else:
             gradients = core.match_backward(*given)
+        if slots is None and all(needed):
+            return None, None, None, None, *gradients
         found = [g if w else None for g, w in zip(gradients, written(needed, slots), strict=True)]
-        return None, None, None, None, None, None, None, None, *found
+        return None, None, None, None, *found

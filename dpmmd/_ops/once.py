@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+
+_CLASSES = frozenset({Tensor, nn.Parameter, type(None)})
 
 
 def untraced(*tensors: Tensor | None) -> bool:
@@ -14,7 +17,12 @@ def untraced(*tensors: Tensor | None) -> bool:
         return False
     if torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    return all(type(t) is Tensor or type(t) is nn.Parameter for t in tensors if t is not None)
+    return of_torch(tensors)
+
+
+def of_torch(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether all are of PyTorch's own classes, or None."""
+    return _CLASSES.issuperset(map(type, tensors))
 
 
 def refuse_double_backward(ctx: Any, *grads: Tensor) -> NoReturn:

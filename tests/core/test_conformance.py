@@ -46,7 +46,7 @@ if interpreted.ACTIVE:
 
     @pytest.mark.parametrize("check", INTERPRETER, ids=str)
     def test_triton(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
-        small = check.operation in ("mean_embedding", "estimator", "sums")
+        small = check.operation in ("mean_embedding", "estimator", "matching", "sums")
         interpreted.set_blocks(monkeypatch, 8 if small else 64)
         check.run("triton")
 
@@ -87,7 +87,7 @@ else:
         check.run("cuda")
 
     test_interpreted_embeddings = interpreted.whole(__file__, chosen="mean_embedding")
-    test_interpreted_sums = interpreted.whole(__file__, chosen="estimator or sums")
+    test_interpreted_sums = interpreted.whole(__file__, chosen="estimator or matching or sums")
     test_interpreted_steps = interpreted.whole(__file__, chosen="step or release")
     test_interpreted_long = pytest.mark.long(interpreted.whole(__file__, "long"))
 

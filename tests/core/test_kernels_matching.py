@@ -404,6 +404,18 @@ else:
         for fs, value, truth in found:
             right(gradients(fs, value), truth)
 
+    def test_hooks_that_change_the_layout() -> None:
+        """`torch.autograd.graph.save_on_cpu` brings channels-last maps back as planes."""
+        fs = [f.requires_grad_() for f in features(3, ((3, 2, 2),))]
+        target, step = state(Bound(), 1, 12)
+        other = copy.deepcopy(step)
+        with torch.autograd.graph.saved_tensors_hooks(Tensor.contiguous, lambda t: t):
+            value = operation.loss(CORE, fs, None, 1, Bound(), target, step)
+        _, matched = Core.match(CORE, fs, None, 1, Bound(), target, other)
+        one = torch.ones(())
+        truth = Core.match_backward(CORE, fs, None, 1, Bound(), matched, one, [True])
+        assert distance(torch.autograd.grad(value, fs), truth) < 2e-6
+
     def test_nothing_is_kept() -> None:
         loop = Loop()
         fs, value, _ = loop.forward(0)

@@ -251,7 +251,7 @@ def _launch(
     (dtype,) = {g.dtype for g in gradients if g is not None}
     scale, _projection, schedule = terms.saved
     num_classes, labelled = terms.upstream.shape[1], int(schedule.numel() > 0)
-    operation = "rectified_gradient" if rectified else "gradient"
+    operation = "gradient_with" if rectified or terms.grad is not None else "gradient"
     config = table.lookup(operation, taps.device, taps.dtype, taps.dim)
     for piece in taps.launches(config.block, gradients):
         launch(

@@ -66,7 +66,7 @@ _BF16: dict[str, tuple[tuple[float, Config], ...]] = {
     "class_sums": ((float("inf"), Config(256, 16, 1, 1, 168)),),
     "row_dots": ((float("inf"), Config(512, TILE_ROWS, 4, 1, 168)),),
     "gradient": ((float("inf"), Config(512, TILE_ROWS, 4, 1, 168)),),
-    "rectified_gradient": ((float("inf"), Config(512, TILE_ROWS, 4, 1, 168)),),
+    "gradient_with": ((float("inf"), Config(512, TILE_ROWS, 4, 1, 168)),),  # RECTIFIED or AGAINST
     "matching": ((float("inf"), Config(256, 16, 1, 1, 168)),),  # not measured on a device
     "estimator": ((float("inf"), Config(1024, 1, 4, 1, 80)),),
     "bounded_sums": ((float("inf"), Config(256, 8, 4, 1, 168)),),  # checked so on an H200
@@ -81,8 +81,8 @@ _FP32: dict[str, tuple[tuple[float, Config], ...]] = _BF16 | {
     "gradient": ((float("inf"), Config(512, TILE_ROWS, 4, 1, 168)),),
     "normalise": ((float("inf"), Config(64, 32, 4, 1, 80)),),
     "upsampling": ((float("inf"), Config(64, 32, 4, 1, 64)),),
-    # With 4 warps a thread would need 254 registers. Not measured on a device.
-    "rectified_gradient": ((float("inf"), Config(512, TILE_ROWS, 8, 1, 168)),),
+    # With 4 warps a thread would need up to 254 registers. Not measured on a device.
+    "gradient_with": ((float("inf"), Config(512, TILE_ROWS, 8, 1, 168)),),
     "matching": ((float("inf"), Config(128, 16, 1, 1, 168)),),  # not measured on a device
 }
 TABLE: dict[int, dict[torch.dtype, dict[str, tuple[tuple[float, Config], ...]]]] = {

@@ -148,7 +148,7 @@ class Triton(Core):
             return super().match_backward(
                 features, labels, num_classes, bound, matched, grad, needed, slots
             )
-        taps = Taps(features, planes=slots is None)
+        taps = Taps(features, planes=False)  # hooks on saved tensors may have changed the layout
         terms, gradients = matching.backward(
             taps,
             labels,

@@ -85,11 +85,11 @@ class _Matching(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        needed, lent = ctx.needs_input_grad[4:], ctx.lent
+        needed = ctx.needs_input_grad[4:]
         core, num_classes, bound, slots, plan = ctx.call
         labels, scale, projection, schedule, gradient, *features = ctx.saved_tensors
         saved = None if scale is None else Saved(scale, projection, schedule)
-        matched = Matched(saved, gradient, lent)
+        matched = Matched(saved, gradient, ctx.lent)
         taps = features if plan is None else plan.again(features, labels)
         given = taps, labels, num_classes, bound, matched, grad, needed, slots
         if torch.is_grad_enabled():  # create_graph=True

@@ -60,7 +60,7 @@ def set_blocks(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
     from dpmmd.kernels import table
 
     def lookup(operation: str, *_: object) -> table.Config:
-        tiled = operation in ("row_dots", "gradient", "rectified_gradient")
+        tiled = operation in ("row_dots", "gradient", "gradient_with")
         rows = table.TILE_ROWS if tiled else 4
         return table.Config(columns, rows, 4, 1, 255)
 

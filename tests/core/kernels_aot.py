@@ -346,7 +346,9 @@ def _widths(ptx: str, operation: str) -> tuple[int, ...]:
 def budget(case: Case, architecture: int) -> int:
     """Registers a thread that the table allows."""
     flags = {case.kernel.arg_names[key[0]]: value for key, value in case.constants}
-    operation = f"rectified_{case.operation}" if flags.get("RECTIFIED") else case.operation
+    operation = case.operation
+    if flags.get("RECTIFIED") or flags.get("AGAINST"):
+        operation = "gradient_with"
     if "BLOCK" not in flags:
         return table.FINISH_REGISTERS
     sizes = table.TABLE[architecture][case.dtype][operation]

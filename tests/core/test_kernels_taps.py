@@ -160,7 +160,7 @@ def test_old_architectures_are_refused() -> None:
 def test_tiles_agree_with_the_schedule() -> None:
     for rows in table.TABLE.values():
         for operations in rows.values():
-            for name in ("row_dots", "gradient", "rectified_gradient"):
+            for name in ("row_dots", "gradient", "gradient_with"):
                 assert all(config.rows == table.TILE_ROWS for _, config in operations[name])
 
 

@@ -53,7 +53,10 @@ class NormRelu(torch.autograd.Function):
         assert norm.num_batches_tracked is not None
         assert norm.momentum is not None
         x = x.contiguous(memory_format=torch.channels_last)
-        moved = norm.running_mean, norm.running_var, norm.num_batches_tracked
+        counter = norm.num_batches_tracked
+        if counter.device != x.device:  # a captured step's, which is counted beside the graph
+            counter = torch.zeros((), dtype=counter.dtype, device=x.device)
+        moved = norm.running_mean, norm.running_var, counter
         layer = normalise.Layer(weight, bias, *moved, norm.momentum, norm.eps)
         y, mean, rstd = normalise.norm_relu(x, layer)
         ctx.save_for_backward(x, mean, rstd, weight, bias)

@@ -260,6 +260,7 @@ else:
         with pytest.raises(ValueError, match=r"labels: torch\.int32 \[3\]"):
             CORE.match(fs, y.int(), 3, BOTH, target, step)
         _, matched = CORE.match(fs, y, 3, BOTH, target, step)
+        step.mark()
         for what, grad in (
             ("float64", torch.ones((), dtype=torch.float64)),
             (r"\[1\]", torch.ones(1)),

@@ -157,12 +157,13 @@ else:
     @pytest.mark.parametrize("inject", [True, False])
     def test_a_faulty_step(monkeypatch: pytest.MonkeyPatch, inject: bool) -> None:
         core = named("cpu")
-        right = core.estimate
+        right = core.match
 
-        def wrong(means: Tensor, *args: Any) -> tuple[Tensor, Tensor | None]:
-            return right((1 + 1e-4) * means, *args)
+        def wrong(*args: Any) -> tuple[Tensor, Any]:
+            value, matched = right(*args)
+            return (1 + 1e-4) * value, matched
 
-        monkeypatch.setattr(core, "estimate", wrong)
+        monkeypatch.setattr(core, "match", wrong)
         problem = conformance.Problem("fire", loss=(("estimator", "batch"),))
         with pytest.raises(Wrong, match="step 0, value: error"):
             conformance.step(problem, torch.float32, inject, On("cpu"))

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpmmd._contract.checks import check_buffer, check_labels, check_match
+from dpmmd._contract.checks import check_buffer, check_labels
 from dpmmd._contract.protocol import Saved, Step
 from dpmmd.bounds import Bound
 from dpmmd.kernels import injection, table
@@ -388,4 +388,4 @@ def _check(
     if labels is not None:
         check_labels(labels, taps.n, taps.device)
     size = (len(bound.moments), num_classes, taps.dim)
-    check_match(target, step.state(), size, taps.device)
+    step.check(target, size, taps.device)

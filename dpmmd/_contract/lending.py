@@ -57,7 +57,12 @@ class Lent:
 
 def lend(estimate: Tensor) -> Lent:
     """Lends an estimate that has moved, before its step is marked."""
-    lent = _lent[estimate.data_ptr()] = Lent(estimate)
+    address, lent = estimate.data_ptr(), Lent(estimate)
+    if _capturing(estimate):
+        _replayed.add(address)
+    elif address in _replayed:
+        lent.settle()
+    _lent[address] = lent
     return lent
 
 
@@ -71,6 +76,10 @@ def settle(estimate: Tensor) -> None:
 # By address, for a caller may have another view of the same estimate at every step. One who has not
 # finished keeps the memory, so that the address is nobody else's.
 _lent: WeakValueDictionary[int, Lent] = WeakValueDictionary()
+
+# Addresses of estimates that a CUDA graph has been told to move: its replays ask nobody, so that
+# whoever is outside of it gets a copy at once. Another estimate at such an address costs copies.
+_replayed: set[int] = set()
 
 
 def _capturing(estimate: Tensor) -> bool:

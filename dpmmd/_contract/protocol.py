@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from dpmmd._contract.checks import check_apart, check_buffer
 from dpmmd._contract.lending import Lent
 from dpmmd._contract.slot import Slot
 from dpmmd.bounds import Bound
@@ -64,6 +65,17 @@ class Step(NamedTuple):
             "steps": self.steps,
         }
         return {name: state for name, state in states.items() if state is not None}
+
+    def check(self, target: Tensor, shape: Sequence[int], device: torch.device) -> None:
+        """Refuses a target and a state that a core could not take by their addresses.
+
+        Args:
+            shape: [M, K, D], of the means.
+        """
+        state = self.state()
+        for name, buffer in {"target": target, **state}.items():
+            check_buffer(name, buffer, shape[1:2] if name == "steps" else shape, device)
+        check_apart(state, {"target": target})
 
     def mark(self) -> None:
         """Tells autograd that the state has moved, if it has."""

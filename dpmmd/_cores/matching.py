@@ -5,16 +5,16 @@ It is apart from `dpmmd._cores.cpu` since no release is made with it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
-from dpmmd._contract.checks import check_apart, check_buffer, check_estimate
+from dpmmd._contract.checks import check_buffer, check_estimate
 from dpmmd._contract.protocol import Matched, Step, is_one
 from dpmmd._contract.slot import Slot
 from dpmmd._contract.taps import DTYPES, Taps
 from dpmmd._cores import arguments, cpu
-from dpmmd._cores.calls import Call, call_of, estimator
+from dpmmd._cores.calls import call_of, estimator
 from dpmmd._cores.cpu import BOTH, CPU, Native, check_status, checked_labels, embed, empty, number
 from dpmmd.bounds import Bound
 
@@ -53,7 +53,7 @@ class Matching(Native):
             return super().match(features, labels, num_classes, bound, target, step, slots)
         call = call_of(features, taps, num_classes, bound)
         labels, target = checked_labels(labels, taps.n), target.contiguous()
-        _check(target, step.state(), call)
+        step.check(target, call.means, CPU)
         kept, value, passing = empty(call.numbers), empty(()), empty(call.passing)
         means, start = passing.data_ptr(), kept.data_ptr()
         counts = means + 4 * call.gradient
@@ -103,13 +103,6 @@ def _step(
 ) -> None:
     told = estimator(shape, buffers, step, gradient, value.data_ptr())
     check_status(cpu._native.estimator(*told, number(threads)))
-
-
-def _check(target: Tensor, state: Mapping[str, Tensor], call: Call) -> None:
-    """Refuses a target and a state that the core could not take by their addresses."""
-    for name, buffer in {"target": target, **state}.items():
-        check_buffer(name, buffer, call.means[1:2] if name == "steps" else call.means, CPU)
-    check_apart(state, {"target": target})
 
 
 CORE = Matching()

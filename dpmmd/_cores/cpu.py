@@ -26,8 +26,8 @@ from dpmmd._contract.checks import (
 )
 from dpmmd._contract.protocol import Core, Saved, Step
 from dpmmd._contract.slot import Slot, written
-from dpmmd._contract.taps import DTYPES, Taps, empty_gradients, statistics_shape
-from dpmmd._cores import arguments
+from dpmmd._contract.taps import DTYPES, Taps, statistics_shape
+from dpmmd._cores import arguments, blocks
 from dpmmd._cores.arguments import Buffers
 from dpmmd.bounds import Bound
 
@@ -174,7 +174,7 @@ class Native(Core):
         upstream = upstream.contiguous()
         check_buffer("upstream", upstream, (len(bound.moments), num_classes, taps.dim), _CPU)
         upstream = taps.from_columns(upstream)
-        gradients = empty_gradients(taps.tensors, needed)
+        gradients = blocks.empty_gradients(taps.tensors, needed)
         labels = _checked_labels(labels, taps.n)
         buffers = Buffers(
             saved.scale, saved.projection, upstream=upstream, coefficients=coefficients

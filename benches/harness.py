@@ -7,7 +7,6 @@ is one variant.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import platform
@@ -22,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from dpmmd._memory import return_freed_memory
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
@@ -211,10 +212,10 @@ def peak_bytes(run: Variant) -> int | None:
     """Resident memory at its highest during one call, over that before it; None if unknown."""
     gc.collect()
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # memory that was freed before must not hide use
+        return_freed_memory()  # or memory that was freed before hides use
         before = _status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from VmRSS
-    except (OSError, AttributeError):
+    except OSError:
         return None
     result = run()
     peak = _status("VmHWM")

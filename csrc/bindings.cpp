@@ -84,4 +84,5 @@ PYBIND11_MODULE(_native, module) {
     module.def("estimator", estimator);
     module.def("bounded_sums", bounded_sums);
     bind_cuda(module);
+    bind_blocks(module);
 }

@@ -117,3 +117,5 @@ struct Estimator {
 
 // The functions cuda_*; in a build without CUDA only cuda_architectures, which is empty.
 void bind_cuda(pybind11::module_& module);
+// Memory for gradients: lend and what belongs to it.
+void bind_blocks(pybind11::module_& module);

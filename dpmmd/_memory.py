@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # `dpmmd --help` need not import it
@@ -24,17 +25,25 @@ def keep_freed_memory() -> None:
     By default every tensor above a size is mapped anew, and the kernel clears its pages one by one
     as they are first written: a fifth of a training step on a CPU. For a process whose steps ask
     for the same blocks again and again; the command line calls it. In a program of your own the
-    environment variables MALLOC_MMAP_MAX_=0 and MALLOC_TRIM_THRESHOLD_=-1 do the same. Elsewhere
-    than on glibc nothing happens.
+    environment variables MALLOC_MMAP_MAX_=0 and MALLOC_TRIM_THRESHOLD_=-1 do the same. Gradients
+    come from the heap too: blocks of their own would only add to it. Elsewhere than on glibc
+    nothing happens.
     """
     if platform.libc_ver()[0] == "glibc":
+        _keep_blocks(False)
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def return_freed_memory() -> None:
-    """Gives what is free back to the system, between stages that ask for other blocks."""
+    """Gives what is free back to the system, between stages that ask for other blocks.
+
+    That includes the memory of a loss's gradients, which otherwise stays after the last backward
+    pass on the CPU (`dpmmd._cores.blocks`).
+    """
+    if (native := _native()) is not None:
+        native.return_blocks()
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -46,12 +55,27 @@ def return_memory_at_once() -> None:
     `keep_freed_memory`, the blocks of a step leave holes that others do not fit into: two to three
     times as much. The price is that pages are cleared again.
     """
+    _keep_blocks(False)
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_MAX, 65536)
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 17)
         libc.mallopt(_M_TRIM_THRESHOLD, 1 << 17)
         libc.malloc_trim(0)
+
+
+def _keep_blocks(kept: bool) -> None:
+    """Whether memory of gradients stays with the native core; it does at first."""
+    if (native := _native()) is not None:
+        native.keep_blocks(kept)
+
+
+def _native() -> ModuleType | None:
+    try:
+        from dpmmd import _native
+    except ImportError:  # a build without the extension
+        return None
+    return _native
 
 
 def peak_memory() -> int | None:

@@ -27,6 +27,7 @@ TRUSTED = frozenset(name for names in MODULES.values() for name in names)
 INSIDE = {
     "dpmmd": "names of public modules; the trusted code takes __version__ of it and nothing else",
     "dpmmd._cores": "a table of the cores by name",
+    "dpmmd._cores.blocks": "memory for gradients of generated images",
     "dpmmd._cores.calls": "sizes of means of generated images",
     "dpmmd._cores.matching": "losses of generated images; sums nothing",
     "dpmmd._cores.plain": "means and losses of generated images; sums nothing",
@@ -39,7 +40,7 @@ INSIDE = {
     "dpmmd._contract.slot": "ReLUs of a generator's training; sums nothing",
     "dpmmd._fastest": "which core is the fastest; every core that it can name for sums is trusted",
     "dpmmd._lazy": "imports what a package offers when it is first used",
-    "dpmmd._memory": "asks the C library to return freed memory",
+    "dpmmd._memory": "asks the C library and the native core to return freed memory",
     "dpmmd._torchvision": "imports torchvision, whose models are encoders",
     "dpmmd._version": "a constant",
     "dpmmd._warn": "gives a warning the line of the caller",

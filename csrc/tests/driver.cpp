@@ -1,5 +1,9 @@
 // Test driver of the native core, built with ASan and UBSan by `make test-native`: every operation
 // at every level of this processor, on buffers of exactly the size promised, against plain loops.
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -7,8 +11,10 @@
 #include <limits>
 #include <memory>
 #include <random>
+#include <thread>
 #include <vector>
 
+#include "../cpu/blocks.h"
 #include "../dpmmd.h"
 
 namespace {
@@ -253,9 +259,74 @@ void bounded_sums(const Operations& o, Type type, int moments, bool per_tap, int
     expect(total > 0, "bounded sums add something", o.level);
 }
 
+// A fork finds another thread in the pool sooner or later; the child must not wait for it.
+void fork_amid_lending() {
+    std::atomic<bool> over{false};
+    std::thread busy([&] {
+        while (!over) blocks::give_back(blocks::borrow(1 << 14));
+    });
+    bool good = true;
+    for (int i = 0; good && i < 200; ++i) {
+        const pid_t child = fork();
+        if (!child) {
+            alarm(10);
+            blocks::give_back(blocks::borrow(1 << 14));
+            _exit(0);
+        }
+        int status = 1;
+        good = child > 0 && waitpid(child, &status, 0) == child && !status;
+    }
+    over = true;
+    busy.join();
+    expect(good, "a forked child borrows", "blocks");
+}
+
+void lent_blocks() {
+    const char* what = "blocks";
+    constexpr size_t bytes = 1 << 20;
+    const blocks::Block first = blocks::borrow(bytes), second = blocks::borrow(bytes);
+    if (!first.data) return;  // this system keeps none
+    expect(first.data != second.data && first.bytes >= bytes, "each has one owner", what);
+    std::memset(first.data, 1, first.bytes);
+    std::memset(second.data, 2, second.bytes);
+    blocks::give_back(first);
+    expect(blocks::borrow(bytes).data == first.data, "a block comes back", what);
+    blocks::give_back(first);
+    expect(blocks::borrow(bytes / 4).data != first.data, "not for a quarter of it", what);
+    blocks::begin_pass();
+    blocks::begin_pass();
+    expect(blocks::borrow(bytes).data == first.data, "a block sits out two passes", what);
+    blocks::give_back(first);
+    for (int i = 0; i < 3; ++i) blocks::begin_pass();
+    expect(blocks::return_idle() == 0, "and no third", what);
+
+    std::vector<std::thread> borrowers;
+    for (int t = 0; t < 4; ++t) {
+        borrowers.emplace_back([t] {
+            for (size_t i = 0; i < 200; ++i) {
+                const blocks::Block block = blocks::borrow((i % 7 + 1) << 14);
+                std::memset(block.data, t, block.bytes);
+                auto* last = static_cast<char*>(block.data) + block.bytes - 1;
+                expect(*last == t, "no two threads have one", "blocks");
+                if (i % 5 == 0) blocks::begin_pass();
+                blocks::give_back(block);
+            }
+        });
+    }
+    for (std::thread& each : borrowers) each.join();
+    expect(static_cast<char*>(second.data)[bytes - 1] == 2, "what is held is nobody else's", what);
+    fork_amid_lending();
+    blocks::keep(false);
+    expect(!blocks::borrow(bytes).data, "none while none are kept", what);
+    blocks::give_back(second);
+    expect(blocks::return_idle() == 0, "nor are they taken back", what);
+    blocks::keep(true);
+}
+
 }  // namespace
 
 int main() {
+    lent_blocks();
     int levels = 0;
     for (const char* level : {"baseline", "avx2", "avx512"}) {
         if (!choose(level)) continue;

@@ -21,10 +21,10 @@ class Lent:
     It is finished once its backward has run and cannot run again, or when nothing refers to it.
     """
 
-    def __init__(self, estimate: Tensor) -> None:
-        self._estimate: Tensor | None = estimate.detach()
+    def __init__(self, estimate: Tensor, *, copied: bool = False) -> None:
+        self._estimate: Tensor | None = estimate.clone() if copied else estimate.detach()
         # Once the step is marked; None: of a copy, which nobody moves.
-        self._version: int | None = estimate._version + 1
+        self._version: int | None = None if copied else estimate._version + 1
         self._captured = _capturing(estimate)
 
     def read(self) -> Tensor:
@@ -47,7 +47,7 @@ class Lent:
     def settle(self) -> None:
         """Takes a copy, unless finished, for the estimate is about to move."""
         if self._estimate is None or self._version != self._estimate._version:
-            return
+            return  # finished, a copy, or changed by somebody else
         if self._captured != _capturing(self._estimate):
             # A copy would be made when the graph is replayed, or only now.
             self._estimate = None
@@ -57,11 +57,10 @@ class Lent:
 
 def lend(estimate: Tensor) -> Lent:
     """Lends an estimate that has moved, before its step is marked."""
-    address, lent = estimate.data_ptr(), Lent(estimate)
-    if _capturing(estimate):
+    address, capturing = estimate.data_ptr(), _capturing(estimate)
+    if capturing:
         _replayed.add(address)
-    elif address in _replayed:
-        lent.settle()
+    lent = Lent(estimate, copied=address in _replayed and not capturing)
     _lent[address] = lent
     return lent
 

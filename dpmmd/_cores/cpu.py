@@ -26,7 +26,7 @@ from dpmmd._contract.checks import (
 from dpmmd._contract.protocol import Core, Saved
 from dpmmd._contract.slot import Slot, written
 from dpmmd._contract.taps import DTYPES, Taps
-from dpmmd._cores import arguments
+from dpmmd._cores import arguments, blocks
 from dpmmd._cores.calls import Buffers, call_of
 from dpmmd.bounds import Bound
 
@@ -172,7 +172,7 @@ class Native(Core):
         upstream = upstream.contiguous()
         check_buffer("upstream", upstream, call.means, CPU)
         upstream = taps.from_columns(upstream)
-        gradients = taps.empty_gradients(needed)
+        gradients = blocks.empty_gradients(taps, needed)
         labels = checked_labels(labels, taps.n)
         buffers = Buffers(
             saved.scale, saved.projection, upstream=upstream, coefficients=coefficients

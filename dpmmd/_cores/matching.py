@@ -13,7 +13,7 @@ from dpmmd._contract.checks import check_buffer, check_estimate
 from dpmmd._contract.protocol import Matched, Step, is_one
 from dpmmd._contract.slot import Slot
 from dpmmd._contract.taps import DTYPES, Taps
-from dpmmd._cores import arguments, cpu
+from dpmmd._cores import arguments, blocks, cpu
 from dpmmd._cores.calls import call_of, estimator
 from dpmmd._cores.cpu import BOTH, CPU, Native, check_status, checked_labels, embed, empty, number
 from dpmmd.bounds import Bound
@@ -84,7 +84,7 @@ class Matching(Native):
         upstream = kept if is_one(grad) else kept[: call.gradient] * grad
         if taps.planes:  # which they were not in `match`: hooks have brought them back so
             upstream = taps.from_columns(upstream[: call.gradient].view(call.means))
-        gradients, coefficients = taps.empty_gradients(needed), empty(call.statistics)
+        gradients, coefficients = blocks.empty_gradients(taps, needed), empty(call.statistics)
         labels, start = checked_labels(labels, taps.n), kept.data_ptr()
         factors = start + 4 * call.scale, start + 4 * call.projection
         buffers = *factors, 0, 0, upstream.data_ptr(), coefficients.data_ptr()

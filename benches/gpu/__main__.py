@@ -160,7 +160,7 @@ def run(device: Any, options: argparse.Namespace, stood_in: Sequence[str] = ()) 
             processes = min(CHECK_PROCESSES, max(1, (os.cpu_count() or 2) - 2))
             outcome = checks.spread(wanted, processes, same, left)
         broken.update(outcome.broken)
-        kept = ("passed", "failed", "missed")
+        kept = ("passed", "failed", "missed", "unreached")
         results["checks"] = {name: getattr(outcome, name) for name in kept}
 
     def sanitize() -> None:

@@ -40,7 +40,13 @@ NEEDS = {conformance.EMBEDDING, conformance.ESTIMATOR, conformance.STEP}
 
 
 class Step:
-    """Generator, encoder, loss, backward, Adam."""
+    """Generator, encoder, loss, backward, Adam.
+
+    Args:
+        capturable: whether a CUDA graph is to hold it.
+        autocast: whether the generator computes in bfloat16 where autocast has it so.
+        fused: whether Adam is one kernel; None: as torch chooses.
+    """
 
     def __init__(
         self,
@@ -49,17 +55,32 @@ class Step:
         batch: int,
         classes: int,
         capturable: bool,
+        *,
+        autocast: bool = False,
+        fused: bool | None = None,
     ) -> None:
         self.generator, self.loss, self.batch, self.classes = generator, loss, batch, classes
-        self.device = device_of(generator)
+        self.device, self.autocast = device_of(generator), autocast
         capturable = capturable and self.device.type == "cuda"
-        self.optimizer = torch.optim.Adam(generator.parameters(), lr=1e-3, capturable=capturable)
+        self.optimizer = torch.optim.Adam(
+            generator.parameters(), lr=1e-3, capturable=capturable, fused=fused
+        )
+
+    def images(self, y: Tensor) -> Tensor:
+        """Generated images of the classes y [n], float32."""
+        z = torch.randn(self.batch, int(self.generator.z_dim), device=self.device)  # type: ignore[arg-type]
+        # Weights move in every step: a cast that is kept would be that of the step before.
+        half = torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.autocast, cache_enabled=False
+        )
+        with half:
+            images: Tensor = self.generator(z, y)
+        return images.float()
 
     def __call__(self) -> None:
-        z = torch.randn(self.batch, int(self.generator.z_dim), device=self.device)  # type: ignore[arg-type]
         y = torch.arange(self.batch, device=self.device) % self.classes
         self.optimizer.zero_grad()
-        self.loss(self.generator(z, y), y).backward()
+        self.loss(self.images(y), y).backward()
         self.optimizer.step()
 
 
@@ -104,7 +125,7 @@ def steps(
                 timed.add_authors()
             timed.measure()
             if size == scale.step[0] and precision == scale.precisions[0] and sound:
-                timed.trained(sound[-1])
+                timed.trained(sound[-1], with_and_without_graph(sound[-1], measure.device))
         except torch.OutOfMemoryError:
             measure.budget.skip(what, "out of memory")
         except Exception as error:
@@ -217,13 +238,14 @@ class Steps:
         if again := self.calls[CAPTURED]:
             self.of(CAPTURED, self.shape, self.precision, again, graph=again, items=self.batch)
 
-    def trained(self, backend: str) -> None:
-        """A step of `dpmmd.train.train`, by the difference of a long and a short run."""
+    def trained(self, backend: str, ways: Mapping[str, Mapping[str, Any]]) -> None:
+        """A step of `dpmmd.train.train`, by the difference of a long and a short run.
+
+        Args:
+            ways: name -> settings of the [train] section.
+        """
         few, many = self.scale.train_steps
-        kinds: dict[str, dict[str, Any]] = {backend: {}}
-        if device_of(self.encoder).type == "cuda":  # both, whatever the default does
-            kinds = {f"{backend}, graph = {str(g).lower()}": {"graph": g} for g in (False, True)}
-        for name, chosen in kinds.items():
+        for name, chosen in ways.items():
             if not self.of.budget.fits(f"{TRAIN}, {name}"):
                 continue
             try:
@@ -247,6 +269,13 @@ class Steps:
         more: dict[str, Any] = {"generator_settings": generator, "progress": False}
         with backends.use(backend):
             return dpmmd.train.train(self.release, self.encoder, None, settings, **more).seconds
+
+
+def with_and_without_graph(backend: str, device: Any) -> dict[str, dict[str, Any]]:
+    """Settings of a training: on a GPU both, whatever the default does."""
+    if device.device.type != "cuda":
+        return {backend: {}}
+    return {f"{backend}, graph = {str(graph).lower()}": {"graph": graph} for graph in (False, True)}
 
 
 def exact(call: Call, precision: str) -> Call:

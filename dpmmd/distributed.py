@@ -106,8 +106,8 @@ class _AllReduce(torch.autograd.Function):
 class _SyncedBatchNorm2d(nn.BatchNorm2d):
     """Batch norm over the images of all processes, on devices that torch's SyncBatchNorm refuses.
 
-    The whole batch's mean and (biased) variance in two passes, as nn.BatchNorm2d has them; in
-    evaluation mode it is nn.BatchNorm2d.
+    The whole batch's mean and (biased) variance in two passes, as nn.BatchNorm2d has them, and in
+    float32 under autocast; in evaluation mode it is nn.BatchNorm2d.
     """
 
     group: dist.ProcessGroup
@@ -115,6 +115,9 @@ class _SyncedBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
+        given = x.dtype
+        if given in (torch.bfloat16, torch.float16):
+            x = x.float()
         n = torch.tensor(float(x.numel() // x.shape[1]), dtype=x.dtype, device=x.device)
         dist.all_reduce(n, group=self.group)
         mean = _AllReduce.apply(x.sum(dim=(0, 2, 3)), self.group) / n
@@ -125,7 +128,7 @@ class _SyncedBatchNorm2d(nn.BatchNorm2d):
         if self.weight is not None:
             scale = scale * self.weight
         out = centred * scale[:, None, None]
-        return out if self.bias is None else out + self.bias[:, None, None]
+        return (out if self.bias is None else out + self.bias[:, None, None]).to(given)
 
     @torch.no_grad()
     def _remember(self, mean: Tensor, variance: Tensor) -> None:

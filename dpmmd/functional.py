@@ -17,7 +17,7 @@ from dpmmd._contract.checks import brief
 from dpmmd._contract.protocol import Step
 from dpmmd._cores import named
 from dpmmd._ops import embedding, estimator
-from dpmmd._ops.arguments import checked
+from dpmmd._ops.arguments import check_target, checked
 
 
 def mean_embedding(
@@ -62,10 +62,10 @@ def mean_embedding(
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, dtype or range.
     """
-    folded = checked(features, labels, num_classes, moments, bound, clip, joint_weight)
-    first = features[0]
+    folded, taps = checked(features, labels, num_classes, moments, bound, clip, joint_weight)
+    first = taps[0]
     core = backends.core(backend, first.device.type, first.dtype)
-    return embedding.mean_embedding(core, features, labels, num_classes, folded)
+    return embedding.mean_embedding(core, taps, labels, num_classes, folded)
 
 
 def mmd_loss(means: Tensor, counts: Tensor, target: Tensor, *, backend: str = "auto") -> Tensor:
@@ -160,22 +160,13 @@ def adam_loss(
 
 def mean_difference(means: Tensor, counts: Tensor, target: Tensor) -> Tensor:
     """``target - means`` [M, K, D], zero for classes with count 0; arguments as in `mmd_loss`."""
-    _check_target(means, counts, target)
+    check_target(means, counts, target)
     return torch.where(counts[None, :, None] > 0, target - means, 0)
-
-
-def _check_target(means: Tensor, counts: Tensor, target: Tensor) -> None:
-    if means.shape != target.shape or counts.shape != means.shape[1:2]:
-        raise ValueError(
-            f"target: shape {tuple(target.shape)}, expected that of means {tuple(means.shape)} "
-            f"with counts [{means.shape[1]}] (got {tuple(counts.shape)}): [moments, classes, "
-            "features]. Use the encoder, taps, moments and classes that the target was made with."
-        )
 
 
 def _loss(means: Tensor, counts: Tensor, target: Tensor, step: Step, backend: str) -> Tensor:
     """The loss of a step, by a core if all is float32 and the gradient is in the means alone."""
-    _check_target(means, counts, target)
+    check_target(means, counts, target)
     states = step.state().values()
     others = (counts, target, *states)
     for name, tensor in zip(("counts", "target", *["state"] * len(states)), others, strict=True):

@@ -20,9 +20,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from dpmmd import backends
-from dpmmd._contract.protocol import Core
+from dpmmd._contract.protocol import Core, Step
+from dpmmd._contract.slot import Slot
 from dpmmd._cores import CORES, named
-from dpmmd._ops import embedding
+from dpmmd._ops import embedding, matching
 from dpmmd._ops.arguments import checked
 from dpmmd.bounds import Bound
 from dpmmd.encoders import Encoder
@@ -67,15 +68,42 @@ def mean_embedding(
     Raises:
         ValueError: ``backend`` has no injection; as there and as ``encoder(images)``.
     """
+    unchecked = Bound(tuple(moments), bound, clip, joint_weight)
+    core, features, slots = _features(encoder, images, unchecked, backend)
+    folded, taps = checked(features, labels, num_classes, moments, bound, clip, joint_weight)
+    return embedding.mean_embedding(core, taps, labels, num_classes, folded, slots)
+
+
+def loss(
+    encoder: Encoder,
+    images: Tensor,
+    labels: Tensor | None,
+    num_classes: int,
+    bound: Bound,
+    target: Tensor,
+    step: Step,
+    backend: str = "auto",
+) -> Tensor:
+    """The loss of an encoder's features, as `dpmmd._ops.matching.loss` computes it of features.
+
+    Args:
+        encoder, images, backend: as in `mean_embedding`.
+        labels, num_classes, bound, target, step: as there.
+    """
+    core, features, slots = _features(encoder, images, bound, backend)
+    return matching.loss(core, features, labels, num_classes, bound, target, step, slots)
+
+
+def _features(
+    encoder: Encoder, images: Tensor, bound: Bound, backend: str
+) -> tuple[Core, list[Tensor], list[Slot | None]]:
+    """An encoder's features, and the core and the slots that it has met."""
     check(backend)
     core = _core(backend, encoder, images)
-    unchecked = Bound(tuple(moments), bound, clip, joint_weight)
-    slots = {name: core.slot(unchecked, encoder.dim) for name in encoder.rectified}
+    slots = {name: core.slot(bound, encoder.dim) for name in encoder.rectified}
     features = encoder(images, slots)
-    folded = checked(features, labels, num_classes, moments, bound, clip, joint_weight)
     core.check("backend", features[0].device.type, features[0].dtype)
-    of_taps = [slots.get(tap.name) for tap in encoder.taps]
-    return embedding.mean_embedding(core, features, labels, num_classes, folded, of_taps)
+    return core, features, [slots.get(tap.name) for tap in encoder.taps]
 
 
 def _core(backend: str, encoder: Encoder, images: Tensor) -> Core:
@@ -91,3 +119,4 @@ def _core(backend: str, encoder: Encoder, images: Tensor) -> Core:
 
 # What torch.compiler.disable marks, whose import would take seconds: slots are no part of a graph.
 mean_embedding._torchdynamo_disable = True  # type: ignore[attr-defined]
+loss._torchdynamo_disable = True  # type: ignore[attr-defined]

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dpmmd import injection
+from dpmmd import backends, injection
+from dpmmd._contract.protocol import Step
+from dpmmd._ops import matching
 from dpmmd._ops.arguments import check_labels
 from dpmmd.bounds import Bound
 from dpmmd.devices import device_of
@@ -165,7 +167,9 @@ class MMDLoss(nn.Module):
                 f"{'pass' if self.labelled else 'leave out'} the labels of the images."
             )
         if self._chunk is None:
-            return self._value(*self._embed(images, labels, self.num_classes))
+            if self._needs_means(images):
+                return self._value(*self._embed(images, labels, self.num_classes))
+            return self._matched(images, labels)
         n = images.shape[0]
         if n < self._chunk.size:
             raise ValueError(
@@ -182,6 +186,28 @@ class MMDLoss(nn.Module):
             value=self._value,
             chunk=self._chunk,
         )
+
+    def _needs_means(self, images: Tensor) -> bool:
+        """Whether the loss is not one step of one estimator on the device of the images."""
+        return (
+            self.process_group is not None
+            or self.shared is not None
+            or self.estimator == "unbiased"
+            or not self.by_class.fits(images.device)
+        )
+
+    def _matched(self, images: Tensor, labels: Tensor | None) -> Tensor:
+        """The loss of one batch where nothing asks for its means."""
+        estimator, k, bound = self.by_class, self.num_classes, self.bound
+        target, step = estimator.target, estimator.step()
+        if self.inject:
+            return injection.loss(
+                self.encoder, images, labels, k, bound, target, step, self.backend
+            )
+        features = self.encoder(images)
+        first = features[0]
+        core = backends.core(self.backend, first.device.type, first.dtype)
+        return matching.loss(core, features, labels, k, bound, target, step)
 
     def _embed(
         self, images: Tensor, labels: Tensor | None, num_classes: int
@@ -268,6 +294,23 @@ class _Estimator(nn.Module):
         if estimator == "adam":
             self.register_buffer("first_moment", torch.zeros_like(target))
             self.register_buffer("second_moment", torch.zeros_like(target))
+
+    def fits(self, device: torch.device) -> bool:
+        """Whether target and state are what a core takes of features on a device."""
+        return all(
+            b.device == device and b.dtype == torch.float32 and not b.requires_grad
+            for b in self.buffers()
+        )
+
+    def step(self) -> Step:
+        """The step that moves the state, if in training."""
+        if self.estimator in ("batch", "unbiased"):
+            return Step()
+        state, update = (self.difference, self.steps), self.training
+        if self.estimator == "ema":
+            return Step("ema", *state, decay=self.decay, update=update)
+        moments = self.first_moment, self.second_moment
+        return Step("adam", *state, *moments, lr=self.lr, numbers=self.numbers, update=update)
 
     def forward(self, means: Tensor, counts: Tensor) -> Tensor:
         """The loss of the rows with a count above 0, from means [M, R, D] and counts [R]."""

@@ -161,10 +161,12 @@ class TrainSection(_Section):
 
     ``lr`` decays to zero over the steps by ``schedule``; ``ema_decay`` averages the weights that
     images are sampled from (0: the last weights). ``inject`` is an argument of
-    `dpmmd.nn.MMDLoss`; ``graph`` records the whole step once as a CUDA graph and replays it (None:
-    on a CUDA device, in one process and without ``memory``, where the generator is one of
-    `dpmmd.generators`); ``compile`` runs generator and encoder through torch.compile. ``memory`` is
-    a budget for a step, such as "8GiB", or a fraction of what is free, "0.8": see
+    `dpmmd.nn.MMDLoss` (None: where the step is a graph); ``graph`` records the whole step once as a
+    CUDA graph and replays it (None: on a CUDA device, in one process and without ``memory``, where
+    the generator is one of `dpmmd.generators`); ``compile`` runs generator and encoder through
+    torch.compile. ``precision`` is that of the generator's passes in training, over float32
+    weights: see `dpmmd.precision` (None: "tf32" on a CUDA device, "float32" elsewhere). ``memory``
+    is a budget for a step, such as "8GiB", or a fraction of what is free, "0.8": see
     `dpmmd.train.plan`.
     """
 
@@ -178,7 +180,8 @@ class TrainSection(_Section):
     estimator_decay: float = Field(default=0.9, ge=0, lt=1)
     estimator_lr: float = Field(default=1e-3, gt=0, lt=1)
     ema_decay: float = Field(default=0.99, ge=0, lt=1)
-    inject: bool = False
+    precision: Literal["float32", "tf32", "bfloat16"] | None = None
+    inject: bool | None = None
     graph: bool | None = None
     compile: bool = False
     seed: int = 0

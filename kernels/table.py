@@ -1,7 +1,8 @@
 """Launch parameters by operation, architecture, dtype and size: no autotuning at run time.
 
 Chosen among neighbours by time on an H200 (VGG19's taps, 128 images of 32 and 128 px, 1 and 10
-classes); `estimator` and `bounded_sums` by arithmetic: 64 numbers or fewer a thread, so that
+classes). `estimator`, `bounded_sums` and those of layers (`normalise`, `upsampling`, `pooling`,
+which no GPU has run yet) are chosen by arithmetic: 64 numbers or fewer a thread, so that
 several programs share a multiprocessor and keep some 40 KiB of loads in flight on it (latency times
 bandwidth). `tests/core/kernels_aot.py` holds every entry to its register budget.
 """
@@ -52,6 +53,11 @@ FINISH_WARPS = 2
 VALUE_WARPS = 8
 FINISH_REGISTERS = 64
 
+# Of a batch norm: programs that reduce rows, some for each multiprocessor, and channels a program
+# that adds up what they found.
+REDUCING_PROGRAMS = 512
+FINISH_COLUMNS = 8
+
 # operation -> (greatest number of columns D, parameters) in ascending order, the last without end.
 _BF16: dict[str, tuple[tuple[float, Config], ...]] = {
     "row_statistics": ((float("inf"), Config(2048, 4, 4, 1, 128)),),
@@ -60,12 +66,17 @@ _BF16: dict[str, tuple[tuple[float, Config], ...]] = {
     "gradient": ((float("inf"), Config(512, TILE_ROWS, 4, 1, 168)),),
     "estimator": ((float("inf"), Config(1024, 1, 4, 1, 80)),),
     "bounded_sums": ((float("inf"), Config(256, 8, 4, 1, 168)),),  # checked so on an H200
+    "normalise": ((float("inf"), Config(64, 64, 4, 1, 128)),),
+    "upsampling": ((float("inf"), Config(64, 64, 4, 1, 64)),),
+    "pooling": ((float("inf"), Config(64, 16, 4, 1, 112)),),
 }
 _FP32: dict[str, tuple[tuple[float, Config], ...]] = _BF16 | {
     "row_statistics": ((float("inf"), Config(512, 8, 4, 1, 128)),),
     "class_sums": ((float("inf"), Config(128, 16, 1, 1, 168)),),
     "row_dots": ((float("inf"), Config(512, TILE_ROWS, 4, 1, 168)),),
     "gradient": ((float("inf"), Config(512, TILE_ROWS, 4, 1, 168)),),
+    "normalise": ((float("inf"), Config(64, 32, 4, 1, 80)),),
+    "upsampling": ((float("inf"), Config(64, 32, 4, 1, 64)),),
 }
 TABLE: dict[int, dict[torch.dtype, dict[str, tuple[tuple[float, Config], ...]]]] = {
     architecture: {torch.bfloat16: _BF16, torch.float32: _FP32} for architecture in ARCHITECTURES

@@ -36,7 +36,7 @@ STEP, CAPTURED, TRAIN = "training step", "training step, captured", "dpmmd train
 FLOOR = "sum of the last tap"
 AUTHORS = {"eager, TF32 off": False, "eager, TF32 on": True}
 INJECTED = ", injected"
-NEEDS = {conformance.EMBEDDING, conformance.ESTIMATOR, conformance.STEP}
+NEEDS = {conformance.EMBEDDING, conformance.ESTIMATOR, conformance.MATCHING, conformance.STEP}
 
 
 class Step:

@@ -138,8 +138,22 @@ def check_estimate(
     device: torch.device,
 ) -> None:
     """Refuses arguments of `Core.estimate` that a core could not take by their addresses."""
-    shape = tuple(means.shape)
-    inputs = {"means": means, "counts": counts, "target": target}
-    for name, buffer in {**inputs, **state}.items():
+    _check_step({"means": means, "counts": counts, "target": target}, state, means.shape, device)
+
+
+def check_match(
+    target: Tensor, state: Mapping[str, Tensor], shape: Sequence[int], device: torch.device
+) -> None:
+    """Refuses a target and state of `Core.match` for means of a shape [M, K, D]."""
+    _check_step({"target": target}, state, shape, device)
+
+
+def _check_step(
+    inputs: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    shape: Sequence[int],
+    device: torch.device,
+) -> None:
+    for name, buffer in (*inputs.items(), *state.items()):
         check_buffer(name, buffer, shape[1:2] if name in ("counts", "steps") else shape, device)
     check_apart(state, inputs)

@@ -65,6 +65,19 @@ class Step(NamedTuple):
         return {name: state for name, state in states.items() if state is not None}
 
 
+class Matched(NamedTuple):
+    """What `Core.match` leaves for `Core.match_backward`, beside labels and features.
+
+    Attributes:
+        saved: as `Core.forward` leaves it; None of a core that has all in ``gradient``.
+        gradient: [M, K, D], of the loss in the means. A core that never forms the means, or keeps
+            them elsewhere, leaves here what its `match_backward` needs in the place of it.
+    """
+
+    saved: Saved | None
+    gradient: Tensor
+
+
 class Core(Protocol):
     """One implementation.
 
@@ -128,6 +141,46 @@ class Core(Protocol):
         """
         ...
 
+    def match(
+        self,
+        features: Sequence[Tensor],
+        labels: Tensor | None,
+        num_classes: int,
+        bound: Bound,
+        target: Tensor,
+        step: Step,
+        slots: Sequence[Slot | None] | None = None,
+    ) -> tuple[Tensor, Matched]:
+        """Loss of an estimator's step on the features' mean embedding; moves the state.
+
+        Of an opaque core; target and state are float32, on the device of the features. What a later
+        call of `match` moves, or writes in place, must not be what `match_backward` needs.
+        """
+        means, counts, saved = self.forward(features, labels, num_classes, bound, slots)
+        value, gradient = self.estimate(means, counts, target, step)
+        assert gradient is not None
+        return value, Matched(saved, gradient)
+
+    def match_backward(
+        self,
+        features: Sequence[Tensor],
+        labels: Tensor | None,
+        num_classes: int,
+        bound: Bound,
+        matched: Matched,
+        grad: Tensor,
+        needed: Sequence[bool],
+        slots: Sequence[Slot | None] | None = None,
+    ) -> list[Tensor]:
+        """The gradient of each tap, as of `backward`; ``grad`` is the scalar that reaches the loss.
+
+        It may run several times for one `match` (``retain_graph=True``).
+        """
+        saved, gradient = matched
+        assert saved is not None
+        upstream = times(gradient, grad)
+        return self.backward(features, labels, num_classes, bound, saved, upstream, needed, slots)
+
     def bounded_sums(
         self,
         features: Sequence[Tensor],
@@ -161,3 +214,17 @@ class Core(Protocol):
     def slot(self, bound: Bound, dim: int) -> Slot | None:
         """A new slot of `dpmmd.injection` for one tap and pass; None: this core has none."""
         return None
+
+
+def times(gradient: Tensor, grad: Tensor) -> Tensor:
+    """``gradient * grad`` of a scalar ``grad``; the same tensor where that is known to be 1."""
+    return gradient if is_one(grad) else gradient * grad
+
+
+def is_one(grad: Tensor) -> bool:
+    """Whether a scalar is known to be 1, the usual case, which then costs no pass and no memory.
+
+    While a graph is traced (the tensor is of another class then) there is no value to look at, and
+    one on a device would have to be waited for, which a CUDA graph cannot capture.
+    """
+    return type(grad) is Tensor and grad.is_cpu and grad.item() == 1.0

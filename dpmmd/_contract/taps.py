@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dpmmd._contract.checks import brief
+from dpmmd._contract.plans import plan_of
 from dpmmd.bounds import Bound
 
 DTYPES = (torch.float32, torch.bfloat16)  # of the features that all cores but plain torch take
@@ -78,6 +79,56 @@ def statistics_shape(bound: Bound, n: int, taps: int) -> tuple[int, int, int]:
     return bound.norms, n, bound.blocks(taps)
 
 
+class Geometry:
+    """What follows of taps from their shapes, strides, dtypes and devices.
+
+    Attributes:
+        widths: columns of each tap.
+        planes: indices of those that lie as PLANES.
+        copied: indices of those that are copied, since their images are not in one piece.
+        strides: from one image to the next in each tap, or its copy, in elements.
+        alike: whether torch.empty_like makes the `empty_gradient` of every tap.
+        n, dtype, device: of all.
+        dim: D, the columns of all taps.
+    """
+
+    def __init__(
+        self,
+        features: Sequence[Tensor],
+        dtypes: Collection[torch.dtype],
+        kind: str | None,
+        planes: bool,
+    ) -> None:
+        if not features:
+            raise ValueError("features: expected at least one tap.")
+        first = features[0]
+        n, dtype, device = first.shape[:1], first.dtype, first.device
+        if dtype not in dtypes or (kind is not None and device.type != kind):
+            _refuse(features, dtypes, kind)
+        widths, of_planes, copied, strides = [], [], [], []
+        for i, tap in enumerate(features):
+            shape = tap.shape
+            if (
+                tap.dtype != dtype
+                or tap.device != device
+                or len(shape) < 2
+                or shape[:1] != n
+                or tap.layout != torch.strided
+            ):
+                _refuse(features, dtypes, kind)
+            widths.append(prod(shape[1:]))
+            how = layout(tap)
+            if how is None or (how == PLANES and not planes):
+                copied.append(i)
+            elif how == PLANES and widths[-1]:
+                of_planes.append(i)
+            strides.append(widths[-1] if i in copied[-1:] else tap.stride(0))
+        self.alike = not copied and all(t.is_contiguous() or _channels_last(t) for t in features)
+        self.widths, self.planes, self.copied = tuple(widths), of_planes, copied
+        self.strides = tuple(strides)
+        self.n, self.dim, self.dtype, self.device = n[0], sum(widths), dtype, device
+
+
 class Taps:
     """Features of n images at L taps: checked, and in one piece a tap and image.
 
@@ -89,10 +140,7 @@ class Taps:
 
     Attributes:
         tensors: the taps; a copy of one whose images were not in one piece.
-        widths: columns of each.
-        planes: indices of those that lie as PLANES.
-        n, dtype, device: of all.
-        dim: D, the columns of all taps.
+        widths, planes, n, dtype, device, dim: as of `Geometry`.
 
     Raises:
         ValueError: dtype, device, layout or shape do not fit.
@@ -106,37 +154,24 @@ class Taps:
         *,
         planes: bool = True,
     ) -> None:
-        if not features:
-            raise ValueError("features: expected at least one tap.")
-        first = features[0]
-        n, dtype, device = first.shape[:1], first.dtype, first.device
-        if dtype not in dtypes or (kind is not None and device.type != kind):
-            _refuse(features, dtypes, kind)
-        tensors, widths, of_planes = [], [], []
-        for i, tap in enumerate(features):
-            shape = tap.shape
-            if (
-                tap.dtype != dtype
-                or tap.device != device
-                or len(shape) < 2
-                or shape[:1] != n
-                or tap.layout != torch.strided
-            ):
-                _refuse(features, dtypes, kind)
-            how = layout(tap)
-            if how is None or (how == PLANES and not planes):
-                tap, how = _in_rows(tap), ROWS
-            tensors.append(tap)
-            widths.append(prod(shape[1:]))
-            if how == PLANES and widths[-1]:
-                of_planes.append(i)
-        self.tensors, self.widths, self.planes = tensors, tuple(widths), of_planes
-        self.n, self.dim, self.dtype, self.device = n[0], sum(widths), dtype, device
+        plan = plan_of(features)
+        if plan is None:
+            known = Geometry(features, dtypes, kind, planes)
+        else:
+            key = Geometry, kind, planes, *dtypes
+            found = plan.kept.get(key)
+            known = found or plan.keep(key, Geometry(features, dtypes, kind, planes))
+        self.widths, self.planes, self.alike = known.widths, known.planes, known.alike
+        self.strides = known.strides
+        self.n, self.dim, self.dtype, self.device = known.n, known.dim, known.dtype, known.device
+        self.tensors = list(features)
+        for i in known.copied:
+            self.tensors[i] = _in_rows(features[i])
 
     @cached_property
     def steps(self) -> tuple[int, ...]:
         """From one image to the next in each tap, in elements."""
-        return tuple([t.stride(0) for t in self.tensors]) if self.n > 1 else self.widths
+        return self.strides if self.n > 1 else self.widths
 
     @cached_property
     def addresses(self) -> tuple[int, ...]:
@@ -149,18 +184,23 @@ class Taps:
         """What the native cores know of each tap: address, step, columns; the gradient's too."""
         if gradients is None:
             return [
-                (tap.data_ptr(), tap.stride(0), columns, 0, 0)
-                for tap, columns in zip(self.tensors, self.widths, strict=True)
+                (tap.data_ptr(), stride, columns, 0, 0)
+                for tap, stride, columns in zip(
+                    self.tensors, self.strides, self.widths, strict=True
+                )
             ]
-        return [
-            (
-                tap.data_ptr(),
-                tap.stride(0),
-                columns,
-                *((out.data_ptr(), columns) if out.numel() else (0, 0)),
+        return [  # the address of a gradient without elements is 0
+            (tap.data_ptr(), stride, columns, out.data_ptr(), columns)
+            for tap, stride, columns, out in zip(
+                self.tensors, self.strides, self.widths, gradients, strict=True
             )
-            for tap, columns, out in zip(self.tensors, self.widths, gradients, strict=True)
         ]
+
+    def empty_gradients(self, needed: Sequence[bool]) -> list[Tensor]:
+        """An `empty_gradient` of each tap that needs one; no elements where none is needed."""
+        if self.alike and all(needed):
+            return list(map(torch.empty_like, self.tensors))
+        return empty_gradients(self.tensors, needed)
 
     def to_columns(self, means: Tensor) -> None:
         """Puts [M, K, D] as the taps lie into the order of columns, in place."""

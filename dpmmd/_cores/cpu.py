@@ -21,14 +21,15 @@ from dpmmd._contract.checks import (
     check_buffer,
     check_estimate,
     check_labels,
+    check_match,
     check_sums,
     refuse_values,
 )
-from dpmmd._contract.protocol import Core, Saved, Step
+from dpmmd._contract.protocol import Core, Matched, Saved, Step, is_one
 from dpmmd._contract.slot import Slot, written
-from dpmmd._contract.taps import DTYPES, Taps, empty_gradients, statistics_shape
+from dpmmd._contract.taps import DTYPES, Taps
 from dpmmd._cores import arguments
-from dpmmd._cores.arguments import Buffers
+from dpmmd._cores.arguments import Buffers, call_of
 from dpmmd.bounds import Bound
 
 try:
@@ -90,22 +91,21 @@ class Native(Core):
             phases: STATISTICS leaves means and counts undefined.
         """
         taps = Taps(features, DTYPES, "cpu")
-        size = statistics_shape(bound, taps.n, len(features))
+        call = call_of(features, taps, num_classes, bound)
         if statistics is None:
-            scale, projection = _empty(size), _empty(size)
+            scale, projection = _empty(call.statistics), _empty(call.statistics)
         else:
             scale, projection = statistics
-            check_buffer("scale", scale, size, _CPU)
-            check_buffer("projection", projection, size, _CPU)
-        means = _empty((len(bound.moments), num_classes, taps.dim))
-        counts = _empty((num_classes,))
+            check_buffer("scale", scale, call.statistics, _CPU)
+            check_buffer("projection", projection, call.statistics, _CPU)
+        means, counts = _empty(call.means), _empty(num_classes)
         labels = _checked_labels(labels, taps.n)
-        buffers = Buffers(scale, projection, means, counts)
+        buffers = Buffers(scale, projection, means, counts).addresses()
         images = arguments.images(taps, labels, num_classes)
-        _embed(False, phases, images, bound, buffers, labels, threads)
+        _embed(False, phases, images, call.bound, buffers, labels, threads)
         if phases & CLASS_SUMS:
             taps.to_columns(means)
-        return means, counts, Saved(scale, projection, features[0].new_empty(0, dtype=torch.int32))
+        return means, counts, Saved(scale, projection, _empty(0, torch.int32))
 
     def backward(
         self,
@@ -164,23 +164,23 @@ class Native(Core):
             phases: DOTS leaves the gradients undefined.
         """
         taps = Taps(features, DTYPES, "cpu")
-        size = statistics_shape(bound, taps.n, len(features))
-        check_buffer("scale", saved.scale, size, _CPU)
-        check_buffer("projection", saved.projection, size, _CPU)
+        call = call_of(features, taps, num_classes, bound)
+        check_buffer("scale", saved.scale, call.statistics, _CPU)
+        check_buffer("projection", saved.projection, call.statistics, _CPU)
         if coefficients is None:
-            coefficients = _empty(size)
+            coefficients = _empty(call.statistics)
         else:
-            check_buffer("coefficients", coefficients, size, _CPU)
+            check_buffer("coefficients", coefficients, call.statistics, _CPU)
         upstream = upstream.contiguous()
-        check_buffer("upstream", upstream, (len(bound.moments), num_classes, taps.dim), _CPU)
+        check_buffer("upstream", upstream, call.means, _CPU)
         upstream = taps.from_columns(upstream)
-        gradients = empty_gradients(taps.tensors, needed)
+        gradients = taps.empty_gradients(needed)
         labels = _checked_labels(labels, taps.n)
         buffers = Buffers(
             saved.scale, saved.projection, upstream=upstream, coefficients=coefficients
-        )
+        ).addresses()
         images = arguments.images(taps, labels, num_classes, gradients)
-        _embed(True, phases, images, bound, buffers, labels, threads)
+        _embed(True, phases, images, call.bound, buffers, labels, threads)
         return gradients, coefficients
 
     def estimate(
@@ -194,9 +194,65 @@ class Native(Core):
         means, counts, target = means.contiguous(), counts.contiguous(), target.contiguous()
         check_estimate(means, counts, target, step.state(), _CPU)
         value, gradient = _empty(()), _empty(means.shape)
-        told = arguments.estimator(means, counts, target, step, gradient, value)
-        _check_status(_native.estimator(*told, _number(threads)))
+        buffers = means.data_ptr(), counts.data_ptr(), target.data_ptr()
+        _step(means.shape, buffers, step, gradient.data_ptr(), value, threads)
         return value, gradient
+
+    def match(
+        self,
+        features: Sequence[Tensor],
+        labels: Tensor | None,
+        num_classes: int,
+        bound: Bound,
+        target: Tensor,
+        step: Step,
+        slots: Sequence[Slot | None] | None = None,
+    ) -> tuple[Tensor, Matched]:
+        """As `Core.match`; the gradient, scale and projection lie in one buffer."""
+        taps = Taps(features, DTYPES, "cpu")
+        if slots is not None or taps.planes:
+            return super().match(features, labels, num_classes, bound, target, step, slots)
+        call = call_of(features, taps, num_classes, bound)
+        labels, target = _checked_labels(labels, taps.n), target.contiguous()
+        check_match(target, step.state(), call.means, _CPU)
+        kept, value = _empty(call.numbers), _empty(())
+        passing = _empty(call.gradient + num_classes)
+        means, start = passing.data_ptr(), kept.data_ptr()
+        counts = means + 4 * call.gradient
+        factors = start + 4 * call.scale, start + 4 * call.projection
+        images = arguments.images(taps, labels, num_classes)
+        _embed(False, BOTH, images, call.bound, (*factors, means, counts, 0, 0), labels, None)
+        _step(call.means, (means, counts, target.data_ptr()), step, start, value, None)
+        return value, Matched(None, kept)
+
+    def match_backward(
+        self,
+        features: Sequence[Tensor],
+        labels: Tensor | None,
+        num_classes: int,
+        bound: Bound,
+        matched: Matched,
+        grad: Tensor,
+        needed: Sequence[bool],
+        slots: Sequence[Slot | None] | None = None,
+    ) -> list[Tensor]:
+        if matched.saved is not None:
+            return super().match_backward(
+                features, labels, num_classes, bound, matched, grad, needed, slots
+            )
+        taps, kept = Taps(features, DTYPES, "cpu"), matched.gradient
+        call = call_of(features, taps, num_classes, bound)
+        check_buffer("gradient", kept, (call.numbers,), _CPU)
+        upstream = kept if is_one(grad) else kept[: call.gradient] * grad
+        if taps.planes:  # which they were not in `match`: hooks have brought them back so
+            upstream = taps.from_columns(upstream[: call.gradient].view(call.means))
+        gradients, coefficients = taps.empty_gradients(needed), _empty(call.statistics)
+        labels, start = _checked_labels(labels, taps.n), kept.data_ptr()
+        factors = start + 4 * call.scale, start + 4 * call.projection
+        buffers = *factors, 0, 0, upstream.data_ptr(), coefficients.data_ptr()
+        images = arguments.images(taps, labels, num_classes, gradients)
+        _embed(True, BOTH, images, call.bound, buffers, labels, None)
+        return gradients
 
     def bounded_sums(
         self,
@@ -285,7 +341,8 @@ def rectified_gradient(
     labels = _checked_labels(labels, taps.n)
     images = arguments.images(taps, labels, num_classes, [out])
     relu = top, address(incoming), 0 if incoming is None else incoming.stride(0)
-    _embed(True, GRADIENT, images, bound, buffers, labels, threads, relu)
+    told = arguments.numbers(bound), buffers.addresses()
+    _embed(True, GRADIENT, images, *told, labels, threads, relu)
     return out
 
 
@@ -293,29 +350,35 @@ def _embed(
     is_backward: bool,
     phases: int,
     images: arguments.Images,
-    bound: Bound,
-    buffers: Buffers,
+    bound: arguments.Numbers,
+    buffers: tuple[int, ...],
     labels: Tensor | None,
     threads: int | None,
     relu: tuple[float, int, int] = _NO_RELU,
 ) -> None:
     status = _native.mean_embedding(
-        is_backward,
-        phases,
-        images,
-        arguments.numbers(bound),
-        buffers.addresses(),
-        relu,
-        _number(threads),
+        is_backward, phases, images, bound, buffers, relu, _number(threads)
     )
     if status == _LABEL_OUT_OF_RANGE and labels is not None:
         refuse_values(labels, images[-1])
     _check_status(status)
 
 
-def _empty(size: Sequence[int]) -> Tensor:
+def _step(
+    shape: tuple[int, ...],
+    buffers: tuple[int, int, int],
+    step: Step,
+    gradient: int,
+    value: Tensor,
+    threads: int | None,
+) -> None:
+    told = arguments.estimator(shape, buffers, step, gradient, value.data_ptr())
+    _check_status(_native.estimator(*told, _number(threads)))
+
+
+def _empty(size: int | Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
     """What the core writes: float32 on the CPU, whatever torch's defaults are."""
-    return torch.empty(size, dtype=torch.float32, device="cpu")
+    return torch.empty(size, dtype=dtype, device=_CPU)
 
 
 def _number(threads: int | None) -> int:

@@ -17,9 +17,9 @@ from torch import Tensor
 from dpmmd._contract.checks import address, check_buffer, check_estimate, check_labels, check_sums
 from dpmmd._contract.protocol import Core, Saved, Step
 from dpmmd._contract.slot import Slot
-from dpmmd._contract.taps import DTYPES, Taps, empty_gradients, statistics_shape
+from dpmmd._contract.taps import DTYPES, Taps
 from dpmmd._cores import arguments, cpu
-from dpmmd._cores.arguments import Buffers
+from dpmmd._cores.arguments import Buffers, call_of
 from dpmmd.bounds import Bound
 
 _native: Any = None if cpu.missing is not None else cpu._native
@@ -74,20 +74,20 @@ class Cuda(Core):
         slots: Sequence[Slot | None] | None = None,
     ) -> tuple[Tensor, Tensor, Saved]:
         taps = Taps(features, DTYPES, DEVICE)
-        size = statistics_shape(bound, taps.n, len(features))
+        call = call_of(features, taps, num_classes, bound)
         labels = _checked_labels(labels, taps.n, taps.device)
         length = self.schedule_size(taps.n, None if labels is None else num_classes)
         with _ready(taps.device) as stream:
             new = features[0].new_empty
-            scale, projection = (new(size, dtype=torch.float32) for _ in range(2))
-            means = new((len(bound.moments), num_classes, taps.dim), dtype=torch.float32)
+            scale, projection = (new(call.statistics, dtype=torch.float32) for _ in range(2))
+            means = new(call.means, dtype=torch.float32)
             counts = new((num_classes,), dtype=torch.float32)
             schedule = new((length,), dtype=torch.int32)
             allocate, _kept = _workspace(taps.device)
             status = _native.cuda_mean_embedding(
                 False,
                 arguments.images(taps, labels, num_classes),
-                arguments.numbers(bound),
+                call.bound,
                 Buffers(scale, projection, means, counts).addresses(),
                 address(schedule),
                 allocate,
@@ -109,18 +109,18 @@ class Cuda(Core):
         slots: Sequence[Slot | None] | None = None,
     ) -> list[Tensor]:
         taps = Taps(features, DTYPES, DEVICE)
-        device, size = taps.device, statistics_shape(bound, taps.n, len(features))
+        device, call = taps.device, call_of(features, taps, num_classes, bound)
         labels = _checked_labels(labels, taps.n, device)
         upstream = upstream.contiguous()
         length = self.schedule_size(taps.n, None if labels is None else num_classes)
-        check_buffer("scale", saved.scale, size, device)
-        check_buffer("projection", saved.projection, size, device)
+        check_buffer("scale", saved.scale, call.statistics, device)
+        check_buffer("projection", saved.projection, call.statistics, device)
         check_buffer("schedule", saved.schedule, (length,), device, torch.int32)
-        check_buffer("upstream", upstream, (len(bound.moments), num_classes, taps.dim), device)
+        check_buffer("upstream", upstream, call.means, device)
         with _ready(device) as stream:
             upstream = taps.from_columns(upstream)
             coefficients = torch.empty_like(saved.scale)
-            gradients = empty_gradients(taps.tensors, needed)
+            gradients = taps.empty_gradients(needed)
             buffers = Buffers(
                 saved.scale, saved.projection, upstream=upstream, coefficients=coefficients
             )
@@ -128,7 +128,7 @@ class Cuda(Core):
             status = _native.cuda_mean_embedding(
                 True,
                 arguments.images(taps, labels, num_classes, gradients),
-                arguments.numbers(bound),
+                call.bound,
                 buffers.addresses(),
                 address(saved.schedule),
                 allocate,
@@ -146,7 +146,9 @@ class Cuda(Core):
         with _ready(device) as stream:
             value, gradient = means.new_empty(()), means.new_empty(means.shape)
             allocate, _kept = _workspace(device)
-            told = arguments.estimator(means, counts, target, step, gradient, value)
+            buffers = means.data_ptr(), counts.data_ptr(), target.data_ptr()
+            written = gradient.data_ptr(), value.data_ptr()
+            told = arguments.estimator(means.shape, buffers, step, *written)
             status = _native.cuda_estimator(*told, allocate, stream)
         _check_status(status)
         return value, gradient

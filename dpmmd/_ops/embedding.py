@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpmmd._contract.plans import Plan, plan_of
 from dpmmd._contract.protocol import Core, Saved
 from dpmmd._contract.slot import Slot, written
 from dpmmd._contract.taps import empty_gradients, statistics_shape
@@ -32,8 +33,9 @@ def mean_embedding(
     Arguments are those of `dpmmd.functional.mean_embedding`, which has checked them. Taps with a
     slot of this core (`dpmmd.injection`, which nothing traces) leave their gradient there.
     """
-    if not core.opaque or slots is not None or untraced(*features, labels):
-        return _MeanEmbedding.apply(core, labels, num_classes, bound, slots, *features)
+    plan = plan_of(features)
+    if plan is not None or not core.opaque or slots is not None or untraced(*features, labels):
+        return _MeanEmbedding.apply(core, labels, num_classes, bound, slots, plan, *features)
     means, counts, *_ = torch.ops.dpmmd.mean_embedding(
         list(features),
         labels,
@@ -58,24 +60,27 @@ class _MeanEmbedding(torch.autograd.Function):
         num_classes: int,
         bound: Bound,
         slots: Sequence[Slot | None] | None,
+        plan: Plan | None,
         *features: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        means, counts, saved = core.forward(features, labels, num_classes, bound, slots)
+        given = features if plan is None else plan.of(features)
+        means, counts, saved = core.forward(given, labels, num_classes, bound, slots)
         ctx.mark_non_differentiable(counts)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(labels, *saved, *features)
-        ctx.options = core, num_classes, bound, slots
+        ctx.options = core, num_classes, bound, slots, plan
         return means, counts
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[5:]
+        needed = ctx.needs_input_grad[6:]
         if grad is None:
-            return (None,) * (5 + len(needed))
-        core, num_classes, bound, slots = ctx.options
+            return (None,) * (6 + len(needed))
+        core, num_classes, bound, slots, plan = ctx.options
         labels, scale, projection, schedule, *features = ctx.saved_tensors
         saved = Saved(scale, projection, schedule)
-        given = features, labels, num_classes, bound, saved, grad, needed, slots
+        taps = features if plan is None else plan.again(features, labels)
+        given = taps, labels, num_classes, bound, saved, grad, needed, slots
         if torch.is_grad_enabled():  # create_graph=True
             with torch.no_grad():
                 gradients = core.backward(*given)
@@ -83,7 +88,7 @@ class _MeanEmbedding(torch.autograd.Function):
         else:
             gradients = core.backward(*given)
         found = [g if w else None for g, w in zip(gradients, written(needed, slots), strict=True)]
-        return None, None, None, None, None, *found
+        return None, None, None, None, None, None, *found
 
 
 @torch.library.custom_op("dpmmd::mean_embedding", mutates_args=(), device_types=_DEVICES)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpmmd._contract.protocol import Core, Step
+from dpmmd._contract.protocol import Core, Step, times
 from dpmmd._cores import named
 from dpmmd._ops.once import Once, untraced
 
@@ -73,12 +73,7 @@ def _given(ctx: Any, grad: Tensor) -> Tensor:
     means, gradient = ctx.saved_tensors
     if torch.is_grad_enabled():  # create_graph=True
         return Once.apply(means, gradient * grad)
-    # A plain 1, the usual case, costs no pass and no memory. While a graph is traced (the tensor
-    # is of another class then) there is no value to look at, and one on a device would have to be
-    # waited for, which a CUDA graph cannot capture.
-    if type(grad) is Tensor and grad.device.type == "cpu" and float(grad) == 1.0:
-        return gradient
-    return gradient * grad
+    return times(gradient, grad)
 
 
 _with_gradient.register_autograd(_differentiate, setup_context=_save)

@@ -60,6 +60,7 @@ def train(
     Over several processes: `torchrun --nproc-per-node 2 -m dpmmd train RELEASE --out run/`.
     """
     import dpmmd
+    from dpmmd import precision
     from dpmmd import recipe as recipes
     from dpmmd import train as training
     from dpmmd.devices import choose_device
@@ -77,6 +78,9 @@ def train(
     ).to(where)
     recorded = released.metadata.selection_encoder
     selection = None if recorded is None else dpmmd.encoders.from_spec(recorded).to(where)
+    computed = precision.of_generator(chosen.precision, where)
+    if first and not quiet:
+        say(precision.told(encoder.precision, computed, where))
     checkpoint = out / "checkpoints" / training.CHECKPOINT
     if checkpoint.exists() and first and not quiet:
         say(f"resumes at step {training.load_checkpoint(checkpoint)['step']} of {chosen.steps}")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from dpmmd.devices import device_of
 from dpmmd.encoders.layers import Rectified, Rectify
+from dpmmd.precision import bfloat16_hindrance, float32_products
 
 SIGNS = ("nonnegative", "signed")
 PRECISIONS = {
@@ -148,6 +148,7 @@ class Encoder(nn.Module):
             rules above.
     """
 
+    _range_known = False  # whether images come from where none can be outside [0, 1]
     taps: tuple[Tap, ...]
     rectified: tuple[str, ...]  # taps that are the very output of a `Rectified` stage
 
@@ -236,12 +237,12 @@ class Encoder(nn.Module):
                 [0, 1] or not a number. On a CUDA device those are caught by a device-side
                 assertion, which does not make the host wait.
         """
-        _check_images(images)
+        _check_images(images, values=not self._range_known)
         if any(module.training for module in self._modules_kept_in_eval):
             self.train(False)
         if not images.is_cuda:
             return self._maps(images, rectify)
-        with _float32_products("tf32" if self._tf32 else "ieee"):
+        with float32_products("tf32" if self._tf32 else "ieee"):
             return self._maps(images, rectify)
 
     def _maps(self, images: Tensor, rectify: Mapping[str, Rectify] | None = None) -> list[Tensor]:
@@ -371,43 +372,13 @@ def _dtype(backbone: nn.Module) -> torch.dtype:
 def _usable_dtype(precision: str) -> torch.dtype:
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r}: expected one of {', '.join(PRECISIONS)}")
-    if precision == "bfloat16" and not _cpu_has_bfloat16() and not torch.cuda.is_available():
+    why = bfloat16_hindrance(torch.device("cpu")) if precision == "bfloat16" else None
+    if why is not None and not torch.cuda.is_available():
         raise ValueError(
-            "precision='bfloat16': this CPU has no usable bfloat16 (AVX-512, or ARM with bf16) and "
-            "there is no GPU; use precision='float32', with a release that was made so"
+            f"precision='bfloat16': {why} and there is no GPU; use precision='float32', with a "
+            "release that was made so"
         )
     return PRECISIONS[precision]
-
-
-@contextmanager
-def _float32_products(how: str) -> Iterator[None]:
-    """Within the block products of float32 numbers on CUDA are "ieee" or may be "tf32"."""
-    switches: list[tuple[Any, str, Any]]
-    if hasattr(torch.backends.cudnn, "conv"):  # PyTorch 2.9 and newer
-        switches = [
-            (torch.backends.cudnn.conv, "fp32_precision", how),
-            (torch.backends.cuda.matmul, "fp32_precision", how),
-        ]
-    else:
-        switches = [
-            (torch.backends.cudnn, "allow_tf32", how == "tf32"),
-            (torch.backends.cuda.matmul, "allow_tf32", how == "tf32"),
-        ]
-    before = [getattr(where, name) for where, name, _ in switches]
-    try:
-        for where, name, value in switches:
-            setattr(where, name, value)
-        yield
-    finally:
-        for (where, name, _), value in zip(switches, before, strict=True):
-            setattr(where, name, value)
-
-
-def _cpu_has_bfloat16() -> bool:
-    """What torch asks before it gives a bfloat16 convolution to oneDNN; otherwise it loops."""
-    return torch.backends.mkldnn.is_available() and bool(
-        torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
 
 
 def _image_size(value: int | Sequence[int]) -> tuple[int, int]:
@@ -460,7 +431,7 @@ def _refuse_batch_statistics(backbone: nn.Module) -> None:
             )
 
 
-def _check_images(images: Tensor) -> None:
+def _check_images(images: Tensor, values: bool = True) -> None:
     if not isinstance(images, Tensor):
         raise ValueError(f"images: expected a torch.Tensor, found {type(images).__name__}")
     if images.ndim != 4 or images.shape[1] not in (1, 3):
@@ -473,7 +444,7 @@ def _check_images(images: Tensor) -> None:
             f"images: dtype is {images.dtype}, expected floating point in [0, 1]; "
             "divide 8-bit images by 255: images.float() / 255"
         )
-    if images.numel() == 0 or images.is_meta:
+    if images.numel() == 0 or images.is_meta or not values:
         return
     low, high = images.detach().aminmax()
     inside = (low >= -_RANGE_SLACK) & (high <= 1 + _RANGE_SLACK)  # False if anything is NaN

@@ -7,11 +7,15 @@ alive anyway; behind a pooling or a padding it is not.
 
 from __future__ import annotations
 
-from typing import Any, Protocol, cast
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from dpmmd._choices import CHOICES, has_kernels
 
 _Pair = tuple[int, int]
 
@@ -33,6 +37,8 @@ class Convolution(nn.Conv2d):
 
     As long as both are frozen its backward keeps the weight and the size of the input.
     """
+
+    _flipped: _Flipped | None = None
 
     def __init__(
         self,
@@ -64,11 +70,51 @@ class Convolution(nn.Conv2d):
         padding = cast(_Pair, self.padding) if padding is None else padding
         if weight.requires_grad or (bias is not None and bias.requires_grad):
             return F.conv2d(x, weight, bias, stride, padding, 1, self.groups)
-        return _FrozenConvolution.apply(x, weight, bias, stride, padding, self.groups)
+        layer = self if CHOICES.flipped_convolutions and self._may_flip(stride, padding) else None
+        return _FrozenConvolution.apply(x, weight, bias, stride, padding, self.groups, layer)
+
+    def _may_flip(self, stride: _Pair, padding: _Pair) -> bool:
+        """Whether the gradient of the input is a convolution, which pads by k - 1 - padding."""
+        return (
+            stride == (1, 1)
+            and self.groups == 1
+            and all(p < k for p, k in zip(padding, self.weight.shape[2:], strict=True))
+            and not torch.compiler.is_compiling()
+        )
+
+    def flipped(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight flipped, [in, out, k, k] in a dtype; made again if it is another or changed.
+
+        Where a CUDA graph is being captured a new one is not kept: it lies in the graph's memory.
+        """
+        weight = weight.detach()
+        key = weight.data_ptr(), weight._version, weight.device, dtype
+        if self._flipped is None or self._flipped.key != key:
+            turned = weight.flip(2, 3).transpose(0, 1).to(dtype)
+            turned = turned.contiguous(memory_format=torch.channels_last)
+            if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+                return turned
+            self._flipped = _Flipped(key, weight, turned)
+        return self._flipped.turned
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Convolution:
+        self._flipped = None  # of a weight that is about to move or to change its dtype
+        return super()._apply(fn, recurse)
+
+
+class _Flipped(NamedTuple):
+    """A flipped weight and what it was made of, which keeps its address from being given away."""
+
+    key: tuple[int, int, torch.device, torch.dtype]
+    weight: Tensor
+    turned: Tensor
 
 
 class _FrozenConvolution(torch.autograd.Function):
-    """y = x * w + b for constant w, b: dx is the transposed convolution of dy, which needs no x."""
+    """y = x * w + b for constant w, b: dx is the transposed convolution of dy, which needs no x.
+
+    Of a layer that is given, a convolution of dy with its flipped weight.
+    """
 
     @staticmethod
     def forward(
@@ -79,14 +125,20 @@ class _FrozenConvolution(torch.autograd.Function):
         stride: _Pair,
         padding: _Pair,
         groups: int,
+        layer: Convolution | None,
     ) -> Tensor:
         ctx.save_for_backward(weight)
+        ctx.layer = layer if x.device.type in CHOICES.flipped_convolutions else None
         ctx.size, ctx.stride, ctx.padding, ctx.groups = x.shape[2:], stride, padding, groups
         return F.conv2d(x, weight, bias, stride, padding, 1, groups)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
+        nothing = (None,) * 6
+        if ctx.layer is not None:
+            padding = [k - 1 - p for k, p in zip(weight.shape[2:], ctx.padding, strict=True)]
+            return F.conv2d(grad, ctx.layer.flipped(weight, grad.dtype), None, 1, padding), *nothing
         rest = [  # rows and columns at the end that no step of the kernel reached
             size - ((steps - 1) * stride - 2 * padding + kernel)
             for size, steps, stride, padding, kernel in zip(
@@ -97,7 +149,7 @@ class _FrozenConvolution(torch.autograd.Function):
         dx = F.conv_transpose2d(
             grad, weight.to(grad.dtype), None, ctx.stride, ctx.padding, rest, ctx.groups
         )
-        return dx, None, None, None, None, None
+        return dx, *nothing
 
 
 class Rectified(nn.Module):
@@ -132,13 +184,48 @@ def _unbiased(body: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 class MaxPool(nn.MaxPool2d):
-    """Max pooling k x k that finds its maxima again in backward instead of keeping indices."""
+    """Max pooling k x k that keeps no indices: it finds its maxima again in backward.
+
+    Where Triton's kernels are taken it keeps a byte for each of them.
+    """
 
     def __init__(self, kernel_size: int, stride: int, padding: int = 0) -> None:
         super().__init__(kernel_size, stride, padding)
+        self.window = kernel_size, stride, padding
 
     def forward(self, x: Tensor) -> Tensor:
-        return _MaxPool.apply(x, self.kernel_size, self.stride, self.padding)
+        needed = x.requires_grad and torch.is_grad_enabled()
+        if CHOICES.byte_pools and needed and has_kernels(x) and _fits_bytes(x, *self.window):
+            return _BytePool.apply(x, *self.window)
+        return _MaxPool.apply(x, *self.window)
+
+
+def _fits_bytes(x: Tensor, kernel: int, stride: int, padding: int) -> bool:
+    """Whether windows have less than 256 places, and fit into the map, which PyTorch checks."""
+    return kernel <= 15 and 2 * padding <= kernel <= min(x.shape[2:]) + 2 * padding and stride > 0
+
+
+class _BytePool(torch.autograd.Function):
+    """Saved for backward: a byte for each maximum, its place in its window."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
+        from dpmmd.kernels import pooling
+
+        x = x.contiguous(memory_format=torch.channels_last)
+        pooled, places = pooling.max_pool(x, kernel, stride, padding)
+        ctx.save_for_backward(places)
+        ctx.options = x.shape, kernel, stride, padding
+        return pooled
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        from dpmmd.kernels import pooling
+
+        (places,) = ctx.saved_tensors
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        return pooling.max_pool_gradient(grad, places, *ctx.options), None, None, None
 
 
 class _MaxPool(torch.autograd.Function):

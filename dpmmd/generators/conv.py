@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpmmd.generators.layers import LatentInput, UpsampledConv, initialise
+from dpmmd.generators.layers import LatentInput, UpsampledConv, initialise, norm_relu, to_pixels
 
 
 class ConvGenerator(nn.Module):
@@ -50,7 +49,7 @@ class ConvGenerator(nn.Module):
 
     def forward(self, z: Tensor, y: Tensor | None = None) -> Tensor:
         """z [n, z_dim], y int64 [n] or None, to images [n, channels, image_size, image_size]."""
-        h = F.relu(self.norm0(self.latent(z, y)))
-        h = F.relu(self.norm1(self.conv1(h)))
-        h = F.relu(self.norm2(self.conv2(h)))
-        return torch.sigmoid(self.to_image(h))
+        h = norm_relu(self.norm0, self.latent(z, y))
+        h = norm_relu(self.norm1, self.conv1(h))
+        h = norm_relu(self.norm2, self.conv2(h))
+        return to_pixels(self.to_image(h))

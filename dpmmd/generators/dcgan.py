@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from dpmmd.generators.layers import LatentInput, initialise
+from dpmmd.generators.layers import LatentInput, initialise, norm_relu, to_pixels
 
 
 class DCGANGenerator(nn.Module):
@@ -57,7 +57,11 @@ class DCGANGenerator(nn.Module):
 
     def forward(self, z: Tensor, y: Tensor | None = None) -> Tensor:
         """z [n, z_dim], y int64 [n] or None, to images [n, channels, image_size, image_size]."""
-        return torch.sigmoid(self.layers(self.latent(z, y)))
+        h = self.latent(z, y)
+        norms, doublings = list(self.layers)[::3], list(self.layers)[2::3]  # a ReLU between
+        for norm, doubling in zip(norms, doublings, strict=True):
+            h = doubling(norm_relu(norm, h))
+        return to_pixels(h)
 
 
 def _doubling(inputs: int, outputs: int) -> nn.ConvTranspose2d:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from dpmmd._choices import CHOICES
+from dpmmd.generators import fused
 
 
 class LatentInput(nn.Module):
@@ -43,16 +47,75 @@ class UpsampledConv(nn.Conv2d):
     of the 3x3 weights that fall on one pixel. [n, in, H, W] to [n, out, 2 H, 2 W].
     """
 
-    spread: Tensor
-
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, 3, padding=1, bias=False)
-        spread = torch.tensor([[0.0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
-        self.register_buffer("spread", spread, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        kernel = torch.einsum("ku,oiuv,lv->iokl", self.spread, self.weight, self.spread)
-        return F.conv_transpose2d(x, kernel, stride=2, padding=1)
+        return F.conv_transpose2d(x, _Spread.apply(self.weight), stride=2, padding=1)
+
+
+class _Spread(torch.autograd.Function):
+    """The 4x4 kernel [in, out, 4, 4] of a weight [out, in, 3, 3], channels-last in memory.
+
+    Of rows first, then of columns, it makes (c, b + c, a + b, a) from (a, b, c).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        half = torch.cat(_spread(weight.transpose(0, 1), 2), dim=2)
+        return torch.cat(_spread(half, 3), dim=3, out=_channels_last(half, (*half.shape[:3], 4)))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _Gather.apply(grad)
+
+
+def _spread(w: Tensor, dim: int) -> tuple[Tensor, ...]:
+    a, _, c = w.split(1, dim)
+    first, second = (w.narrow(dim, 0, 2) + w.narrow(dim, 1, 2)).split(1, dim)
+    return c, second, first, a
+
+
+class _Gather(torch.autograd.Function):
+    """The adjoint of `_Spread`, [in, out, 4, 4] to [out, in, 3, 3]."""
+
+    @staticmethod
+    def forward(ctx: Any, kernel: Tensor) -> Tensor:
+        kernel = kernel.flip(2, 3)
+        columns = kernel[..., :3] + kernel[..., 1:]
+        weight = _channels_last(kernel, (kernel.shape[1], kernel.shape[0], 3, 3))
+        torch.add(columns[:, :, :3], columns[:, :, 1:], out=weight.transpose(0, 1))
+        return weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _Spread.apply(grad)
+
+
+def _channels_last(like: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Of this dtype and device, not yet written."""
+    return torch.empty(
+        size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
+    )
+
+
+def norm_relu(norm: nn.Module, x: Tensor) -> Tensor:
+    """relu(norm(x)) of a batch norm."""
+    if CHOICES.fused_norms and fused.takes_norm(norm, x):
+        return fused.NormRelu.apply(x, norm.weight, norm.bias, norm)
+    return F.relu(norm(x))
+
+
+def add_upsampled(h: Tensor, s: Tensor) -> Tensor:
+    """h [n, C, 2 H, 2 W] plus s [n, C, H, W] upsampled x 2 (nearest)."""
+    if CHOICES.fused_upsampling and fused.takes_sum(h, s):
+        return fused.AddUpsampled.apply(h, s)
+    return h + F.interpolate(s, scale_factor=2)
+
+
+def to_pixels(x: Tensor) -> Tensor:
+    """The sigmoid, of half precision in float32: pixels near 0 and 1 would be lost otherwise."""
+    return torch.sigmoid(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x)
 
 
 def recomputed(block: nn.Module, x: Tensor) -> Tensor:

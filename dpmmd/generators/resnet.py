@@ -6,10 +6,17 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpmmd.generators.layers import LatentInput, UpsampledConv, initialise, recomputed
+from dpmmd.generators.layers import (
+    LatentInput,
+    UpsampledConv,
+    add_upsampled,
+    initialise,
+    norm_relu,
+    recomputed,
+    to_pixels,
+)
 
 
 class ResNetGenerator(nn.Module):
@@ -63,7 +70,7 @@ class ResNetGenerator(nn.Module):
                 h = recomputed(block, h)
         else:
             h = self.blocks(h)
-        return torch.sigmoid(self.to_image(F.relu(self.norm(h))))
+        return to_pixels(self.to_image(norm_relu(self.norm, h)))
 
 
 class _UpBlock(nn.Module):
@@ -78,7 +85,7 @@ class _UpBlock(nn.Module):
         self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.relu(self.norm1(x)))
-        h = self.conv2(F.relu(self.norm2(h)))
+        h = self.conv1(norm_relu(self.norm1, x))
+        h = self.conv2(norm_relu(self.norm2, h))
         # A 1x1 convolution and nearest upsampling commute: the cheap order first.
-        return h + F.interpolate(self.skip(x), scale_factor=2)
+        return add_upsampled(h, self.skip(x))

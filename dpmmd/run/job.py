@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dpmmd import generators, recipe, train
+from dpmmd import generators, precision, recipe, train
 from dpmmd.data import ImageSource, open_source
 from dpmmd.devices import choose_device
 from dpmmd.encoders import Encoder
@@ -72,6 +72,7 @@ def run(
     folder = expanded(out)
     new = is_new(folder, settings)
     job = Job.of(settings, folder, where, say, progress)
+    say(job.precision)
     if new:
         write_atomically(folder / "recipe.toml", text.encode())
     try:
@@ -131,6 +132,12 @@ class Job:
         return cls(
             settings, folder, device, encoder, selection, extractors, measured, say, progress
         )
+
+    @property
+    def precision(self) -> str:
+        """One line that says in which precision everything is computed."""
+        trained = precision.of_generator(self.settings.train.precision, self.device)
+        return precision.told(self.encoder.precision, trained, self.device)
 
     @property
     def release_path(self) -> Path:
@@ -331,6 +338,7 @@ class Job:
 def _check(settings: Recipe, device: torch.device) -> None:
     """Refuses, before anything is loaded, what would only fail after privacy has been spent."""
     train.is_graphed(settings.train, device)  # raises where a graph is asked for and cannot be
+    precision.of_generator(settings.train.precision, device)  # or where the device has no bfloat16
     if settings.evaluate is None:
         return
     if settings.data.num_classes is None:

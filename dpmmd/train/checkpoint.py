@@ -20,11 +20,12 @@ from dpmmd.train.state import State, Task, Trained, take_over
 
 CHECKPOINT = "last.pt"
 _FORMAT = 1
-# On the result, but for rounding.
+# On the result, but for rounding; of precision, "bfloat16" is no other one's rounding.
 WITHOUT_EFFECT = {
     "checkpoint_every",
     "log_every",
     "grid_every",
+    "precision",
     "inject",
     "graph",
     "compile",
@@ -80,6 +81,8 @@ def _fixed(own: Callable[[Task], Any], reason: Callable[[Any, Any], str]) -> _Fi
 def _other_settings(task: Task, found: Mapping[str, Any]) -> str | None:
     wanted = task.settings.model_dump(mode="json")
     free = WITHOUT_EFFECT - ({"checkpoint_every"} if task.selection else set())
+    if "bfloat16" in (wanted["precision"], found.get("precision")):
+        free = free - {"precision"}
     for key in sorted((set(wanted) | set(found)) - free):
         if wanted.get(key) != found.get(key):
             return (

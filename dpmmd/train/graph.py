@@ -6,12 +6,13 @@ import contextlib
 import random
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dpmmd.distributed import Team
 from dpmmd.errors import first_line
@@ -91,6 +92,7 @@ def graphed_stepper(task: Task, state: State, model: nn.Module) -> Stepper:
     moved = state.optimizer.state_dict()
     state.optimizer = adam(state.generator, task.settings, task.team.device, graphed=False)
     take_over(state.optimizer, moved)
+    state.loss.inject = bool(task.settings.inject)
     warnings.warn(
         f"settings.graph: a step cannot be a CUDA graph ({why}). Its kernels are launched one "
         "by one, with the same result, but it may take several times as long; graph=False "
@@ -102,11 +104,52 @@ def graphed_stepper(task: Task, state: State, model: nn.Module) -> Stepper:
 
 
 class GraphedStepper(Stepper):
-    """Steps whose work is one graph, once it is captured."""
+    """Steps whose work is one graph, once it is captured.
+
+    Of a generator of the package's the graph leaves out what the host can do: the counters of batch
+    norms, and a look for images that are not in [0, 1], where a sigmoid has none but those that are
+    not a number.
+    """
+
+    def __init__(self, task: Task, state: State, model: nn.Module) -> None:
+        super().__init__(task, state, model)
+        self.ours = _is_ours(state.generator)
+        modules = [state.generator, state.averaged.module]
+        if not self.ours or task.settings.compile:  # compiled modules count inside
+            modules = []
+        self.norms = [_counting(module) for module in modules]
+        self.counters = [_counters(norms) for norms in self.norms]
+        self.images = torch.zeros(())  # of the last step, where the graph has them
+
+    def check(self) -> None:
+        if self.ours and bool(self.images.sum().isnan()):
+            raise ValueError(
+                f"step {self.state.step}: the generator's images are not numbers: training has "
+                "diverged. Take a lower train.lr, and train in another folder or remove the last "
+                "checkpoint; it costs no privacy."
+            )
 
     def _run(self) -> None:
         self._replay()
         self.state.averaged.n_averaged += 1
+        if self.counters:
+            own, averaged = self.counters
+            torch._foreach_add_(own, 1)
+            torch._foreach_copy_(averaged, own)
+
+    def _work(self) -> None:
+        encoder = self.state.loss.encoder
+        with _counted_elsewhere([norm for norms in self.norms for norm in norms]):
+            encoder._range_known = self.ours
+            try:
+                super()._work()
+            finally:
+                encoder._range_known = False
+
+    def _generated(self) -> Tensor:
+        images = super()._generated()
+        self.images = images.detach()
+        return images
 
     def _average(self) -> None:
         self.state.averaged.update_on_device(self.state.generator)
@@ -115,7 +158,8 @@ class GraphedStepper(Stepper):
         """Records `_work`; warming up leaves no trace. Returns why it cannot be done."""
         device, generator = self.z.device, self.state.generator
         forget, before = _trace(self.state), _state_of_host(generator)
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        drawing = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+        with drawing, _kernels_searched():
             warm_up(self._work, device, _WARM_UP_STEPS)
             try:
                 if not _is_ours(generator):
@@ -142,6 +186,50 @@ class GraphedStepper(Stepper):
         for key in now.keys() | before.keys():
             if now.get(key) != before.get(key):
                 raise RuntimeError(f"a forward pass changes {key[0]}")
+
+
+def _counting(module: nn.Module) -> list[_BatchNorm]:
+    """The batch norms that count batches without reading how many there were."""
+    return [
+        norm
+        for norm in module.modules()
+        if isinstance(norm, _BatchNorm)
+        and norm.num_batches_tracked is not None
+        and norm.momentum is not None
+    ]
+
+
+def _counters(norms: Sequence[_BatchNorm]) -> list[Tensor]:
+    return [n for norm in norms if (n := norm.num_batches_tracked) is not None]
+
+
+@contextlib.contextmanager
+def _counted_elsewhere(norms: Sequence[_BatchNorm]) -> Iterator[None]:
+    """Within the block the norms count on the host, for nothing."""
+    held = _counters(norms)
+    for norm in norms:
+        norm.num_batches_tracked = torch.zeros((), dtype=torch.int64)
+    try:
+        yield
+    finally:
+        for norm, counter in zip(norms, held, strict=True):
+            norm.num_batches_tracked = counter
+
+
+@contextlib.contextmanager
+def _kernels_searched() -> Iterator[None]:
+    """Within the block cuDNN times its kernels for a shape that is new, and takes the fastest.
+
+    Which one that is may differ from run to run: not where PyTorch is to be deterministic.
+    """
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark
+    fixed = torch.are_deterministic_algorithms_enabled() or cudnn.deterministic
+    cudnn.benchmark = before or not fixed
+    try:
+        yield
+    finally:
+        cudnn.benchmark = before
 
 
 def _trace(state: State) -> Callable[[], None]:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from dpmmd import backends, injection, precision
 from dpmmd.devices import device_of
 from dpmmd.distributed import Team, replicated, require_alike
 from dpmmd.encoders import Encoder
@@ -86,15 +87,17 @@ def train(
     Raises:
         CheckpointError: the checkpoint in ``out`` cannot be used.
         ValueError: ``settings.graph=True`` elsewhere than on a CUDA device, over several processes
-            or with a memory budget, a batch of fewer images than processes, or processes that
-            were not started alike.
+            or with a memory budget, ``settings.precision="bfloat16"`` on a device without it, a
+            batch of fewer images than processes, or processes that were not started alike.
         TypeError: ``generator`` has no attribute ``z_dim``.
         PrivacyError: release and encoder do not belong together.
         PlanError: ``settings.memory`` is not enough for a step, or ``plan`` is one for another
-            batch size or device.
+            batch size, precision or device.
         KeyboardInterrupt: after a checkpoint has been written.
     """
     settings = settings or TrainSection()
+    chosen = precision.of_generator(settings.precision, device_of(encoder))
+    settings = settings.model_copy(update={"precision": chosen})  # a checkpoint says which
     look = (generator_settings or GeneratorSection()).completed(release.metadata.image_shape)
     team = Team(process_group, device_of(encoder))
     _check_team(team, release, encoder, settings, look, selection_encoder)
@@ -115,7 +118,7 @@ def train(
         lr=settings.estimator_lr,
         micro_batch=limits.encoded,
         state=limits.state,
-        inject=settings.inject,
+        inject=_injects(settings, graphed),
         process_group=process_group,
     ).train()
     optimizer = adam(generator, settings, team.device, graphed)
@@ -153,6 +156,13 @@ def _made(
     return generator, {"name": type(generator).__qualname__}
 
 
+def _injects(settings: TrainSection, graphed: bool) -> bool:
+    """By itself a step that is a graph does, unless the caller has chosen a core without it."""
+    if settings.inject is not None:
+        return settings.inject
+    return graphed and backends.requested("auto")[1] in injection.BACKENDS
+
+
 def _planned(
     given: Plan | None,
     team: Team,
@@ -164,7 +174,7 @@ def _planned(
     """The plan that was given, if it is one for this training, else one for the settings."""
     own = settings.model_copy(update={"batch_size": settings.batch_size // team.size})
     if given is not None:
-        team.each(lambda: given.check(own.batch_size, team.device))
+        team.each(lambda: given.check(own, team.device))
         return given
     if settings.memory is None:
         return None
@@ -258,7 +268,10 @@ def _loop(
             if team.size == 1 or state.step % _AGREE_EVERY == 0 or due:
                 stop = team.any(bool(interrupted))
             generator = state.averaged.module
-            if state.step % settings.log_every == 0:
+            logged = state.step % settings.log_every == 0
+            if logged or due or stop:
+                stepper.check()
+            if logged:
                 number = value.item()
                 bar.set_postfix(loss=f"{number:.4f}", refresh=False)
                 logs.scalars(state.step, loss=number, lr=rate(settings, state.step - 1))

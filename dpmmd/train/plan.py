@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpmmd import encoders, generators
+from dpmmd import encoders, generators, precision
 from dpmmd._memory import Meter, return_memory_at_once
 from dpmmd.bounds import Bound
 from dpmmd.data.named import NAMED
@@ -68,6 +68,7 @@ class Plan:
         budget: bytes, of everything that the process keeps there (resident memory on a CPU,
             tensors on a CUDA device).
         batch_size: n.
+        precision: of the generator's passes.
         micro_batch: images that go through the encoder at a time.
         recompute: whether backward computes the inside of the generator's blocks again.
         state: where target and estimate lie: "device" or "host".
@@ -81,6 +82,7 @@ class Plan:
     device: str
     budget: int
     batch_size: int
+    precision: str
     micro_batch: int
     recompute: bool
     state: str
@@ -90,13 +92,15 @@ class Plan:
     least: int
     whole: tuple[int, float]
 
-    def check(self, batch_size: int, device: torch.device) -> None:
+    def check(self, settings: TrainSection, device: torch.device) -> None:
         """Raises a PlanError unless the plan is one for such a training."""
-        if (self.batch_size, self.device) != (batch_size, str(device)):
+        made = f"batches of {self.batch_size} images in {self.precision} on {self.device}"
+        wanted = precision.of_generator(settings.precision, device)
+        trained = f"batches of {settings.batch_size} images in {wanted} on {device}"
+        if made != trained:
             raise PlanError(
-                f"plan: made for batches of {self.batch_size} images on {self.device}; this "
-                f"process trains with {batch_size} on {device}. Make one for these, or leave plan "
-                "out."
+                f"plan: made for {made}; this process trains with {trained}. Make one for these, "
+                "or leave plan out."
             )
 
     def facts(self) -> dict[str, Any]:
@@ -108,6 +112,7 @@ class Plan:
         """For a table."""
         return [
             ("device", self.device),
+            ("generator's precision", self.precision),
             ("images through the encoder at a time", f"{self.micro_batch} of {self.batch_size}"),
             ("generator blocks computed again", "yes" if self.recompute else "no"),
             ("target and estimate on the", self.state),
@@ -197,12 +202,13 @@ def make(
         memory: see `parse`. A fraction is one of what is free now, in addition to what is in use.
         encoder, generator: on their device.
         target: of the release.
-        settings: batch size and estimator.
+        settings: batch size, estimator and precision of the generator.
         held: bytes that will be in use beside training, and are not yet: a release to be loaded.
 
     Raises:
         PlanError: the budget cannot be read, is less than the least possible plan, or memory
             cannot be measured here.
+        ValueError: the device has no bfloat16, and the settings ask for it.
     """
     wanted = parse(memory)
     device = device_of(encoder)
@@ -242,6 +248,7 @@ def make(
         str(device),
         budget,
         settings.batch_size,
+        model.precision,
         choice.micro_batch,
         choice.recompute,
         choice.state,
@@ -373,6 +380,7 @@ class _Model:
     ) -> None:
         self.meter, self.device = meter, meter.device
         self.encoder, self.target, self.settings = encoder, target, settings
+        self.precision = precision.of_generator(settings.precision, self.device)
         self.n, self.classes = settings.batch_size, target.num_classes
         self.row = 4 * len(target.bound.moments) * encoder.dim  # of one class
         self.means_bytes = self.classes * self.row
@@ -442,14 +450,15 @@ class _Model:
                 y = torch.arange(n, device=self.device) % self.classes
 
             def forward() -> Tensor:
-                out: Tensor = probe(z, y)
+                out = precision.generated(probe, z, y, self.precision, self.device)
                 shape[:] = out.shape[1:]
                 return out
 
             return forward
 
         def backward(out: Tensor) -> None:
-            out.backward(torch.ones_like(out))
+            with precision.products(self.precision, self.device):
+                out.backward(torch.ones_like(out))
             probe.zero_grad(set_to_none=True)
 
         self.generator: dict[bool, _Pass] = {}

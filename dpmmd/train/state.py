@@ -102,10 +102,9 @@ class Average(AveragedModel):
         )
         numbers = [(a, c) for a, c in zip(theirs, ours, strict=True) if a.is_floating_point()]
         averaged, current = ([pair[i] for pair in numbers] for i in (0, 1))
-        distance = torch._foreach_sub(averaged, current)
-        torch._foreach_mul_(distance, self.on_device)
-        torch._foreach_add_(distance, current)
-        torch._foreach_copy_(averaged, distance)
+        torch._foreach_sub_(averaged, current)  # in place: eight passes, and no memory of its own
+        torch._foreach_mul_(averaged, self.on_device)
+        torch._foreach_add_(averaged, current)
         for a, c in zip(theirs, ours, strict=True):
             if not a.is_floating_point():
                 a.copy_(c)
@@ -175,15 +174,21 @@ class State:
 def adam(
     generator: nn.Module, settings: TrainSection, device: torch.device, graphed: bool
 ) -> torch.optim.Optimizer:
-    """Adam; for a graph, whose replays read the rate from the device, with a tensor as rate."""
-    parameters = generator.parameters()
-    if not graphed:
-        return torch.optim.Adam(parameters, lr=settings.lr, betas=settings.betas, foreach=True)
+    """Adam; for a graph, whose replays read the rate from the device, with a tensor as rate.
+
+    On a CUDA device one kernel does all of it (`fused`), where ``foreach`` falls apart into one for
+    each operation. On a CPU it stays ``foreach``: fused gains less than a hundredth of a step
+    there, and rounds in other places.
+    """
+    on_gpu = device.type == "cuda"
+    fused = on_gpu and all(p.is_floating_point() for p in generator.parameters())
     return torch.optim.Adam(
-        parameters,
-        lr=torch.tensor(settings.lr, device=device),
+        generator.parameters(),
+        lr=torch.tensor(settings.lr, device=device) if graphed else settings.lr,
         betas=settings.betas,
-        capturable=device.type == "cuda",
+        foreach=None if fused or graphed else True,
+        fused=fused or None,
+        capturable=graphed and on_gpu,
     )
 
 
@@ -192,8 +197,9 @@ def take_over(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> Non
     own = [dict(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(dict(state))
     for group, kept in zip(optimizer.param_groups, own, strict=True):
-        group.update({key: kept[key] for key in ("lr", "capturable", "foreach")})
+        group.update({key: kept[key] for key in ("lr", "capturable", "foreach", "fused")})
+        on_device = group["capturable"] or group["fused"]
         for p in group["params"]:
             if p in optimizer.state:
                 held = optimizer.state[p]
-                held["step"] = held["step"].to(p.device if group["capturable"] else "cpu")
+                held["step"] = held["step"].to(p.device if on_device else "cpu")

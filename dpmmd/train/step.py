@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from dpmmd import precision
 from dpmmd.recipe import TrainSection
 from dpmmd.train.sampling import balanced_labels
 from dpmmd.train.state import State, Task
@@ -37,6 +38,7 @@ class Stepper:
     def __init__(self, task: Task, state: State, model: nn.Module) -> None:
         self.task, self.state, self.model = task, state, model
         n, device = task.settings.batch_size, task.team.device
+        self.precision = precision.of_generator(task.settings.precision, device)
         whole = torch.zeros(n, int(state.generator.z_dim))  # type: ignore[arg-type]
         self.whole = whole.shape
         self.z = task.team.share(whole).to(device)
@@ -62,6 +64,9 @@ class Stepper:
         state.global_rng = torch.get_rng_state()
         return self.value
 
+    def check(self) -> None:
+        """Raises a ValueError if the last step's images are none; here every step has looked."""
+
     def _fill(self, place: Tensor, whole: Tensor) -> None:
         """Copies from the host without waiting: pinned memory is not reused before it is read."""
         values = self.task.team.share(whole)
@@ -74,14 +79,26 @@ class Stepper:
         self._work()
 
     def _work(self) -> None:
-        """What the device does in a step: the same kernels each time, and no reads by the host."""
+        """What the device does in a step: the same kernels each time, and no reads by the host.
+
+        Backward in two parts, cut at the images: the generator's has the generator's precision,
+        the loss's follows PyTorch's settings.
+        """
         state = self.state
         state.optimizer.zero_grad(set_to_none=True)
-        value = state.loss(self.model(self.z, self.y), self.y)
-        value.backward()
+        images = self._generated()
+        leaf = images.detach().requires_grad_()
+        value = state.loss(leaf, self.y)
+        (gradient,) = torch.autograd.grad(value, leaf)
+        with precision.products(self.precision, self.z.device):
+            images.backward(gradient)
         state.optimizer.step()
         self._average()
         self.value.copy_(value.detach())
+
+    def _generated(self) -> Tensor:
+        """Differentiable images [n, C, H, W] of the latent points and labels of the step."""
+        return precision.generated(self.model, self.z, self.y, self.precision, self.z.device)
 
     def _average(self) -> None:
         self.state.averaged.update_parameters(self.state.generator)

@@ -239,6 +239,7 @@ def test_release_train_sample_evaluate_privacy(call: Call, folder: Path) -> None
     assert trained.json["step"] == 3
     assert trained.json["private"] is True
     assert "3/3" in trained.err
+    assert trained.err.startswith("precision: encoder float32")
     refused(call(*train, "--steps", 4), "steps = 3, now 4")
 
     sampled = call("sample", folder / "t", "--out", folder / "s.npz", "--num-images", 60, "--json")
@@ -370,6 +371,7 @@ def test_run_and_run_again(call: Call, folder: Path) -> None:
     out = folder / "deep" / "run"
     first = call("run", folder / "mine.toml", "--out", out, "--json")
     assert first.code == 0
+    assert first.err.startswith("precision: encoder float32")
     report = first.json
     assert set(report["accuracy"]) == {"logistic_regression", "mlp", "cnn"}
     for both in report["accuracy"].values():

@@ -30,6 +30,9 @@ from torch import Tensor, nn
 
 import dpmmd
 from dpmmd import backends, functional, injection, reference
+from dpmmd._contract.protocol import Step
+from dpmmd._cores import named
+from dpmmd._ops import matching
 from dpmmd.bounds import BOUNDS, MOMENTS, Bound
 from dpmmd.encoders import Encoder, Rectified, StagedBackbone
 from dpmmd.encoders.layers import Convolution, MaxPool
@@ -37,7 +40,8 @@ from dpmmd.nn import ESTIMATORS, MMDLoss
 from dpmmd.privacy.sums import GUARD, PrivateSums
 
 BACKENDS = tuple(name for name in backends.BACKENDS if name != "auto")
-EMBEDDING, ESTIMATOR, SUMS, RELEASE = "mean_embedding", "estimator", "sums", "release"
+EMBEDDING, ESTIMATOR, MATCHING = "mean_embedding", "estimator", "matching"
+SUMS, RELEASE = "sums", "release"
 STEP, INJECTED, IN_PARTS = "step", "step, injected", "step, in parts"
 CPU = torch.device("cpu")
 FLOAT32, BFLOAT16, FLOAT64 = torch.float32, torch.bfloat16, torch.float64
@@ -600,6 +604,123 @@ def no_columns(on: On) -> None:
     require(steps.tolist() == [1.0, 0.0, 1.0], f"steps {steps.tolist()}")
 
 
+# The loss of features in one step -----------------------------------------------------------------
+
+
+class Losses(NamedTuple):
+    """Of three steps: values, gradients in the taps, and the states after each."""
+
+    values: list[Tensor]
+    gradients: list[list[Tensor]]
+    states: list[dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Matching:
+    """Three steps of an estimator on the features of three batches.
+
+    Attributes:
+        batch: the first; the others have other numbers, and classes come and go.
+        bound: without its radius.
+        name, rates: as of `Estimator`.
+    """
+
+    batch: Batch
+    bound: Bound
+    name: str
+    rates: Mapping[str, Any]
+
+    def batches(self) -> Iterator[tuple[Batch, Bound]]:
+        for seed in (10, 20, 30):
+            batch = replace(self.batch, seed=seed)
+            yield batch, clipped(batch.features(), self.bound)
+
+    def start(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Target and state; not zero, where the sign of a rounding error is a step of Adam's."""
+        rng = torch.Generator().manual_seed(3)
+        k = self.batch.classes or 1
+        shape = len(self.bound.moments), k, self.batch.dim
+        drawn = {name: torch.rand(shape, generator=rng) for name in STATES[self.name]}
+        if drawn:
+            drawn["steps"] = torch.arange(1.0, 1.0 + k)
+        return torch.randn(shape, generator=rng), drawn
+
+    def run(
+        self,
+        step: Callable[[Batch, Bound, Tensor, dict[str, Tensor], bool], tuple[Tensor, Any]],
+        dtype: torch.dtype,
+        device: torch.device = CPU,
+    ) -> Losses:
+        """All the steps, the last without update, and only then their gradients, the last first."""
+        target, state = self.start()
+        target = target.to(device, dtype)
+        state = {name: x.to(device, dtype, copy=True) for name, x in state.items()}
+        values, pending, states = [], [], []
+        for i, (batch, bound) in enumerate(self.batches()):
+            value, taps = step(batch, bound, target, state, i < 2)
+            values.append(value.detach().cpu())
+            pending.append((value, taps))
+            states.append({name: x.cpu().clone() for name, x in state.items()})
+        gradients = [torch.autograd.grad(3 * v, taps) for v, taps in reversed(pending)]
+        return Losses(values, [[g.cpu() for g in gs] for gs in reversed(gradients)], states)
+
+    def compute(
+        self, batch: Batch, bound: Bound, target: Tensor, state: dict[str, Tensor], update: bool,
+        on: On,
+    ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+        """By the library."""
+        taps = [moved(f, on.device).requires_grad_() for f in batch.features()]
+        y = batch.labels()
+        rates = {name: rate for name, rate in self.rates.items() if state}
+        step = Step(self.name, **state, **rates, update=update)
+        with poisoned():
+            value = matching.loss(
+                named(on.backend),
+                taps,
+                None if y is None else y.to(on.device),
+                batch.classes or 1,
+                bound,
+                target,
+                step,
+            )
+        return value, taps
+
+    def define(
+        self, batch: Batch, bound: Bound, target: Tensor, state: dict[str, Tensor], update: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """By the formulas, in the dtype of ``target``."""
+        taps = [f.to(target.dtype).requires_grad_() for f in batch.features()]
+        k = batch.classes or 1
+        means, counts = reference.mean_embedding(taps, batch.labels(), k, **keywords(bound))
+        estimator = Estimator(self.name, self.rates, (1, 1, 1))
+        given = Given(means.detach(), counts, target, state, update)
+        value, gradient, _ = estimator.define(given)
+        return value + (gradient * (means - means.detach())).sum(), taps
+
+
+def matched(of: Matching, twice: bool, on: On) -> None:
+    """Values, gradients in the taps and states against float64; a second time the same bits."""
+    ours = partial(of.compute, on=on)
+    got = of.run(ours, FLOAT32, on.device)
+    again = of.run(ours, FLOAT32, on.device) if twice else got
+    truth, rough = (of.run(of.define, dtype) for dtype in (FLOAT64, FLOAT32))
+    slack = tolerance(on)
+    for i in range(3):
+        same_bits("two runs", got.gradients[i], again.gradients[i])
+        same_bits("two runs", list(got.states[i].values()), list(again.states[i].values()))
+        allowed = 3 * distance([rough.values[i]], [truth.values[i]]) + 1e-5  # terms may cancel
+        near(f"step {i}, value", [got.values[i]], [truth.values[i]], allowed)
+        plain = [g.to(of.batch.dtype) for g in rough.gradients[i]]
+        allowed = 3 * distance(plain, truth.gradients[i]) + 4 * slack.gradient
+        if of.batch.dtype == BFLOAT16:
+            allowed = max(allowed, slack.bfloat16)
+        near(f"step {i}, gradient", got.gradients[i], truth.gradients[i], allowed)
+        _no_row_lost(got.gradients[i], truth.gradients[i])
+        for name, x in got.states[i].items():
+            allowed = 3 * distance([rough.states[i][name]], [truth.states[i][name]]) + 4 * EPSILON
+            near(f"step {i}, {name}", [x], [truth.states[i][name]], allowed)
+
+
 # Integer class sums -------------------------------------------------------------------------------
 
 LIMIT = 1 << 30
@@ -990,6 +1111,7 @@ def checks(scale: Scale = HOST) -> list[Check]:
         *_embeddings(scale),
         *_odd_embeddings(scale),
         *_estimators(scale),
+        *_matchings(scale),
         *_sums(scale),
         *_steps(scale),
         *(
@@ -1103,6 +1225,21 @@ def _estimators(scale: Scale) -> Iterator[Check]:
     alone = Estimator("adam", {"lr": 1e-2}, (1, 1, 7))
     yield Check(ESTIMATOR, "one moment and class", partial(estimator_steps, alone, FLOAT32))
     yield Check(ESTIMATOR, "no columns", no_columns)
+
+
+def _matchings(scale: Scale) -> Iterator[Check]:
+    """Each estimator on the first shapes, and one on what is unlike it."""
+    n, shapes = next(iter(scale.every.values()))
+    adam: tuple[str, dict[str, Any]] = ("adam", {"lr": 1e-2, "numbers": 7})
+    cases = [(*adam, BOTH, 4, FLOAT32, "channels-last")]
+    cases += [("batch", {}, BOTH, 4, FLOAT32, "channels-last")]
+    cases += [("ema", {"decay": 0.7}, Bound(), None, FLOAT32, "channels-last")]
+    cases += [(*adam, PER_TAP, 4, BFLOAT16, "planes")]
+    cases += [(*adam, Bound((1, 2), joint_weight=0.3), None, FLOAT32, "sliced")]
+    for i, (name, rates, bound, k, dtype, layout) in enumerate(cases):
+        batch = Batch(n, shapes, dtype, k, layout)
+        run = partial(matched, Matching(batch, bound, name, rates), scale is not INTERPRETED)
+        yield Check(MATCHING, text(name, layout, dtype, bound), run, dtype, short=i in (0, 2))
 
 
 def _sums(scale: Scale) -> Iterator[Check]:

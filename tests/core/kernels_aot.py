@@ -33,14 +33,18 @@ from dpmmd.kernels import (
     estimator,
     gradient,
     injection,
+    maps,
     mean_embedding,
+    normalise,
+    pooling,
     row_dots,
     row_statistics,
     table,
     taps,
+    upsampling,
 )
 
-MODULES = (bounded_sums, estimator, gradient, row_dots, row_statistics, taps)
+MODULES = (bounded_sums, estimator, gradient, maps, normalise, row_dots, row_statistics, taps)
 LARGE = ((64, 32, 32), (128, 8, 8), (64,))
 SMALL = ((32, 8, 8), (64,))
 ODD = ((3, 7, 5), (33,))
@@ -174,6 +178,11 @@ def _calls(quick: bool) -> Iterator[tuple[list[Any], Callable[[], None]]]:
             sums = [Bound(m, kind, joint_weight=0.5) for kind in kinds for m in MOMENTS]
         for bound, shared in itertools.product(sums, (0, 1) if everything else (0,)):
             yield current, partial(_add, features, bound, shared)
+    for dtype, channels in itertools.product(DTYPES, (64,) if quick else (512, 64, 3)):
+        x = torch.zeros(8, channels, 4, 4, dtype=dtype).contiguous(
+            memory_format=torch.channels_last
+        )
+        yield [dtype, channels != 3], partial(_layers, x)
     for columns, kind, update in itertools.product(
         (512,) if quick else (512, 511),
         ("adam",) if quick else ("batch", "ema", "adam"),
@@ -245,6 +254,18 @@ def _estimate(columns: int, kind: str, update: bool) -> None:
     estimator.estimate(means, torch.ones(3), target, step)
 
 
+def _layers(x: torch.Tensor) -> None:
+    channels = torch.zeros(x.shape[1])
+    moved = channels, channels, torch.zeros((), dtype=torch.int64)
+    y, *saved = normalise.norm_relu(x, normalise.Layer(channels, channels, *moved, 0.1, 1e-5))
+    normalise.norm_relu_backward(x, y, *saved, channels, channels)
+    upsampling.add_upsampled(x, x[:, :, ::2, ::2].contiguous(memory_format=torch.channels_last))
+    upsampling.upsampled_gradient(x)
+    for window in ((2, 2, 0), (3, 2, 1)):
+        pooled, places = pooling.max_pool(x, *window)
+        pooling.max_pool_gradient(pooled, places, x.shape, *window)
+
+
 def compile_case(case: Case, architecture: int) -> Compiled:
     """Compiles a case; what came out is read from the binary."""
     source = ASTSource(
@@ -295,7 +316,7 @@ def budget(case: Case, architecture: int) -> int:
     if "BLOCK" not in flags:
         return table.FINISH_REGISTERS
     sizes = table.TABLE[architecture][case.dtype][operation]
-    return next(c.registers for _, c in sizes if c.block == flags["BLOCK"])
+    return next(c.registers for _, c in sizes if c.block >= flags["BLOCK"])
 
 
 def main() -> None:

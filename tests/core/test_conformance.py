@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpmmd import backends, functional, nn
+from dpmmd import backends, functional
 from dpmmd._cores import named
 from dpmmd.bounds import Bound
 from tests.core import conformance, interpreted
@@ -46,7 +46,7 @@ if interpreted.ACTIVE:
 
     @pytest.mark.parametrize("check", INTERPRETER, ids=str)
     def test_triton(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
-        small = check.operation in ("mean_embedding", "estimator", "sums")
+        small = check.operation in ("mean_embedding", "estimator", "matching", "sums")
         interpreted.set_blocks(monkeypatch, 8 if small else 64)
         check.run("triton")
 
@@ -87,7 +87,7 @@ else:
         check.run("cuda")
 
     test_interpreted_embeddings = interpreted.whole(__file__, chosen="mean_embedding")
-    test_interpreted_sums = interpreted.whole(__file__, chosen="estimator or sums")
+    test_interpreted_sums = interpreted.whole(__file__, chosen="estimator or matching or sums")
     test_interpreted_steps = interpreted.whole(__file__, chosen="step or release")
     test_interpreted_long = pytest.mark.long(interpreted.whole(__file__, "long"))
 
@@ -156,13 +156,13 @@ else:
     @native
     @pytest.mark.parametrize("inject", [True, False])
     def test_a_faulty_step(monkeypatch: pytest.MonkeyPatch, inject: bool) -> None:
-        right = nn.mmd_loss
+        core = named("cpu")
+        right = core.estimate
 
-        def wrong(means: Tensor, *args: Any, backend: str, **options: Any) -> Tensor:
-            wide = (1 + 1e-4) * means if backend == "cpu" else means
-            return right(wide, *args, backend=backend, **options)
+        def wrong(means: Tensor, *args: Any) -> tuple[Tensor, Tensor | None]:
+            return right((1 + 1e-4) * means, *args)
 
-        monkeypatch.setattr(nn, "mmd_loss", wrong)
+        monkeypatch.setattr(core, "estimate", wrong)
         problem = conformance.Problem("fire", loss=(("estimator", "batch"),))
         with pytest.raises(Wrong, match="step 0, value: error"):
             conformance.step(problem, torch.float32, inject, On("cpu"))

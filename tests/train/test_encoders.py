@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
 import json
@@ -21,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dpmmd
 from dpmmd import _torchvision, encoders
+from dpmmd._choices import CHOICES
 from dpmmd.encoders import (
     Encoder,
     StagedBackbone,
@@ -31,6 +33,7 @@ from dpmmd.encoders import (
     torchvision_models,
     weights,
 )
+from dpmmd.precision import bfloat16_hindrance
 
 NAMES = encoders.available()
 PACKAGED = ("squeezenet1.1", "efficientnet-lite0")
@@ -371,6 +374,68 @@ def test_frozen_convolution(options):
     assert function(x[:0]).shape == (0, *got.shape[1:])
 
 
+@pytest.fixture
+def flips(monkeypatch):
+    monkeypatch.setattr(CHOICES, "flipped_convolutions", frozenset({"cpu"}))
+
+
+@pytest.mark.parametrize("options", [(1, 0, 1, 1), (3, 1, 1, 1), (3, (1, 0), 1, 1), (5, 4, 1, 1)])
+def test_frozen_convolution_by_a_flipped_weight(options, flips):
+    function = frozen(*options)
+    x = torch.randn(2, 6, 7, 6, dtype=torch.float64, requires_grad=True)
+    y = function(x)
+    assert y.grad_fn.layer is not None
+    upstream = torch.randn_like(y)
+    (dx,) = torch.autograd.grad(y, x, upstream)
+    CHOICES.flipped_convolutions = frozenset()
+    (expected,) = torch.autograd.grad(function(x), x, upstream)
+    assert (dx - expected).norm() <= 1e-15 * expected.norm()
+    CHOICES.flipped_convolutions = frozenset({"cpu"})
+    assert torch.autograd.gradgradcheck(function, x)
+
+
+@pytest.mark.parametrize("options", [(3, 0, 2, 1), (5, 2, 1, 6), (3, 3, 1, 1)])
+def test_other_convolutions_are_transposed(options, flips):
+    """With strides, with groups, or padded beyond the kernel."""
+    x = torch.randn(2, 6, 7, 6, dtype=torch.float64, requires_grad=True)
+    assert frozen(*options)(x).grad_fn.layer is None
+
+
+def test_a_flipped_weight_follows_its_weight(flips):
+    """Changed in place, moved, of another dtype, replaced or copied."""
+
+    def check(layer, dtype=torch.float64):
+        x = torch.randn(2, 3, 5, 5, dtype=dtype, requires_grad=True)
+        y = layer(x)
+        (found,) = torch.autograd.grad(y.square().sum(), x)
+        plain = F.conv2d(x, layer.weight, layer.bias, padding=1)
+        torch.testing.assert_close(found, torch.autograd.grad(plain.square().sum(), x)[0])
+        return layer._flipped.turned
+
+    layer = layers.Convolution(torch.randn(4, 3, 3, 3), torch.randn(4), padding=1).double()
+    first = check(layer)
+    assert check(layer) is first  # made once
+    layer.weight.mul_(2)
+    check(layer)
+    layer.load_state_dict({"weight": torch.randn(4, 3, 3, 3), "bias": torch.randn(4)})
+    check(layer)
+    layer.weight = nn.Parameter(torch.randn(4, 3, 3, 3).double(), requires_grad=False)
+    check(layer)
+    check(copy.deepcopy(layer))
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64, requires_grad=True)
+    y, expected = layer(x), F.conv2d(x, layer.weight, layer.bias, padding=1)
+    layer.weight = nn.Parameter(torch.randn(4, 3, 3, 3).double(), requires_grad=False)
+    check(layer)  # the other pass goes on with its own
+    found, truth = (torch.autograd.grad(out.sum(), x)[0] for out in (y, expected))
+    torch.testing.assert_close(found, truth)
+    assert layer.float()._flipped is None  # the old one takes no memory
+    check(layer, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(torch.randn(2, 3, 5, 5, requires_grad=True))
+    y.sum().backward()
+    assert layer._flipped.turned.dtype == torch.bfloat16
+
+
 def test_convolution_that_is_not_frozen_gets_its_gradients():
     torch.manual_seed(0)
     layer = layers.Convolution(torch.randn(4, 3, 3, 3), torch.randn(4))
@@ -433,8 +498,9 @@ def test_autocast():
 
 # ---- precision
 
+IN_WAY = bfloat16_hindrance(torch.device("cpu"))
 in_bfloat16 = pytest.mark.skipif(
-    not (base._cpu_has_bfloat16() or torch.cuda.is_available()),
+    IN_WAY is not None and not torch.cuda.is_available(),
     reason="this CPU has no bfloat16; that it is refused is tested below",
 )
 

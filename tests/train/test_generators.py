@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from torch import nn
 
 from dpmmd import generators
 from dpmmd.generators import NAMES, build
-from dpmmd.generators.layers import UpsampledConv
+from dpmmd.generators.layers import UpsampledConv, to_pixels
 
 
 def small(name: str, num_classes: int | None = 3, **options: object) -> nn.Module:
@@ -191,8 +193,78 @@ def test_the_registry_names_what_it_exports() -> None:
     assert isinstance(small("resnet"), generators.ResNetGenerator)
 
 
+def under_autocast(generator: nn.Module, z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        images: torch.Tensor = generator(z, y)
+    return images
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_in_mixed_precision_images_statistics_and_gradients_are_float32(name: str) -> None:
+    plain, mixed = small(name), small(name)
+    z, y = latents(4), torch.arange(4) % 3
+    kinds: dict[str, tuple[torch.dtype, bool]] = {}
+    for key, module in mixed.named_modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.BatchNorm2d):
+
+            def note(_: Any, inputs: Any, output: torch.Tensor, key: str = key) -> None:
+                channels_last = output.is_contiguous(memory_format=torch.channels_last)
+                kinds[key] = output.dtype, channels_last
+
+            module.register_forward_hook(note)
+    expected, images = plain(z, y), under_autocast(mixed, z, y)
+    assert images.dtype == torch.float32
+    assert set(kinds.values()) == {(torch.bfloat16, True)}  # no layer falls back to float32
+    assert images.unique().numel() > 1000  # bfloat16 has 256 values between 1/2 and 1
+    torch.testing.assert_close(images, expected, rtol=0, atol=0.06)
+    images.square().mean().backward()
+    expected.square().mean().backward()
+    for (key, a), b in zip(mixed.named_parameters(), plain.parameters(), strict=True):
+        assert a.dtype == torch.float32
+        assert a.grad is not None
+        assert b.grad is not None
+        assert a.grad.dtype == torch.float32
+        if b.grad.norm() > 1e-6:  # a batch norm takes the bias before it away again
+            assert F.cosine_similarity(a.grad.flatten(), b.grad.flatten(), dim=0) > 0.98, key
+    for key, buffer in mixed.named_buffers():
+        assert buffer.dtype in (torch.float32, torch.int64), key
+        torch.testing.assert_close(buffer, plain.get_buffer(key), rtol=0.03, atol=0.03)
+
+
+def test_pixels_of_half_precision_are_float32() -> None:
+    x = torch.tensor([-9.0, 0.0, 9.0])
+    for dtype in (torch.bfloat16, torch.float16):
+        assert torch.equal(to_pixels(x.to(dtype)), torch.sigmoid(x))
+    assert to_pixels(x.double()).dtype == torch.float64
+
+
 def test_upsampled_conv_is_convolution_after_nearest_upsampling() -> None:
+    """And so are its gradients, the second one included."""
     layer = UpsampledConv(5, 3).double()
-    x = torch.randn(2, 5, 7, 6, dtype=torch.float64)
+    x = torch.randn(2, 5, 7, 6, dtype=torch.float64, requires_grad=True)
     expected = F.conv2d(F.interpolate(x, scale_factor=2), layer.weight, padding=1)
-    torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-14, atol=1e-14)
+    found = torch.autograd.grad(layer(x).square().sum(), (x, layer.weight), create_graph=True)
+    truth = torch.autograd.grad(expected.square().sum(), (x, layer.weight), create_graph=True)
+    torch.testing.assert_close(found, truth, rtol=1e-13, atol=1e-13)
+    twice, true = (
+        torch.autograd.grad(sum(g.square().sum() for g in pair), layer.weight)
+        for pair in (found, truth)
+    )
+    torch.testing.assert_close(twice, true, rtol=1e-12, atol=1e-12)
+
+
+def test_its_kernel_has_the_bits_of_products_with_zeros_and_ones() -> None:
+    """Sums over rows, then columns: a training that was begun with them goes on with the same."""
+    layer = UpsampledConv(5, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = torch.randn(2, 5, 7, 6).contiguous(memory_format=torch.channels_last)
+    spread = torch.tensor([[0.0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
+    rows = torch.einsum("ku,oiuv->okiv", spread, layer.weight)
+    kernel = torch.einsum("okiv,lv->iokl", rows, spread)
+    expected = F.conv_transpose2d(x, kernel, stride=2, padding=1)
+    assert torch.equal(layer(x), expected)
+    (found,) = torch.autograd.grad(layer(x).square().sum(), layer.weight)
+    (truth,) = torch.autograd.grad(expected.square().sum(), layer.weight)
+    assert torch.equal(found, truth)
+    assert found.stride() == layer.weight.stride()  # the optimizer copies none
+    assert list(layer.state_dict()) == ["weight"]

@@ -239,7 +239,7 @@ def test_a_plan_that_is_given_is_not_measured_again(
     assert "memory: 5 of 12 images at a time" in capsys.readouterr().err
     assert trained.limits == plan.Limits(5, 12, recompute=True)
     assert generator.recompute is True
-    for changes in ({"batch_size": 10}, {"device": "cuda:3"}):
+    for changes in ({"batch_size": 10}, {"device": "cuda:3"}, {"precision": "tf32"}):
         other = dataclasses.replace(made, **changes)
         with pytest.raises(PlanError, match=r"plan: made for batches of .*this process trains"):
             dpmmd.train.train(released, encoder, generator, settings, plan=other, progress=False)

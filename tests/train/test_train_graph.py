@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import dpmmd
+from dpmmd import encoders
 from dpmmd import train as training
 from dpmmd.generators import ConvGenerator
 from dpmmd.nn import ESTIMATORS
@@ -398,6 +399,243 @@ def test_a_gpus_checkpoint_resumes_on_a_cpu(
         assert float(group["lr"]) == pytest.approx(1e-2)
 
 
+# ----------------------------------------------------------------------------- what it leaves out
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize(
+    ("before", "deterministic", "within"),
+    [(False, False, True), (False, True, False), (True, True, True)],
+)
+def test_kernels_are_searched_for_a_capture_alone(
+    released: Release,
+    played: Played,
+    monkeypatch: pytest.MonkeyPatch,
+    fails: bool,
+    before: bool,
+    deterministic: bool,
+    within: bool,
+) -> None:
+    """Not where PyTorch is to be deterministic; what the caller has set is left as it was."""
+    cudnn, seen = torch.backends.cudnn, []
+    outside = cudnn.benchmark
+    warm_up, record = played.warm_up, played.record
+
+    def noted(play: Callable[..., Any]) -> Callable[..., Any]:
+        def noting(*given: Any) -> Any:
+            seen.append(cudnn.benchmark)
+            return play(*given)
+
+        return noting
+
+    played.warm_up, played.record = noted(warm_up), noted(record)  # type: ignore[method-assign]
+    played.fails = RuntimeError("not permitted") if fails else None
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    advance, steps = Stepper.advance, []
+
+    def stepped(self: Stepper) -> Tensor:
+        steps.append(cudnn.benchmark)
+        return advance(self)
+
+    monkeypatch.setattr(Stepper, "advance", stepped)
+    try:
+        cudnn.benchmark = before
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            run(released, quick(steps=2), out=None)
+        assert cudnn.benchmark is before
+    finally:
+        cudnn.benchmark = outside
+    assert seen == [within] * 2
+    assert steps == [before] * 2
+
+
+def test_batches_are_counted_beside_the_graph(
+    released: Release, played: Played, tmp_path: Path
+) -> None:
+    """Within a replay nothing counts; afterwards the counters are those of launched steps."""
+    during: list[list[int]] = []
+    work = GraphedStepper._work
+
+    def noted(self: GraphedStepper) -> None:
+        work(self)
+        during.append([int(n) for counters in self.counters for n in counters])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GraphedStepper, "_work", noted)
+        run(released, quick(graph=True), out=tmp_path / "graph")
+    assert during[:4] == [[0] * 6] * 4  # three of the warm-up, and the first replay
+    assert during[4:] == [[step] * 6 for step in range(1, quick().steps)]
+    run(released, quick(graph=False), out=tmp_path / "plain")
+    states = [weights(state_of(tmp_path / name)) for name in ("graph", "plain")]
+    counters = [{k: v for k, v in s.items() if "num_batches" in k} for s in states]
+    assert len(counters[0]) == 6
+    assert_same(*counters)
+
+
+def looks(released: Release, generator: nn.Module | None, settings: TrainSection) -> list[bool]:
+    """Whether each recorded step asks the encoder to look at the values of its images."""
+    seen, check = [], encoders.base._check_images
+
+    def noted(x: Tensor, values: bool = True) -> None:
+        seen.append(values)
+        check(x, values)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoders.base, "_check_images", noted)
+        run(released, settings, generator=generator) if generator else run(released, settings)
+    return seen
+
+
+def test_images_are_looked_at_beside_the_graph(released: Release, played: Played) -> None:
+    """Where a sigmoid ends the generator: another's images are looked at in every step."""
+    settings = quick(steps=2, graph=True)
+    assert set(looks(released, None, settings)) == {False}
+    assert set(looks(released, Own(), settings)) == {True}
+    assert set(looks(released, None, quick(steps=2, graph=False))) == {True}
+    encoder = small_encoder()
+    with pytest.raises(RuntimeError, match="a mistake"):
+        train(released, encoder, Breaks(), quick(graph=True), progress=False)
+    assert encoder._range_known is False
+
+
+@pytest.mark.parametrize("every", [1, 100])
+def test_a_diverged_training_is_found_and_not_kept(
+    released: Release, played: Played, every: int, tmp_path: Path
+) -> None:
+    """At a step that is logged, at the latest before a checkpoint."""
+    run_work, steps = GraphedStepper._run, []
+
+    def diverging(self: GraphedStepper) -> None:
+        steps.append(self.state.step)
+        if len(steps) == 7:
+            with torch.no_grad():
+                next(self.state.generator.parameters()).fill_(torch.nan)
+        run_work(self)
+
+    settings = quick(graph=True, log_every=every)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GraphedStepper, "_run", diverging)
+        with pytest.raises(ValueError, match=r"step (7|10): the generator's images are not numb"):
+            run(released, settings, out=tmp_path)
+    assert len(steps) == (7 if every == 1 else 10)
+    kept = state_of(tmp_path)
+    assert kept["step"] == 5
+    assert all(value.isfinite().all() for value in weights(kept).values())
+
+
+def test_a_step_that_is_no_graph_after_all_injects_nothing(
+    released: Release, played: Played, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By itself a graph injects, which makes launched steps slower; what is asked for is kept."""
+    found = []
+    original = training.loop._loop
+
+    def noted(stepper: Stepper, *given: Any) -> None:
+        found.append(stepper.state.loss.inject)
+        original(stepper, *given)
+
+    monkeypatch.setattr(training.loop, "_loop", noted)
+    run(released, quick(steps=1))
+    run(released, quick(steps=1, inject=False))
+    run(released, quick(steps=1, graph=False))
+    monkeypatch.setenv("DPMMD_BACKEND", "torch")
+    monkeypatch.setattr(dpmmd.injection, "BACKENDS", ("auto",))
+    run(released, quick(steps=1))
+    monkeypatch.undo()
+    assert found == [True, False, False, False]
+
+
+def test_a_failed_capture_takes_injection_back(released: Release, played: Played) -> None:
+    played.fails, found = RuntimeError("not permitted"), []
+    original = Stepper._work
+
+    def noted(self: Stepper) -> None:
+        found.append((type(self), self.state.loss.inject))
+        original(self)
+
+    for inject in (None, True):
+        found.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Stepper, "_work", noted)
+            with pytest.warns(RuntimeWarning, match="not permitted"):
+                run(released, quick(steps=1, inject=inject))
+        assert found[0] == (GraphedStepper, True)
+        assert found[-1] == (Stepper, bool(inject))
+
+
+# ----------------------------------------------------------------------------- the optimiser
+
+
+def fused(generator: nn.Module, settings: TrainSection, *_: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adam(
+        generator.parameters(), lr=settings.lr, betas=settings.betas, fused=True
+    )
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_another_kind_of_adam_goes_on(released: Release, first: bool, tmp_path: Path) -> None:
+    """From one kernel for each operation to one for all, as on a GPU, and back."""
+    run(released, quick(), out=tmp_path / "whole")
+    advance = Stepper.advance
+
+    def fails(self: Stepper) -> Tensor:
+        if self.state.step == 5 and len(kinds) == 1:
+            raise MemoryError
+        return advance(self)
+
+    kinds: list[bool] = []
+    for is_fused in (first, not first):
+        kinds.append(is_fused)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Stepper, "advance", fails)
+            if is_fused:
+                patch.setattr(training.loop, "adam", fused)
+            with pytest.raises(MemoryError) if len(kinds) == 1 else contextlib.nullcontext():
+                run(released, quick(), out=tmp_path / "parts")
+    state = state_of(tmp_path / "parts")
+    (group,) = state["optimizer"]["param_groups"]
+    assert (group["fused"], group["foreach"]) == ((None, True) if first else (True, None))
+    for key, value in weights(state_of(tmp_path / "whole")).items():
+        torch.testing.assert_close(weights(state)[key], value, rtol=1e-3, atol=2e-4)
+    for moments in state["optimizer"]["state"].values():
+        assert float(moments["step"]) == quick().steps
+
+
+def test_a_gpu_has_one_kernel_for_adam(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[dict[str, Any]] = []
+    real, settings = ConvGenerator(num_classes=3, image_size=8), quick()
+    monkeypatch.setattr(torch.optim, "Adam", lambda parameters, **given: made.append(given))
+    monkeypatch.setattr(torch, "tensor", lambda value, device: value)
+    complex_ = nn.ParameterList([nn.Parameter(torch.zeros(2, dtype=torch.complex64))])
+    for model, device, graphed in (
+        (real, "cuda", True), (real, "cuda", False), (complex_, "cuda", False), (real, "cpu", False)
+    ):  # fmt: skip
+        training.state.adam(model, settings, torch.device(device), graphed)
+    kinds = [(m["fused"], m["foreach"], m["capturable"]) for m in made]
+    assert kinds == [(True, None, True), (True, None, False), *[(None, True, False)] * 2]
+
+
+def test_the_average_on_a_device_takes_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place, with the numbers of the recursion; first it is the generator itself."""
+    generator = ConvGenerator(num_classes=3, image_size=8, z_dim=5, base_channels=4)
+    averaged = training.state.Average(generator, 0.9, torch.device("cpu"))
+    for name in ("_foreach_sub", "_foreach_mul", "_foreach_add", "_foreach_lerp"):
+        monkeypatch.delattr(torch, name, raising=False)
+    before = {k: v.clone() for k, v in averaged.module.state_dict().items()}
+    with torch.no_grad():
+        for p in generator.parameters():
+            p.add_(torch.randn(p.shape))
+    averaged.on_device.fill_(0.3)
+    averaged.update_on_device(generator)
+    for key, value in averaged.module.named_parameters():
+        ours = generator.get_parameter(key).detach()
+        assert torch.equal(value, (before[key] - ours) * 0.3 + ours)
+    averaged.on_device.fill_(0)
+    averaged.update_on_device(generator)
+    assert_same(dict(averaged.module.state_dict()), dict(generator.state_dict()))
+
+
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
@@ -474,6 +712,7 @@ def test_a_step_reads_nothing_from_the_device(estimator: str, options: dict[str,
         patch.setattr(training.graph, "_GRAPHED_ON", ("meta",))
         patch.setattr(training.loop, "adam", lambda model, *_: torch.optim.Adam(model.parameters()))
         patch.setattr(GraphedStepper, "capture", lambda self: None)
+        patch.setattr(GraphedStepper, "check", lambda self: None)  # of the loop, now and then
         patch.setattr(Stepper, "advance", advance)
         train(release, encoder, settings=settings, generator_settings=GENERATOR, progress=False)
     assert len(stepped) == settings.steps

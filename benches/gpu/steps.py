@@ -27,10 +27,12 @@ from benches.gpu.measure import Call, Measure, Row
 from benches.gpu.suite import conformance
 from benches.shapes import small_release
 from dpmmd import backends, injection
+from dpmmd import precision as precisions
 from dpmmd.devices import device_of
 from dpmmd.encoders import Encoder
 from dpmmd.nn import MMDLoss
 from dpmmd.recipe import GeneratorSection, TrainSection
+from dpmmd.train.state import adam
 
 STEP, CAPTURED, TRAIN = "training step", "training step, captured", "dpmmd train, a step"
 FLOOR = "sum of the last tap"
@@ -43,9 +45,9 @@ class Step:
     """Generator, encoder, loss, backward, Adam.
 
     Args:
-        capturable: whether a CUDA graph is to hold it.
-        autocast: whether the generator computes in bfloat16 where autocast has it so.
-        fused: whether Adam is one kernel; None: as torch chooses.
+        capturable: whether a CUDA graph is to hold it. Adam is then that of `dpmmd.train`, else as
+            users write it.
+        precision: of the generator; None: as `dpmmd.train` chooses.
     """
 
     def __init__(
@@ -55,32 +57,29 @@ class Step:
         batch: int,
         classes: int,
         capturable: bool,
-        *,
-        autocast: bool = False,
-        fused: bool | None = None,
+        precision: str | None = None,
     ) -> None:
         self.generator, self.loss, self.batch, self.classes = generator, loss, batch, classes
-        self.device, self.autocast = device_of(generator), autocast
-        capturable = capturable and self.device.type == "cuda"
-        self.optimizer = torch.optim.Adam(
-            generator.parameters(), lr=1e-3, capturable=capturable, fused=fused
-        )
+        self.device = device_of(generator)
+        self.precision = precision or precisions.of_generator(None, self.device)
+        self.optimizer: torch.optim.Optimizer = torch.optim.Adam(generator.parameters(), lr=1e-3)
+        if capturable:
+            self.optimizer = adam(generator, TrainSection(lr=1e-3), self.device, graphed=True)
 
     def images(self, y: Tensor) -> Tensor:
         """Generated images of the classes y [n], float32."""
         z = torch.randn(self.batch, int(self.generator.z_dim), device=self.device)  # type: ignore[arg-type]
-        # Weights move in every step: a cast that is kept would be that of the step before.
-        half = torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.autocast, cache_enabled=False
-        )
-        with half:
-            images: Tensor = self.generator(z, y)
-        return images.float()
+        return precisions.generated(self.generator, z, y, self.precision, self.device)
 
     def __call__(self) -> None:
+        """As `dpmmd.train` does it: the generator's backward pass has its precision too."""
         y = torch.arange(self.batch, device=self.device) % self.classes
         self.optimizer.zero_grad()
-        self.loss(self.images(y), y).backward()
+        images = self.images(y)
+        leaf = images.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(self.loss(leaf, y), leaf)
+        with precisions.products(self.precision, self.device):
+            images.backward(gradient)
         self.optimizer.step()
 
 
@@ -197,8 +196,9 @@ class Steps:
 
     def _ours(self, loss: Callable[[], Any], capturable: bool) -> Call:
         """The loss is made here, so that its memory is counted with the step's."""
-        step = Step(self._generator(), loss(), self.batch, self.scale.classes, capturable)
-        return exact(step, self.precision)
+        given = self._generator(), loss(), self.batch, self.scale.classes, capturable
+        exactly = "float32" if self.precision == "float32" else None
+        return exact(Step(*given, exactly), self.precision)
 
     def _authors(self, allowed: bool) -> Call:
         target = self.release.target.to(self.of.device.device)

@@ -242,8 +242,8 @@ def test_the_generator_s_precision(rungs: Rungs) -> None:
         )
         assert found.images(y).dtype == torch.float32
         assert seen == [dtype]
-    fused = network.step({variants.OPTIMIZER: variants.FUSED}).optimizer
-    assert fused.param_groups[0]["fused"]
+    loops = network.step({variants.OPTIMIZER: variants.FOREACH}).optimizer
+    assert loops.param_groups[0]["foreach"]
 
 
 def test_a_search_of_algorithms_has_a_thread_of_its_own(rungs: Rungs) -> None:
@@ -275,9 +275,9 @@ def test_a_search_of_algorithms_has_a_thread_of_its_own(rungs: Rungs) -> None:
 
 def test_the_ladder_takes_what_saves_time(rungs: Rungs, monkeypatch: pytest.MonkeyPatch) -> None:
     """Times are played: each option saves what it saves, on top of those that were taken."""
-    saves = {("generator", "bfloat16"): 3.0, ("generator", "tf32"): 1.0, ("Adam", "fused"): 0.05}
+    saves = {("generator", "bfloat16"): 3.0, ("generator", "tf32"): 1.0, ("Adam", "foreach"): 0.05}
     saves |= {
-        ("upsampled convolution", "slices"): 1.0,
+        ("max pool", "bytes"): 1.0,
         ("encoder's ReLU", "with the convolution"): -2.0,
     }
     tried: list[dict[str, str]] = []
@@ -294,8 +294,8 @@ def test_the_ladder_takes_what_saves_time(rungs: Rungs, monkeypatch: pytest.Monk
     rungs.cores[:] = ["cpu", "cuda"]
     ladder.ladder(rungs, (32, 2))
     # Adam saves less than a hundredth, and the other one costs time.
-    assert rungs.chosen[32, 2] == {"generator": "bfloat16", "upsampled convolution": "slices"}
-    assert {"generator": "bfloat16", "Adam": "fused"} in tried
+    assert rungs.chosen[32, 2] == {"generator": "bfloat16", "max pool": "bytes"}
+    assert {"generator": "bfloat16", "Adam": "foreach"} in tried
     ladder.brief_ladder(rungs, (64, 1))
     assert rungs.chosen[64, 1] == rungs.chosen[32, 2]
     (cells,) = answers._steps(rungs.rows)
@@ -307,7 +307,7 @@ def test_the_ladder_takes_what_saves_time(rungs: Rungs, monkeypatch: pytest.Monk
     )
     assert found["over floor"] == "8125.00"
     assert found["loss, fastest"] == "+500.000 ms"
-    assert found["combination"] == "cuda; generator bfloat16, upsampled convolution slices"
+    assert found["combination"] == "cuda; generator bfloat16, max pool bytes"
 
 
 # Answers ------------------------------------------------------------------------------------------

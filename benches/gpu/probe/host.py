@@ -15,7 +15,7 @@ from benches.gpu.measure import Call
 from benches.gpu.probe import taps
 from benches.gpu.probe.rungs import Rungs
 from benches.gpu.probe.step import INJECTED, Network, network_of
-from benches.gpu.probe.variants import OURS
+from benches.gpu.probe.variants import HALF, OURS
 
 HOST, LOOP = "the host's time", "a user's loop, launched"
 BARE, GRAPHED = "a node that does nothing", "loss as graphs"
@@ -93,5 +93,9 @@ def _trained(network: Network) -> None:
         return
     scale = replace(network.scale, train_steps=rungs.sizes.train_steps)
     of = steps.Steps(rungs.measure, scale, (network.pixels, network.batch), network.precision)
+    inject: dict[str, Any] = {"inject": True}
     for core in rungs.cores:
-        of.trained(core, {f"{core}, {OURS}": {}, f"{core}, injected": {"inject": True}})
+        ways = {f"{core}, {OURS}": {}, f"{core}{INJECTED}": inject}
+        if HALF in rungs.sizes.precisions:
+            ways[f"{core}{INJECTED}, generator {HALF}"] = inject | {"precision": HALF}
+        of.trained(core, ways)

@@ -39,7 +39,7 @@ def one_pass(rungs: Rungs) -> None:
 
 
 def _has_one_pass(core: str) -> bool:
-    return getattr(type(named(core)), "match", None) is not getattr(Core, "match", None)
+    return type(named(core)).match is not Core.match
 
 
 def _loss(rungs: Rungs, like: Case, core: str, count: int, separate: bool) -> Call:
@@ -57,6 +57,5 @@ def _loss(rungs: Rungs, like: Case, core: str, count: int, separate: bool) -> Ca
 @contextlib.contextmanager
 def _a_kernel_each(core: Any) -> Iterator[None]:
     """Within the block the core does what every core does by itself."""
-    base: Any = Core
-    with patched(core, "match", base.match), patched(core, "match_backward", base.match_backward):
+    with patched(core, "match", Core.match), patched(core, "match_backward", Core.match_backward):
         yield

@@ -7,13 +7,16 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from benches.gpu.measure import Call
 from benches.gpu.probe.rungs import Rungs
-from benches.gpu.probe.step import Network, network_of
+from benches.gpu.probe.step import Network, foreach_adam, network_of
 from benches.gpu.probe.variants import CHOICES, OURS, PRECISION, How, within
 from benches.gpu.suite import conformance
-from dpmmd.train.state import Average
+from dpmmd import precision
+from dpmmd.recipe import TrainSection
+from dpmmd.train.state import Average, adam
 
 COPY, PRODUCT, LAUNCH = "copy", "matrix product", "kernel without work, in a graph"
 PART = "part of a step"
@@ -59,8 +62,8 @@ def parts(rungs: Rungs) -> None:
     """Generator, encoder, Adam and the average: where the milliseconds are (1, 4)."""
     for size in rungs.sizes.deep:
         network = network_of(rungs, size)
-        for precision in CHOICES[PRECISION]:
-            _time(network, precision, _generator(network, {PRECISION: precision}))
+        for option in CHOICES[PRECISION]:
+            _time(network, option, _generator(network, {PRECISION: option}))
         _time(network, network.precision, _encoder(network))
         _time(network, "float32", _optimizers(network))
 
@@ -79,7 +82,9 @@ def _generator(network: Network, how: How) -> dict[str, Callable[[], Call]]:
 
         def call() -> Any:
             if backward:
-                return torch.autograd.grad(step.images(y), weights, upstream)
+                images = step.images(y)
+                with precision.products(step.precision, step.device):
+                    return torch.autograd.grad(images, weights, upstream)
             with torch.no_grad():
                 return step.images(y)
 
@@ -114,14 +119,11 @@ def _encoder(network: Network) -> dict[str, Callable[[], Call]]:
 def _optimizers(network: Network) -> dict[str, Callable[[], Call]]:
     """Adam with its rate on the device, as in a captured training, and the weights' average."""
 
-    def adam(**options: Any) -> Call:
+    def optimizer(make: Callable[[nn.Module], torch.optim.Optimizer]) -> Call:
         generator = network.generator()
-        cuda = network.device.type == "cuda"
-        rate = torch.tensor(1e-3, device=network.device) if cuda else 1e-3
         for p in generator.parameters():
             p.grad = torch.randn_like(p)
-        found = torch.optim.Adam(generator.parameters(), lr=rate, capturable=cuda, **options)
-        return found.step
+        return make(generator).step
 
     def average() -> Call:
         generator = network.generator()
@@ -129,16 +131,9 @@ def _optimizers(network: Network) -> dict[str, Callable[[], Call]]:
         found.begin(100)
         return partial(found.update_on_device, generator)
 
-    def lerp() -> Call:
-        generator = network.generator()
-        current = [p.detach() for p in generator.parameters()]
-        averaged = [p.clone() for p in current]
-        weights = [torch.tensor(0.01, device=network.device)] * len(current)
-        return lambda: torch._foreach_lerp_(averaged, current, weights)
-
+    settings = TrainSection()
     return {
-        "Adam, foreach": partial(adam, foreach=True),
-        "Adam, fused": partial(adam, fused=True),
+        f"Adam, {OURS}": lambda: optimizer(lambda g: adam(g, settings, network.device, True)),
+        "Adam, foreach": lambda: optimizer(lambda g: foreach_adam(g, network.device)),
         f"weights' average, {OURS}": average,
-        "weights' average by one interpolation": lerp,
     }

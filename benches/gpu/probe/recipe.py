@@ -13,7 +13,7 @@ import dpmmd
 from benches.gpu import steps
 from benches.gpu.measure import Call
 from benches.gpu.probe.rungs import Rungs
-from benches.gpu.probe.step import played_release
+from benches.gpu.probe.step import played_release, precision_of
 from benches.gpu.probe.variants import (
     ALGORITHMS,
     HALF,
@@ -70,7 +70,7 @@ def _step(rungs: Rungs, core: str, precision: str, how: How, inject: bool) -> Ca
         "conv", num_classes=CLASSES, image_size=PIXELS, channels=1, base_channels=WIDTH
     )
     given = generator.to(device).train(), loss, batch, CLASSES, True
-    return within(how, steps.Step(*given, autocast=how[PRECISION] == HALF))
+    return within(how, steps.Step(*given, precision_of(how)))
 
 
 def random_weights(_: Any = None) -> dict[str, tuple[Tensor, Tensor]]:

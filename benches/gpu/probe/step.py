@@ -14,9 +14,9 @@ from benches.gpu.measure import Call
 from benches.gpu.probe.rungs import Rungs
 from benches.gpu.probe.sizes import Size
 from benches.gpu.probe.variants import (
-    FUSED,
-    HALF,
+    FOREACH,
     OPTIMIZER,
+    OURS,
     PRECISION,
     SEARCHED,
     How,
@@ -68,12 +68,13 @@ class Network:
 
     def step(self, how: How, loss: str = FLOOR) -> steps.Step:
         """A step of the loss by name: FLOOR, a backend, or a backend with INJECTED."""
-        options: dict[str, Any] = {"autocast": how.get(PRECISION) == HALF}
-        if how.get(OPTIMIZER) == FUSED:
-            options["fused"] = True
         value = self.last if loss == FLOOR else self.loss(loss)
-        given = self.generator(), value, self.batch, self.scale.classes, True
-        return steps.Step(*given, **options)
+        precision = precision_of(how)
+        given = self.generator(), value, self.batch, self.scale.classes, True, precision
+        step = steps.Step(*given)
+        if how.get(OPTIMIZER) == FOREACH:
+            step.optimizer = foreach_adam(step.generator, self.device)
+        return step
 
     def last(self, x: Tensor, y: Tensor) -> Tensor:
         return self.encoder(x)[-1].float().sum()
@@ -106,6 +107,19 @@ class Network:
         more = {"theirs": is_trial(how), "searched": searched, "items": self.batch} | more
         given = OPERATION, self.shape, self.precision, {variant: make}
         return self.rungs(*given, **more).get(variant)
+
+
+def precision_of(how: How) -> str | None:
+    """Of the generator; None: as the package chooses."""
+    found = how.get(PRECISION, OURS)
+    return None if found == OURS else found
+
+
+def foreach_adam(generator: nn.Module, device: torch.device) -> torch.optim.Adam:
+    """An operation a kernel, and the rate on the device, as a captured step needs it."""
+    options: dict[str, Any] = {"foreach": True, "capturable": device.type == "cuda"}
+    rate = torch.tensor(1e-3, device=device) if device.type == "cuda" else 1e-3
+    return torch.optim.Adam(generator.parameters(), lr=rate, **options)
 
 
 def averaged(step: steps.Step) -> Call:

@@ -8,8 +8,6 @@ of the package's while a step runs.
 from __future__ import annotations
 
 import contextlib
-import importlib
-import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
@@ -20,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benches.gpu.measure import Call
-from benches.gpu.suite import conformance
+from dpmmd._choices import CHOICES as SWITCHES
 from dpmmd.encoders.layers import Convolution, Rectified
 from dpmmd.generators.layers import UpsampledConv
 
@@ -29,7 +27,7 @@ Context = Callable[[], AbstractContextManager[object]]
 
 OURS = "as it is"
 PRECISION, OPTIMIZER, ALGORITHMS = "generator", "Adam", "algorithms"
-HALF, FUSED, SEARCHED = "bfloat16", "fused", "searched"
+HALF, FOREACH, SEARCHED = "bfloat16", "foreach", "searched"
 
 # UpsampledConv ------------------------------------------------------------------------------------
 
@@ -39,16 +37,6 @@ def by_einsum(self: UpsampledConv, x: Tensor) -> Tensor:
     spread = [[0.0, 0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]]
     matrix = _constant(spread, self.weight)
     kernel = torch.einsum("ku,oiuv,lv->iokl", matrix, self.weight, matrix)
-    return F.conv_transpose2d(x, kernel, stride=2, padding=1)
-
-
-def by_slices(self: UpsampledConv, x: Tensor) -> Tensor:
-    """The same kernel as sums of slices."""
-    kernel = self.weight
-    for axis in (-2, -1):
-        a, b, c = kernel.unbind(axis)
-        kernel = torch.stack((c, b + c, a + b, a), axis)
-    kernel = kernel.transpose(0, 1).contiguous(memory_format=torch.channels_last)
     return F.conv_transpose2d(x, kernel, stride=2, padding=1)
 
 
@@ -134,36 +122,32 @@ def _upsampled(forward: Callable[[UpsampledConv, Tensor], Tensor]) -> Context:
     return partial(patched, UpsampledConv, "forward", forward)
 
 
-def _switch(option: str, name: str, value: Any) -> dict[str, Context]:
-    """As it is, and the option of a switch of the package's if it has it."""
-    if importlib.util.find_spec("dpmmd._choices") is None:
-        return {OURS: nullcontext}
-    choices = importlib.import_module("dpmmd._choices").CHOICES
-    if not hasattr(choices, name):
-        return {OURS: nullcontext}
-    return {OURS: nullcontext, option: partial(patched, choices, name, value)}
+def _switched(name: str, value: Any) -> Context:
+    return partial(patched, SWITCHES, name, value)
 
 
 # A choice -> its options -> the context of a step. What else an option does, `step` knows.
 CHOICES: dict[str, dict[str, Context]] = {
     PRECISION: {
         OURS: nullcontext,
-        "float32": partial(conformance.tf32, False),
-        "tf32": partial(conformance.tf32, True),
+        "float32": nullcontext,
+        "tf32": nullcontext,
         HALF: nullcontext,
     },
-    OPTIMIZER: {OURS: nullcontext, FUSED: nullcontext},
+    OPTIMIZER: {OURS: nullcontext, FOREACH: nullcontext},
     "upsampled convolution": {
         OURS: nullcontext,
         "einsum": _upsampled(by_einsum),
-        "slices": _upsampled(by_slices),
         "upsample + 3x3": _upsampled(by_upsampling),
         "3x3 + pixel shuffle": _upsampled(by_shuffling),
     },
-    "batch norm + ReLU": _switch(FUSED, "fused_norms", True),
-    "add + upsample": _switch(FUSED, "fused_upsampling", True),
-    "max pool": _switch("bytes", "byte_pools", True),
-    "encoder's backward": _switch("flipped", "flipped_convolutions", frozenset({"cuda", "cpu"})),
+    "batch norm + ReLU": {OURS: nullcontext, "fused": _switched("fused_norms", True)},
+    "add + upsample": {OURS: nullcontext, "fused": _switched("fused_upsampling", True)},
+    "max pool": {OURS: nullcontext, "bytes": _switched("byte_pools", True)},
+    "encoder's backward": {
+        OURS: nullcontext,
+        "flipped": _switched("flipped_convolutions", frozenset({"cuda"})),
+    },
     "encoder's ReLU": {
         OURS: nullcontext,
         "with the convolution": partial(patched, Rectified, "forward", _with_convolution),

@@ -87,7 +87,11 @@ def _graphed(network: Network, core: str) -> Any:
 
 
 def _trained(network: Network) -> None:
-    """`dpmmd.train.train`: what the library's own loop makes of a captured step."""
+    """`dpmmd.train.train`: what the library's own loop makes of a captured step.
+
+    Where cuDNN's search, which it makes before its capture, has not been forestalled by steps of
+    the same shapes: in a training that is alone in its process it has not.
+    """
     rungs = network.rungs
     if not rungs.cores or not rungs.budget.fits(steps.TRAIN):
         return
@@ -98,4 +102,4 @@ def _trained(network: Network) -> None:
         ways = {f"{core}, {OURS}": {}, f"{core}{INJECTED}": inject}
         if HALF in rungs.sizes.precisions:
             ways[f"{core}{INJECTED}, generator {HALF}"] = inject | {"precision": HALF}
-        of.trained(core, ways)
+        rungs.search(partial(of.trained, core, ways))

@@ -68,7 +68,7 @@ class Rungs:
             variants: name -> what builds the call.
             graph: whether they are replayed as CUDA graphs.
             theirs: whether they are not the library's, so that a failure is no error of ours.
-            searched: whether cuDNN times its algorithms, see `_search`.
+            searched: whether cuDNN times its algorithms, see `search`.
             least: the fewest bytes that a call must move.
             limit: seconds that a variant may take to get going; a search has none.
             more: what else the rows hold.
@@ -88,7 +88,7 @@ class Rungs:
             )
 
         if searched:
-            self._search(timed)
+            self.search(timed)
         else:
             timed()
         self.device.free()
@@ -132,7 +132,7 @@ class Rungs:
             times.append(perf_counter() - start)
         return times
 
-    def _search(self, work: Callable[[], None]) -> None:
+    def search(self, work: Callable[[], None]) -> None:
         """Runs work where cuDNN times its algorithms and takes the fastest.
 
         PyTorch keeps one algorithm a shape and thread. It takes that one whatever

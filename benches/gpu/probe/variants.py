@@ -1,8 +1,9 @@
 """In which ways a training step can be done: a table of choices, and contexts that make them.
 
-Of each choice the first option is what the package does. What the package can do otherwise is
-switched on in it (`dpmmd._choices`); what it cannot do stands here, and takes the place of a method
-of the package's while a step runs.
+Of each choice the first option is what the package does, but for cuDNN's search: that takes
+seconds, so that `dpmmd.train` alone makes it, before it captures a step. What the package can do
+otherwise is switched on in it (`dpmmd._choices`); what it cannot do stands here, and takes the
+place of a method of the package's while a step runs.
 """
 
 from __future__ import annotations

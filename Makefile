@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 BUILT := $(VENV)/.built
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*)
 
-.PHONY: help install demo test test-native test-long bench bench-gpu lint clean
+.PHONY: help install demo test test-native test-long bench bench-gpu probe-gpu on-gpu lint clean
 
 help:
 	@echo "make demo      private Fashion-MNIST images to a private synthetic set, in runs/demo"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-long the tests that take minutes as well"
 	@echo "make bench     benchmarks"
 	@echo "make bench-gpu checks and benchmarks on a GPU, with the PyTorch that $(PYTHON) has"
+	@echo "make probe-gpu where a training step's time goes on a GPU, in less than eight minutes"
 	@echo "make lint      ruff and mypy"
 	@echo "make install   the virtual environment $(VENV) with everything the others need"
 
@@ -55,11 +56,16 @@ bench: install
 # With whatever $(PYTHON) has: installs nothing, downloads nothing, needs no .venv. The native core,
 # with its CUDA kernels if nvcc is there, is compiled in place; without it the others are measured.
 RESULTS ?= benches/results
-bench-gpu:
+on-gpu:
 	@$(PYTHON) -c "import torch; raise SystemExit(not torch.cuda.is_available())" 2>/dev/null || \
-		{ echo "bench-gpu: $(PYTHON) has no PyTorch that sees a CUDA device; use make bench-gpu PYTHON=..."; exit 2; }
+		{ echo "$(PYTHON) has no PyTorch that sees a CUDA device; use make $(MAKECMDGOALS) PYTHON=..."; exit 2; }
 	-timeout 150 $(PYTHON) setup.py -q build_ext --inplace
+
+bench-gpu: on-gpu
 	timeout -k 10 470 $(PYTHON) -m benches.gpu --results $(RESULTS)
+
+probe-gpu: on-gpu
+	timeout -k 10 480 $(PYTHON) -m benches.gpu --probe --results $(RESULTS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -69,6 +69,11 @@ def load(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def measured(folder: Path) -> list[Path]:
+    """The files of a folder that hold measurements for the tables: a probe's are for decisions."""
+    return [p for p in sorted(folder.glob("*.json")) if not p.name.startswith(report.PROBE)]
+
+
 def save(path: Path, results: Mapping[str, Any]) -> None:
     """One row a line, numbers to four digits: small, and differences can be read."""
     rows = ",\n  ".join(json.dumps(_brief(row)) for row in results["rows"])
@@ -246,7 +251,7 @@ def updated(document: str, folder: Path = RESULTS) -> str:
         ValueError: the document has no pair of markers, or one more than once; a result is that of
             a dry run.
     """
-    results = [load(path) for path in sorted(folder.glob("*.json"))]
+    results = [load(path) for path in measured(folder)]
     on_cpus = [r for r in results if not report.is_gpu(r)]
     on_gpus = [r for r in results if report.is_gpu(r)]
     tables = {
@@ -280,7 +285,7 @@ def main() -> None:
     if document is not None:
         document.write_text(updated(document.read_text("utf-8")), encoding="utf-8")
         return
-    for path in sorted(RESULTS.glob("*.json")):
+    for path in measured(RESULTS):
         results = load(path)
         print((report.text if report.is_gpu(results) else text)(results), end="\n\n")
 

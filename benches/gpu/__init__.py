@@ -7,5 +7,5 @@ through their interpreter: a dry run, whose numbers mean nothing and are stamped
 `ambient` makes the package importable, `device` is all that touches CUDA, `budget` schedules,
 `checks` (of the conformance `suite`) and `sanitizer` look for errors, `measure` times,
 `operations`, `steps` and `released` say what is timed, `sweep` searches launch parameters, `report`
-makes tables of the results.
+makes tables of the results. `probe` is a run of its own, for what only a GPU can decide.
 """

@@ -1,5 +1,7 @@
 """python3 -m benches.gpu: checks, timings, one table and benches/results/<card>.json.
 
+With --probe, instead: where a step's time goes, and <results>/probe-<card>.json.
+
 Exit codes: 0 done, 1 a check or the library's own code failed, 2 wrong use or no CUDA device.
 """
 
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benches.backends import KERNELS, ON_GPU, compiled
-from benches.gpu import ambient
+from benches.gpu import ambient, probe
 
 # In order, with the seconds that each may take: more than it took on an H200, and together what the
 # default budget has.
@@ -21,6 +23,7 @@ SECTIONS = {
     "checks": 95.0, "sanitizer": 35.0, "copy": 5.0, "kernels": 30.0, "loss": 40.0, "steps": 125.0,
     "release": 40.0, "cores": 40.0,
 }  # fmt: skip
+BUDGET = 420.0
 CHECK_PROCESSES = 6
 
 
@@ -30,10 +33,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="smallest sizes: for a dry run")
-    parser.add_argument("--budget", type=float, default=420.0, metavar="SECONDS")
-    parser.add_argument(
-        "--sections", default=",".join(SECTIONS), metavar="A,B", help=f"of {', '.join(SECTIONS)}"
-    )
+    parser.add_argument("--budget", type=float, metavar="SECONDS")
+    parser.add_argument("--sections", metavar="A,B", help=f"of {', '.join(SECTIONS)}")
     parser.add_argument(
         "--results",
         type=Path,
@@ -41,14 +42,23 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="where to write <card>.json; default: nowhere",
     )
     parser.add_argument(
+        "--probe",
+        action="store_true",
+        help="measure instead where a step's time goes and what each change saves, in "
+        f"{probe.BUDGET:g} seconds; its sections: {', '.join(probe.SECTIONS)}",
+    )
+    parser.add_argument(
         "--sweep", action="store_true", help="search launch parameters instead, print a table"
     )
     parser.add_argument("--part", help=argparse.SUPPRESS)  # K/N/START or "sanitize": a worker
     found = parser.parse_args(argv)
-    found.sections = [name for name in found.sections.split(",") if name]
+    known, budget = (probe.SECTIONS, probe.BUDGET) if found.probe else (SECTIONS, BUDGET)
+    found.budget = budget if found.budget is None else found.budget
+    wanted = known if found.sections is None else found.sections.split(",")
+    found.sections = [name for name in wanted if name]
     for name in found.sections:
-        if name not in SECTIONS:
-            parser.error(f"--sections: {name!r}, expected of {', '.join(SECTIONS)}")
+        if name not in known:
+            parser.error(f"--sections: {name!r}, expected of {', '.join(known)}")
     if found.device == "cpu" and not found.tiny:
         parser.error("--device cpu: a dry run; give --tiny too, the other sizes would take hours")
     return found
@@ -86,6 +96,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return worker(device, options)
     if options.sweep:
         return sweep(device, options)
+    if options.probe:
+        from benches.gpu.probe import program
+
+        return program.run(device, options, stood_in)
     return run(device, options, stood_in)
 
 
@@ -160,7 +174,7 @@ def run(device: Any, options: argparse.Namespace, stood_in: Sequence[str] = ()) 
             processes = min(CHECK_PROCESSES, max(1, (os.cpu_count() or 2) - 2))
             outcome = checks.spread(wanted, processes, same, left)
         broken.update(outcome.broken)
-        kept = ("passed", "failed", "missed")
+        kept = ("passed", "failed", "missed", "unreached")
         results["checks"] = {name: getattr(outcome, name) for name in kept}
 
     def sanitize() -> None:

@@ -13,7 +13,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from time import sleep
@@ -59,6 +59,14 @@ class Outcome:
     failed: dict[str, str] = field(default_factory=dict)
     broken: set[tuple[str, str]] = field(default_factory=set)  # (backend, operation)
     missed: int = 0  # not reached in time
+    unreached: dict[str, int] = field(default_factory=dict)  # of which operations, how many
+
+    def miss(self, checks: Iterable[Check]) -> None:
+        """Takes in checks that were not reached: they have neither passed nor failed."""
+        for check in checks:
+            name = f"{check.backend}, {check.operation}"
+            self.unreached[name] = self.unreached.get(name, 0) + 1
+            self.missed += 1
 
     def add(self, check: Check, why: str | None) -> None:
         if why is None:
@@ -210,9 +218,9 @@ def here(checks: Sequence[Check], left: Callable[[], float]) -> Outcome:
     outcome = Outcome()
     for check in checks:
         if left() <= 0:
-            outcome.missed += 1
-            continue
-        outcome.add(check, one(check))
+            outcome.miss([check])
+        else:
+            outcome.add(check, one(check))
     return outcome
 
 
@@ -271,7 +279,8 @@ def spread(
                 if not out_of_time and done[part] < len(mine[part]):
                     begin(part)
         sleep(0.02)
-    outcome.missed = sum(len(mine[part]) - done[part] for part in mine)
+    for part in mine:
+        outcome.miss(checks[index] for index in mine[part][done[part] :])
     return outcome
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from benches.backends import ON_GPU, compiled
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
+PROBE = "probe-"  # how the name of a probe's file begins: its rows are of other questions
 NOT_MEASURED = (
     "Not measured yet: no result of `make bench-gpu` is committed, and the kernels have not run on "
     "a GPU."
@@ -42,15 +43,15 @@ def kind(machine: Mapping[str, Any]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", machine["gpu"].lower()).strip("-")
 
 
-def save(folder: Path, results: Results) -> Path:
-    """Writes <card>.json, a row a line, numbers to four digits.
+def save(folder: Path, results: Results, prefix: str = "") -> Path:
+    """Writes <prefix><card>.json, a row a line, numbers to four digits.
 
     Raises:
         ValueError: a dry run, into the folder of measurements.
     """
     if is_dry(results) and folder.resolve() == RESULTS:
         raise ValueError(f"{folder}: is for measurements, and this was a dry run on a CPU.")
-    path = folder / f"{kind(results['machine'])}.json"
+    path = folder / f"{prefix}{kind(results['machine'])}.json"
     rows = ",\n  ".join(json.dumps(_short(row)) for row in results["rows"])
     rest = "".join(
         f",\n {json.dumps(key)}: {json.dumps(value)}"
@@ -190,7 +191,7 @@ def launch_costs(results: Results) -> list[str]:
         launched = _find(rows, loss, _ONE, "bfloat16", core)
         replayed = _find(rows, f"{loss}, replayed", _ONE, "bfloat16", core)
         if launched and replayed and replayed.get("how") == "graph":
-            one, two = _time(launched["seconds"]), _time(replayed["seconds"])
+            one, two = time_text(launched["seconds"]), time_text(replayed["seconds"])
             said.append(f"launches, {core}: the loss takes {one} launched, {two} replayed ({_ONE})")
     return said
 
@@ -198,7 +199,7 @@ def launch_costs(results: Results) -> list[str]:
 # Tables ------------------------------------------------------------------------------------------
 
 
-def _time(seconds: float) -> str:
+def time_text(seconds: float) -> str:
     if seconds >= 1:
         return f"{seconds:.2f} s"
     return f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
@@ -220,7 +221,7 @@ def _cells(row: Row, rows: Sequence[Row]) -> tuple[str, ...]:
     eager = ratio("eager") or ratio("eager, TF32 on", head[0].removesuffix(", captured"))
     return (
         *head,
-        _time(seconds),
+        time_text(seconds),
         "" if of_copy is None else f"{of_copy:.0%}",
         eager,
         ratio("compile"),
@@ -245,7 +246,7 @@ def machine_line(results: Results) -> str:
     return f"{head}; torch {m['torch']}{triton}, Python {m['python']}{copy}"
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
+def aligned(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
@@ -270,14 +271,15 @@ def text(results: Results) -> str:
         cells = _cells(row, rows)
         lines.append(("", "", "", *cells[3:]) if cells[:3] == before else cells)
         before = cells[:3]
-    parts = [machine_line(results), _aligned(lines)]
+    parts = [machine_line(results), aligned(lines)]
     if costs := launch_costs(results):
         parts.append("\n".join(costs))
-    parts.append(_aligned([("target", "bound", "measured", ""), *_verdicts(results, False)]))
+    parts.append(aligned([("target", "bound", "measured", ""), *_verdicts(results, False)]))
     checks = results.get("checks", {})
     said = [f"checks: {checks.get('passed', 0)} passed, {len(checks.get('failed', {}))} failed"]
     if checks.get("missed"):
         said[0] += f", {checks['missed']} not reached"
+    said += [f"  not reached  {name}: {n}" for name, n in checks.get("unreached", {}).items()]
     said += [f"  FAILED  {name}: {why}" for name, why in checks.get("failed", {}).items()]
     said += [
         f"compute-sanitizer {name}: {what}" for name, what in results.get("sanitizer", {}).items()
@@ -302,7 +304,9 @@ def markdown(results: Results, short: bool = False) -> str:
         lines += ["", *(f"- {line}." for line in costs)]
     checks = results.get("checks", {})
     failed = len(checks.get("failed", {}))
-    lines += ["", f"Checks before it: {checks.get('passed', 0)} passed, {failed} failed."]
+    said = f"Checks before it: {checks.get('passed', 0)} passed, {failed} failed"
+    missed = f", {checks['missed']} not reached in time" if checks.get("missed") else ""
+    lines += ["", f"{said}{missed}."]
     if not short:
         rows = results["rows"]
         lines += ["", _line(_HEAD), _line(["---"] * len(_HEAD))]

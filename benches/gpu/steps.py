@@ -27,10 +27,12 @@ from benches.gpu.measure import Call, Measure, Row
 from benches.gpu.suite import conformance
 from benches.shapes import small_release
 from dpmmd import backends, injection
+from dpmmd import precision as precisions
 from dpmmd.devices import device_of
 from dpmmd.encoders import Encoder
 from dpmmd.nn import MMDLoss
 from dpmmd.recipe import GeneratorSection, TrainSection
+from dpmmd.train.state import adam
 
 STEP, CAPTURED, TRAIN = "training step", "training step, captured", "dpmmd train, a step"
 FLOOR = "sum of the last tap"
@@ -40,7 +42,13 @@ NEEDS = {conformance.EMBEDDING, conformance.ESTIMATOR, conformance.MATCHING, con
 
 
 class Step:
-    """Generator, encoder, loss, backward, Adam."""
+    """Generator, encoder, loss, backward, Adam.
+
+    Args:
+        capturable: whether a CUDA graph is to hold it. Adam is then that of `dpmmd.train`, else as
+            users write it.
+        precision: of the generator; None: as `dpmmd.train` chooses.
+    """
 
     def __init__(
         self,
@@ -49,17 +57,29 @@ class Step:
         batch: int,
         classes: int,
         capturable: bool,
+        precision: str | None = None,
     ) -> None:
         self.generator, self.loss, self.batch, self.classes = generator, loss, batch, classes
         self.device = device_of(generator)
-        capturable = capturable and self.device.type == "cuda"
-        self.optimizer = torch.optim.Adam(generator.parameters(), lr=1e-3, capturable=capturable)
+        self.precision = precision or precisions.of_generator(None, self.device)
+        self.optimizer: torch.optim.Optimizer = torch.optim.Adam(generator.parameters(), lr=1e-3)
+        if capturable:
+            self.optimizer = adam(generator, TrainSection(lr=1e-3), self.device, graphed=True)
+
+    def images(self, y: Tensor) -> Tensor:
+        """Generated images of the classes y [n], float32."""
+        z = torch.randn(self.batch, int(self.generator.z_dim), device=self.device)  # type: ignore[arg-type]
+        return precisions.generated(self.generator, z, y, self.precision, self.device)
 
     def __call__(self) -> None:
-        z = torch.randn(self.batch, int(self.generator.z_dim), device=self.device)  # type: ignore[arg-type]
+        """As `dpmmd.train` does it: the generator's backward pass has its precision too."""
         y = torch.arange(self.batch, device=self.device) % self.classes
         self.optimizer.zero_grad()
-        self.loss(self.generator(z, y), y).backward()
+        images = self.images(y)
+        leaf = images.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(self.loss(leaf, y), leaf)
+        with precisions.products(self.precision, self.device):
+            images.backward(gradient)
         self.optimizer.step()
 
 
@@ -104,7 +124,7 @@ def steps(
                 timed.add_authors()
             timed.measure()
             if size == scale.step[0] and precision == scale.precisions[0] and sound:
-                timed.trained(sound[-1])
+                timed.trained(sound[-1], with_and_without_graph(sound[-1], measure.device))
         except torch.OutOfMemoryError:
             measure.budget.skip(what, "out of memory")
         except Exception as error:
@@ -176,8 +196,9 @@ class Steps:
 
     def _ours(self, loss: Callable[[], Any], capturable: bool) -> Call:
         """The loss is made here, so that its memory is counted with the step's."""
-        step = Step(self._generator(), loss(), self.batch, self.scale.classes, capturable)
-        return exact(step, self.precision)
+        given = self._generator(), loss(), self.batch, self.scale.classes, capturable
+        exactly = "float32" if self.precision == "float32" else None
+        return exact(Step(*given, exactly), self.precision)
 
     def _authors(self, allowed: bool) -> Call:
         target = self.release.target.to(self.of.device.device)
@@ -217,13 +238,14 @@ class Steps:
         if again := self.calls[CAPTURED]:
             self.of(CAPTURED, self.shape, self.precision, again, graph=again, items=self.batch)
 
-    def trained(self, backend: str) -> None:
-        """A step of `dpmmd.train.train`, by the difference of a long and a short run."""
+    def trained(self, backend: str, ways: Mapping[str, Mapping[str, Any]]) -> None:
+        """A step of `dpmmd.train.train`, by the difference of a long and a short run.
+
+        Args:
+            ways: name -> settings of the [train] section.
+        """
         few, many = self.scale.train_steps
-        kinds: dict[str, dict[str, Any]] = {backend: {}}
-        if device_of(self.encoder).type == "cuda":  # both, whatever the default does
-            kinds = {f"{backend}, graph = {str(g).lower()}": {"graph": g} for g in (False, True)}
-        for name, chosen in kinds.items():
+        for name, chosen in ways.items():
             if not self.of.budget.fits(f"{TRAIN}, {name}"):
                 continue
             try:
@@ -247,6 +269,13 @@ class Steps:
         more: dict[str, Any] = {"generator_settings": generator, "progress": False}
         with backends.use(backend):
             return dpmmd.train.train(self.release, self.encoder, None, settings, **more).seconds
+
+
+def with_and_without_graph(backend: str, device: Any) -> dict[str, dict[str, Any]]:
+    """Settings of a training: on a GPU both, whatever the default does."""
+    if device.device.type != "cuda":
+        return {backend: {}}
+    return {f"{backend}, graph = {str(graph).lower()}": {"graph": graph} for graph in (False, True)}
 
 
 def exact(call: Call, precision: str) -> Call:

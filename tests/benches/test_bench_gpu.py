@@ -344,6 +344,7 @@ def test_shares_and_workers_that_die(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert outcome.failed["b, o4: n"] == "error 1"
     assert outcome.broken == {("b", "o2"), ("b", "o4")}
     assert outcome.missed == 2
+    assert outcome.unreached == {"b, o3": 1, "b, o5": 1}
 
 
 def test_a_worker_says_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
@@ -356,6 +357,19 @@ def test_a_worker_says_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines == [{"begun": 3}, {"done": 3, "why": "no"}]
     outcome = checks.here(some, iter([1, 1, 1, 1, 0]).__next__)
     assert (outcome.passed, list(outcome.failed), outcome.missed) == (3, ["b, o: 3"], 1)
+    assert outcome.unreached == {"b, o": 1}
+
+
+def test_checks_that_are_not_reached_have_not_passed(run: Any) -> None:
+    """However the run is told: in its table, in its file and in the README's section."""
+    some = [checks.Check("b", "o", str(i), lambda: None) for i in range(5)]
+    for outcome in (checks.here(some, lambda: 0.0), checks.spread(some, 2, [], lambda: 0.0)):
+        assert (outcome.passed, outcome.failed, outcome.missed) == (0, {}, 5)
+        assert outcome.unreached == {"b, o": 5}
+    found = results()
+    found["checks"] = {"passed": 0, "failed": {}, "missed": 5, "unreached": {"b, o": 5}}
+    assert "0 passed, 0 failed, 5 not reached\n  not reached  b, o: 5" in report.text(found)
+    assert "0 passed, 0 failed, 5 not reached in time." in report.markdown(found)
 
 
 def test_what_a_worker_runs(
@@ -875,7 +889,7 @@ def test_the_tables_of_a_card(tmp_path: Path) -> None:
         assert words in whole, words
     # A captured step too is compared with the authors', which is launched.
     assert re.search(r"^training step, captured .* cuda +5\.00 ms +8\.00 ", whole, re.MULTILINE)
-    assert report._time(1.54455) == "1.54 s"
+    assert report.time_text(1.54455) == "1.54 s"
     path = report.save(tmp_path, results())
     assert path.name == "nvidia-played-80gb.json"
     loaded = table.load(path)
@@ -899,7 +913,7 @@ def test_what_is_not_measured_is_said_to_be_so(tmp_path: Path) -> None:
         (table.GPU_SHORT_BEGIN, table.GPU_SHORT_END),
     ):
         assert report.NOT_MEASURED in table.updated(f"{begin}\n{end}\n", tmp_path)
-    measured = any(report.is_gpu(table.load(p)) for p in report.RESULTS.glob("*.json"))
+    measured = any(report.is_gpu(table.load(p)) for p in table.measured(report.RESULTS))
     for name in ("README.md", "benches/README.md"):
         text = (ROOT / name).read_text("utf-8")
         assert (report.NOT_MEASURED in text) == (not measured), name

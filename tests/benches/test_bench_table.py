@@ -44,7 +44,7 @@ def results():
 def test_tables_are_generated_from_the_committed_results(name):
     readme = (ROOT / name).read_text("utf-8")
     assert table.updated(readme) == readme, f"run: python -m benches.table --update {name}"
-    files = list((ROOT / "benches" / "results").glob("*.json"))
+    files = table.measured(ROOT / "benches" / "results")
     for file in files:
         results = table.load(file)
         if report.is_gpu(results):

@@ -51,6 +51,19 @@ class Cuda:
         Raises:
             NoGraph: it cannot be captured.
         """
+        from dpmmd import backends
+
+        with backends.captured() as held:
+            graph, result = self._captured(run)
+
+        def replay() -> Any:
+            graph.replay()
+            return result
+
+        replay.held = held  # type: ignore[attr-defined]  # what it reads of the library's caches
+        return replay
+
+    def _captured(self, run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -66,12 +79,7 @@ class Cuda:
         except Exception as error:
             self.synchronize()
             raise NoGraph(brief(error)) from error
-
-        def replay() -> Any:
-            graph.replay()
-            return result
-
-        return replay
+        return graph, result
 
     def allocated(self) -> int:
         return torch.cuda.memory_allocated(self.device)

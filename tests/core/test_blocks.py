@@ -277,6 +277,7 @@ def test_a_gradient_that_outlives_the_interpreter_ends_quietly() -> None:
     script = """
 import torch
 from dpmmd._cores import blocks
+from dpmmd._contract.taps import DTYPES, Taps
 held = blocks.empty_gradients(Taps([torch.zeros(8, 1 << 17)] * 2, DTYPES), [True] * 2)
 torch.held = held[1]
 """

@@ -18,7 +18,7 @@ from benches.gpu.probe.step import INJECTED, Network, network_of
 from benches.gpu.probe.variants import HALF, OURS
 
 HOST, LOOP = "the host's time", "a user's loop, launched"
-BARE, GRAPHED = "a node that does nothing", "loss as graphs"
+BARE, GRAPHED = "a node that does nothing", "graph = true"
 
 
 def host(rungs: Rungs) -> None:
@@ -33,7 +33,8 @@ def host(rungs: Rungs) -> None:
     for core in rungs.cores:
         for name in (core, core + INJECTED) if core == rungs.cores[0] else (core,):
             _loop(network, name, partial(network.loss, name))
-        _loop(network, f"{core}, {GRAPHED}", partial(_graphed, network, core))
+        if network.device.type == "cuda":
+            _loop(network, f"{core}, {GRAPHED}", partial(network.loss, core, graph=True))
     _trained(network)
 
 
@@ -73,17 +74,6 @@ def _loop(network: Network, variant: str, loss: Callable[[], Any]) -> None:
 
     given = LOOP, network.shape, network.precision, {variant: make}
     network.rungs(*given, graph=False, items=network.batch)
-
-
-def _graphed(network: Network, core: str) -> Any:
-    """Encoder and loss, forward and backward, as two graphs behind a user's generator."""
-    loss = network.loss(core)
-    if network.device.type != "cuda":
-        return loss
-    side = 2 * (network.pixels,)
-    images = torch.rand(network.batch, 3, *side, device=network.device, requires_grad=True)
-    y = torch.arange(network.batch, device=network.device) % network.scale.classes
-    return torch.cuda.make_graphed_callables(lambda x, labels: loss(x, labels), (images, y))
 
 
 def _trained(network: Network) -> None:

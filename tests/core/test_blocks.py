@@ -90,7 +90,10 @@ def test_a_gradient_looks_as_usual(dtype, change) -> None:
 
 
 def test_what_is_not_needed_has_no_elements() -> None:
-    assert [g.numel() for g in blocks.empty_gradients(Taps(taps(), DTYPES), [False, True])] == [0, 8 << 16]
+    assert [g.numel() for g in blocks.empty_gradients(Taps(taps(), DTYPES), [False, True])] == [
+        0,
+        8 << 16,
+    ]
 
 
 def test_a_freed_block_is_lent_again() -> None:

@@ -156,6 +156,7 @@ def brief(error: BaseException) -> str:
 
 def _software() -> dict[str, str]:
     return {
+        "code": _commit(),
         "torch": torch.__version__,
         "triton": _version("triton"),
         "python": platform.python_version(),
@@ -171,14 +172,20 @@ def _version(package: str) -> str:
         return ""
 
 
+def _commit() -> str:
+    """The commit that is measured, and its day; empty outside of a clone."""
+    return _told("git", "-C", str(ambient.ROOT), "log", "-1", "--format=%h of %cs")
+
+
 def _driver() -> str:
+    told = _told("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return (told.split() or [""])[0]
+
+
+def _told(*command: str) -> str:
+    """What a command prints; empty if it cannot be run."""
     try:
-        done = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=20,
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return (done.stdout.split() or [""])[0]
+    return done.stdout.strip() if done.returncode == 0 else ""

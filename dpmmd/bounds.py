@@ -76,7 +76,10 @@ class Bound:
                 )
             if not (math.isfinite(joint_weight) and joint_weight > 0):
                 raise ValueError(f"joint_weight={joint_weight!r}: expected a finite number > 0.")
-        return cls(tuple(moments), bound, float(clip), joint_weight)
+        # Numbers that are equal may be of other types, which no core takes.
+        canonical = MOMENTS[MOMENTS.index(tuple(moments))]
+        weight = None if joint_weight is None else float(joint_weight)
+        return cls(canonical, bound, float(clip), weight)
 
     @classmethod
     def of(cls, statement: _Statement) -> Bound:

@@ -89,8 +89,8 @@ def mean_embedding(
     Raises:
         ValueError: ``backend`` has no injection; as there and as ``encoder(images)``.
     """
-    unchecked = Bound(tuple(moments), bound, clip, joint_weight)
-    core, features, slots = _features(encoder, images, unchecked, backend)
+    folded = Bound.checked(moments, bound, clip, joint_weight)
+    core, features, slots = _features(encoder, images, folded, backend)
     folded, taps = checked(features, labels, num_classes, moments, bound, clip, joint_weight)
     return embedding.mean_embedding(core, taps, labels, num_classes, folded, slots)
 

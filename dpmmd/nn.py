@@ -213,7 +213,8 @@ class MMDLoss(nn.Module):
         """What the loss depends on, beside tensors and arguments: it may be set at any time."""
         parts = [self.by_class] if self.shared is None else [self.by_class, self.shared]
         estimators = [(p.estimator, p.decay, p.lr, p.numbers, p.backend, p.training) for p in parts]
-        return self.bound, self.num_classes, self.backend, self.inject, tuple(estimators)
+        own = self.bound, self.num_classes, self.estimator, self.backend, self.inject
+        return *own, tuple(estimators)
 
     def _injects(self, images: Tensor) -> bool:
         if self.inject is None:

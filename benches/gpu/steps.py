@@ -170,7 +170,7 @@ class Steps:
             return self.encoder(x)[-1].float().sum()
 
         def made(backend: str, options: dict[str, Any]) -> MMDLoss:
-            given = {"estimator": "adam", "backend": backend, **options}
+            given = {"estimator": "adam", "backend": backend, "inject": False, **options}
             return MMDLoss(self.release, self.encoder, **given).train()
 
         ours = {name: partial(made, *what) for name, what in wanted.items()}

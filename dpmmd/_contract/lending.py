@@ -2,8 +2,8 @@
 
 The gradient of an "adam" step's loss in the means is the estimate with its sign turned. A core that
 reads the estimate itself writes no gradient, but the next step moves the estimate in place. So the
-core lends it out, and settles before it moves: whoever has not finished then gets a copy. A loop
-that runs backward before the next forward makes no copies.
+core lends it out. Before any core moves it, whoever has not finished gets a copy (`Step.settle`). A
+loop that runs backward before the next forward makes no copies.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dpmmd._contract.checks import check_apart, check_buffer
-from dpmmd._contract.lending import Lent
+from dpmmd._contract.lending import Lent, settle
 from dpmmd._contract.slot import Slot
 from dpmmd.bounds import Bound
 
@@ -76,6 +76,11 @@ class Step(NamedTuple):
         for name, buffer in {"target": target, **state}.items():
             check_buffer(name, buffer, shape[1:2] if name == "steps" else shape, device)
         check_apart(state, {"target": target})
+
+    def settle(self) -> None:
+        """Before any core moves the state: whoever the estimate is lent to gets a copy."""
+        if self.update and self.estimate is not None:
+            settle(self.estimate)
 
     def mark(self) -> None:
         """Tells autograd that the state has moved, if it has."""
@@ -158,7 +163,8 @@ class Core(Protocol):
     ) -> tuple[Tensor, Tensor | None]:
         """Loss of an estimator and its gradient [M, K, D] in the means; moves the state.
 
-        The gradient is None of a core that is not opaque: autograd has it.
+        The gradient is None of a core that is not opaque: autograd has it. The caller settles the
+        step (`Step.settle`) before, where nothing traces.
         """
         ...
 
@@ -176,7 +182,7 @@ class Core(Protocol):
 
         Of an opaque core; target and state are float32, on the device of the features. What a later
         call of `match` moves, or writes in place, must not be what `match_backward` needs. The
-        caller marks the step (`Step.mark`) once this has returned.
+        caller settles the step (`Step.settle`) before and marks it (`Step.mark`) afterwards.
         """
         means, counts, saved = self.forward(features, labels, num_classes, bound, slots)
         value, gradient = self.estimate(means, counts, target, step)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dpmmd._contract.lending import lend, settle
+from dpmmd._contract.lending import lend
 from dpmmd._contract.protocol import Core, Matched, Saved, Step
 from dpmmd._contract.slot import Slot, written
 from dpmmd._contract.taps import DTYPES
@@ -98,8 +98,6 @@ class Triton(Core):
     ) -> tuple[Tensor, Tensor | None]:
         from dpmmd.kernels.estimator import estimate
 
-        if step.update and step.estimate is not None:
-            settle(step.estimate)
         return estimate(means, counts, target, step)
 
     def match(
@@ -122,7 +120,6 @@ class Triton(Core):
         taps = Taps(features, planes=slots is None)
         if taps.planes:
             return super().match(features, labels, num_classes, bound, target, step, slots)
-        settle(estimate)
         partials = None if slots is None else _partials(slots)
         value, saved, coefficients = matching.forward(
             taps, labels, num_classes, bound, target, step, partials

@@ -20,9 +20,12 @@ _DEVICES = ("cpu", "cuda")
 
 def loss(core: Core, means: Tensor, counts: Tensor, target: Tensor, step: Step) -> Tensor:
     """The scalar that an estimator's step makes of the means, differentiable in them."""
+    plainly = untraced(means, counts, target, *step.state().values())
     if not core.opaque:
+        if plainly:
+            step.settle()
         return core.estimate(means, counts, target, step)[0]
-    if untraced(means, counts, target, *step.state().values()):
+    if plainly:
         return _Loss.apply(core, means, counts, target, step)
     operator, fields = _OPERATORS[step.estimator]
     values = [getattr(step, field) for field in fields]
@@ -37,6 +40,7 @@ class _Loss(torch.autograd.Function):
     def forward(
         ctx: Any, core: Core, means: Tensor, counts: Tensor, target: Tensor, step: Step
     ) -> Tensor:
+        step.settle()
         value, gradient = core.estimate(means.detach(), counts, target, step)
         step.mark()
         ctx.save_for_backward(means, gradient)

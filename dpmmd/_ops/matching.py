@@ -76,6 +76,7 @@ class _Matching(torch.autograd.Function):
     ) -> Tensor:
         core, num_classes, bound, slots, plan = call
         given = features if plan is None else plan.of(features)
+        step.settle()
         value, matched = core.match(given, labels, num_classes, bound, target, step, slots)
         step.mark()
         saved, gradient, lent = matched

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dpmmd._choices import CHOICES, has_kernels
+from dpmmd._contract.capturing import hold
 
 _Pair = tuple[int, int]
 
@@ -86,6 +87,7 @@ class Convolution(nn.Conv2d):
         """The weight flipped, [in, out, k, k] in a dtype; made again if it is another or changed.
 
         Where a CUDA graph is being captured a new one is not kept: it lies in the graph's memory.
+        One that is kept lives as long as the graphs that read it.
         """
         weight = weight.detach()
         key = weight.data_ptr(), weight._version, weight.device, dtype
@@ -95,7 +97,7 @@ class Convolution(nn.Conv2d):
             if weight.is_cuda and torch.cuda.is_current_stream_capturing():
                 return turned
             self._flipped = _Flipped(key, weight, turned)
-        return self._flipped.turned
+        return hold(self._flipped.turned)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Convolution:
         self._flipped = None  # of a weight that is about to move or to change its dtype

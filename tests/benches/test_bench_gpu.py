@@ -42,8 +42,10 @@ from benches.gpu import (
     sweep,
 )
 from benches.gpu.budget import Budget, OutOfTimeError, Section
-from dpmmd import functional, injection
-from dpmmd._contract.protocol import Saved
+from dpmmd import backends, functional, injection
+from dpmmd._contract.protocol import Core, Saved
+from dpmmd._cores import named
+from dpmmd._ops import matching
 from tests.core import conformance, interpreted
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,6 +63,8 @@ class Played(device.Host):
 
     def capture(self, run: Any) -> Any:
         self.captures += 1
+        with backends.captured():  # as `Cuda` does, by which the library chooses
+            run()
         return run
 
     def allocated(self) -> int:
@@ -94,6 +98,15 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 def rows_of(results: dict[str, Any], operation: str) -> dict[str, dict[str, Any]]:
     return {r["variant"]: r for r in results["rows"] if r["operation"] == operation}
+
+
+def test_a_step_injects_where_its_name_says_so() -> None:
+    """The library, which may choose for itself where a graph is captured, is told."""
+    timed = steps.Steps(measure.Measure(Played(), Budget(60)), inputs.TINY, (32, 2), "float32")
+    made = timed.losses(["cpu"], set())
+    found = {name: make().inject for name, make in made.items() if name != steps.FLOOR}
+    assert {name: name.endswith(steps.INJECTED) for name in found} == found
+    assert set(found.values()) == {True, False}
 
 
 # The whole program -------------------------------------------------------------------------------
@@ -294,14 +307,14 @@ def test_graphs_and_many_elements() -> None:
 def test_the_loss_module_is_compared_with_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     checks.module(cpu, "cpu", "float32", False)
-    right = functional.mean_embedding
+    right = matching.loss
 
-    def wrong(features: list[Tensor], *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        if options["backend"] == "cpu":  # the last tap has no gradient
+    def wrong(core: Core, features: list[Tensor], *args: Any) -> Tensor:
+        if core is named("cpu"):  # the last tap has no gradient
             features = [*features[:-1], features[-1].detach()]
-        return right(features, *args, **options)
+        return right(core, features, *args)
 
-    monkeypatch.setattr("dpmmd.nn.mean_embedding", wrong)
+    monkeypatch.setattr(matching, "loss", wrong)
     with pytest.raises(checks.Wrong, match="gradient of the images"):
         checks.module(cpu, "cpu", "float32", False)
 

@@ -225,6 +225,10 @@ def other_rate(loss: MMDLoss) -> None:
     loss.by_class.lr = 0.5
 
 
+def other_estimator(loss: MMDLoss) -> None:
+    loss.estimator = "unbiased"
+
+
 def in_place(loss: MMDLoss) -> None:
     loss.by_class.target.mul_(0.5)
 
@@ -237,6 +241,7 @@ CHANGES = [
     other_encoder,
     filled_module,
     other_rate,
+    other_estimator,
 ]
 
 

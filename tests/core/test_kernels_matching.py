@@ -18,6 +18,7 @@ from dpmmd import reference
 from dpmmd._contract import lending
 from dpmmd._contract.protocol import Core, Step
 from dpmmd._cores import named
+from dpmmd._ops import estimator
 from dpmmd._ops import matching as operation
 from dpmmd.bounds import Bound
 from dpmmd.nn import MMDLoss
@@ -356,11 +357,18 @@ else:
         assert torch.equal(gradients(fs, value), again)
         right(again, truth)
 
-    def test_the_estimator_alone_moves_it_too() -> None:
+    @pytest.mark.parametrize("core", ["triton", "cpu", "torch"])
+    @pytest.mark.parametrize("alone", [False, True])
+    def test_another_core_may_move_it(core: str, alone: bool) -> None:
+        """As ``auto`` lets a smaller batch do, with the estimator alone or the features too."""
         loop = Loop()
         fs, value, truth = loop.forward(0)
-        CORE.estimate(torch.zeros_like(loop.target), torch.ones(1), loop.target, loop.step)
-        loop.step.mark()
+        if alone:
+            means = torch.zeros_like(loop.target)
+            estimator.loss(named(core), means, torch.ones(1), loop.target, loop.step)
+        else:
+            others = features(2, ((8,),), seed=1)
+            operation.loss(named(core), others, None, 1, Bound(), loop.target, loop.step)
         right(gradients(fs, value), truth)
 
     @pytest.mark.parametrize("then", ["nothing", "a forward"])

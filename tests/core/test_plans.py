@@ -274,6 +274,20 @@ def test_dtypes_options_and_classes_have_plans_of_their_own() -> None:
     assert torch.equal(embed()[0], first)
 
 
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("moments", [(1.0, 2), [1, 2.0], (True, 2), torch.tensor([1, 2])])
+def test_numbers_that_are_equal_mean_the_same(moments: Any, warm: bool) -> None:
+    """A core takes ints alone; which of two calls comes first decides nothing."""
+    truth = embed(moments=(1, 2), joint_weight=1.0)[0] if warm else None
+    for backend in ("cpu", "torch"):
+        found = embed(moments=moments, joint_weight=1, backend=backend)[0]
+        if truth is not None:
+            torch.testing.assert_close(found, truth)
+    bound = Bound.checked(moments, "sphere", 1, 1)
+    assert [*map(type, bound.moments)] == [int, int]
+    assert [type(bound.clip), type(bound.joint_weight)] == [float, float]
+
+
 def test_a_device_has_a_plan_of_its_own() -> None:
     embed(backend="torch")
     means, _ = embed([f.to("meta") for f in taps()], labels().to("meta"), backend="torch")

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import dpmmd
 from dpmmd import _torchvision, encoders
 from dpmmd._choices import CHOICES
+from dpmmd._contract.capturing import captured
 from dpmmd.encoders import (
     Encoder,
     StagedBackbone,
@@ -434,6 +435,17 @@ def test_a_flipped_weight_follows_its_weight(flips):
         y = layer(torch.randn(2, 3, 5, 5, requires_grad=True))
     y.sum().backward()
     assert layer._flipped.turned.dtype == torch.bfloat16
+
+
+def test_a_flipped_weight_outlives_its_layer_where_a_graph_reads_it(flips):
+    layer = layers.Convolution(torch.randn(4, 3, 3, 3), torch.randn(4), padding=1)
+    with captured() as held:
+        layer(torch.randn(2, 3, 5, 5, requires_grad=True)).sum().backward()
+    turned = layer._flipped.turned
+    with torch.autocast("cpu", torch.bfloat16):  # others are launched in another dtype
+        layer(torch.randn(2, 3, 5, 5, requires_grad=True)).sum().backward()
+    assert layer._flipped.turned is not turned
+    assert any(kept is turned for kept in held)
 
 
 def test_convolution_that_is_not_frozen_gets_its_gradients():

@@ -18,6 +18,8 @@ from dpmmd.nn import MMDLoss
 class Taps(nn.Module):
     """Takes an encoder's place: features that are there already, whatever the images."""
 
+    rectified = ()  # no ReLU that could take a gradient
+
     def __init__(self, features: list[Tensor], dim: int) -> None:
         super().__init__()
         self.features, self.dim = features, dim

@@ -230,22 +230,25 @@ def test_a_release_is_measured_without_plain_torch(
 
 
 def test_wrong_use(capsys: pytest.CaptureFixture[str]) -> None:
-    for bad in (["--device", "cpu"], ["--sections", "chekcs"]):
+    for bad in (["--device", "cpu"], ["--sections", "chekcs"], ["--probe", "--sweep"]):
         with pytest.raises(SystemExit) as stopped:
             program.main(bad)
         assert stopped.value.code == 2
-    dry = ["--device", "cpu", "--tiny", "--results", str(report.RESULTS)]
+    dry = ["--device", "cpu", "--tiny", "--results"]
     environment = dict(os.environ)
     try:
-        assert program.main(dry) == 2
+        for folder in (report.RESULTS, report.RESULTS / "memory"):
+            assert program.main([*dry, str(folder)]) == 2
         if not torch.cuda.is_available():
-            assert program.main([]) == 2
+            assert program.main([]) == program.main(["--probe"]) == 2
     finally:
         os.environ.clear()
         os.environ.update(environment)
     errors = capsys.readouterr().err
-    assert "not for dry runs" in errors
-    assert "no CUDA device" in errors
+    assert errors.count("not for dry runs") == 2
+    if not torch.cuda.is_available():
+        assert errors.count("no CUDA device") == 2
+        assert errors.count("`python3 -m benches.gpu --probe --device cpu --tiny`") == 1
 
 
 # Checks that can fail ----------------------------------------------------------------------------

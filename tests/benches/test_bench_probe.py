@@ -211,8 +211,9 @@ def test_the_recipe_of_the_probe_is_that_of_the_package() -> None:
 
 def test_a_dry_run_is_written_nowhere_near_the_measurements(tmp_path: Path) -> None:
     found = {"machine": {"dry_run": True}, "rows": []}
-    with pytest.raises(ValueError, match="dry run"):
-        report.save(report.RESULTS, found, report.PROBE)
+    for folder in (report.RESULTS, report.RESULTS / "memory"):
+        with pytest.raises(ValueError, match="dry run"):
+            report.save(folder, found, report.PROBE)
     report.save(tmp_path, found, report.PROBE)
     assert (tmp_path / "probe-dry-run.json").exists()
     assert table.measured(tmp_path) == []  # the tables do not take it for a benchmark

@@ -15,6 +15,7 @@ import torch
 
 from benches.gpu import ambient
 
+_COMMIT = ("--always", "--exclude=*", "--abbrev=7", "--dirty=-changed")
 GRAPH = "graph"  # the operation of a check that a CUDA graph holds a step
 
 
@@ -156,6 +157,7 @@ def brief(error: BaseException) -> str:
 
 def _software() -> dict[str, str]:
     return {
+        "commit": _said(["git", "-C", str(ambient.ROOT), "describe", *_COMMIT]),
         "torch": torch.__version__,
         "triton": _version("triton"),
         "python": platform.python_version(),
@@ -172,13 +174,13 @@ def _version(package: str) -> str:
 
 
 def _driver() -> str:
+    return _said(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+
+
+def _said(command: list[str]) -> str:
+    """The first word that a program prints; "" where there is no such program, or it fails."""
     try:
-        done = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=20,
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return (done.stdout.split() or [""])[0]

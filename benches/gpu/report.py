@@ -248,7 +248,8 @@ def machine_line(results: Results) -> str:
     speed = copy_speed(results["rows"])
     copy = "" if speed is None or is_dry(results) else f"; copy {speed / 1e12:.2f} TB/s"
     triton = f", triton {m['triton']}" if m["triton"] else ""
-    return f"{head}; torch {m['torch']}{triton}, Python {m['python']}{copy}"
+    commit = f"; commit {m['commit']}" if m.get("commit") else ""
+    return f"{head}; torch {m['torch']}{triton}, Python {m['python']}{copy}{commit}"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -737,6 +737,20 @@ def test_what_the_device_asks_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "H200" not in report.machine_line({"machine": described, "rows": []})
 
 
+def test_a_table_names_the_commit_that_was_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found = device.Host().describe()["commit"]
+    if (ROOT / ".git").exists():
+        assert re.fullmatch(r"[0-9a-f]{7,}(-changed)?", found)
+    line = report.machine_line({"machine": Played().describe() | {"commit": "12ab34c"}, "rows": []})
+    assert line.endswith("; commit 12ab34c")
+    monkeypatch.setattr(ambient, "ROOT", tmp_path)  # no repository
+    without = device.Host().describe()
+    assert without["commit"] == ""
+    assert "commit" not in report.machine_line({"machine": without, "rows": []})
+
+
 # Launch parameters -------------------------------------------------------------------------------
 
 

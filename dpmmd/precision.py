@@ -122,15 +122,19 @@ def _switches() -> list[tuple[Any, str]]:
     return [(cudnn, "allow_tf32"), (matmul, "allow_tf32")]
 
 
-def told(encoder: str, generator: str, device: torch.device) -> str:
+def told(encoder: str, generator: str, device: torch.device, *, released: bool) -> str:
     """One line that says in which precision a run computes.
 
     Args:
         encoder: its `dpmmd.encoders.Encoder.precision`.
         generator: as `of_generator` returns it.
         device: of both.
+        released: whether the release exists. It has fixed the encoder's precision, and another
+            release would cost privacy again; the line then suggests no other precision.
     """
     slow = encoder == "float32" and device.type == "cuda"
     kind = " (IEEE)" if slow else ""
-    hint = '; encoder.precision = "tf32" lets it use the matrix units' if slow else ""
+    hint = ""
+    if slow and not released:
+        hint = '; encoder.precision = "tf32" lets it use the matrix units'
     return f"precision: encoder {encoder}{kind}, generator {generator}{hint}"

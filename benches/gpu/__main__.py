@@ -41,13 +41,14 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="FOLDER",
         help="where to write <card>.json; default: nowhere",
     )
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
         "--probe",
         action="store_true",
         help="measure instead where a step's time goes and what each change saves, in "
         f"{probe.BUDGET:g} seconds; its sections: {', '.join(probe.SECTIONS)}",
     )
-    parser.add_argument(
+    instead.add_argument(
         "--sweep", action="store_true", help="search launch parameters instead, print a table"
     )
     parser.add_argument("--part", help=argparse.SUPPRESS)  # K/N/START or "sanitize": a worker
@@ -79,17 +80,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif torch.cuda.is_available():
         device = devices.Cuda()
     else:
+        what = "--probe " if options.probe else ""
         print(
             f"--device cuda: no CUDA device (torch {torch.__version__}). Run it on a machine "
             "with a GPU, with a Python whose PyTorch is built for CUDA; `python3 -m benches.gpu "
-            "--device cpu --tiny` is a dry run that measures nothing.",
+            f"{what}--device cpu --tiny` is a dry run that measures nothing.",
             file=sys.stderr,
         )
         return 2
     if options.results is not None and device.dry:
         from benches.gpu import report
 
-        if options.results.resolve() == report.RESULTS:
+        if report.is_for_measurements(options.results):
             print(f"--results {options.results}: not for dry runs.", file=sys.stderr)
             return 2
     if options.part is not None:

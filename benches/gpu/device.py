@@ -15,6 +15,7 @@ import torch
 
 from benches.gpu import ambient
 
+_COMMIT = ("--always", "--exclude=*", "--abbrev=7", "--dirty=-changed")
 GRAPH = "graph"  # the operation of a check that a CUDA graph holds a step
 
 
@@ -156,7 +157,7 @@ def brief(error: BaseException) -> str:
 
 def _software() -> dict[str, str]:
     return {
-        "code": _commit(),
+        "commit": _said(["git", "-C", str(ambient.ROOT), "describe", *_COMMIT]),
         "torch": torch.__version__,
         "triton": _version("triton"),
         "python": platform.python_version(),
@@ -172,18 +173,12 @@ def _version(package: str) -> str:
         return ""
 
 
-def _commit() -> str:
-    """The commit that is measured, and its day; empty outside of a clone."""
-    return _told("git", "-C", str(ambient.ROOT), "log", "-1", "--format=%h of %cs")
-
-
 def _driver() -> str:
-    told = _told("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return (told.split() or [""])[0]
+    return _said(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
 
 
-def _told(*command: str) -> str:
-    """What a command prints; empty if it cannot be run."""
+def _said(command: list[str]) -> str:
+    """The first word that a program prints; "" where there is no such program, or it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):

@@ -44,13 +44,18 @@ def kind(machine: Mapping[str, Any]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", machine["gpu"].lower()).strip("-")
 
 
+def is_for_measurements(folder: Path) -> bool:
+    """Whether a folder is that of the committed measurements, or lies in it."""
+    return folder.resolve().is_relative_to(RESULTS)
+
+
 def save(folder: Path, results: Results, prefix: str = "") -> Path:
     """Writes <prefix><card>.json, a row a line, numbers to four digits.
 
     Raises:
-        ValueError: a dry run, into the folder of measurements.
+        ValueError: a dry run, into a folder of measurements.
     """
-    if is_dry(results) and folder.resolve() == RESULTS:
+    if is_dry(results) and is_for_measurements(folder):
         raise ValueError(f"{folder}: is for measurements, and this was a dry run on a CPU.")
     path = folder / f"{prefix}{kind(results['machine'])}.json"
     rows = ",\n  ".join(json.dumps(_short(row)) for row in results["rows"])
@@ -254,8 +259,8 @@ def machine_line(results: Results) -> str:
     speed = copy_speed(results["rows"])
     copy = "" if speed is None or is_dry(results) else f"; copy {speed / 1e12:.2f} TB/s"
     triton = f", triton {m['triton']}" if m["triton"] else ""
-    code = f"; dpmmd at {m['code']}" if m.get("code") else ""
-    return f"{head}; torch {m['torch']}{triton}, Python {m['python']}{copy}{code}"
+    commit = f"; commit {m['commit']}" if m.get("commit") else ""
+    return f"{head}; torch {m['torch']}{triton}, Python {m['python']}{copy}{commit}"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

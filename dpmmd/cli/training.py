@@ -80,7 +80,7 @@ def train(
     selection = None if recorded is None else dpmmd.encoders.from_spec(recorded).to(where)
     computed = precision.of_generator(chosen.precision, where)
     if first and not quiet:
-        say(precision.told(encoder.precision, computed, where))
+        say(precision.told(encoder.precision, computed, where, released=True))
     checkpoint = out / "checkpoints" / training.CHECKPOINT
     if checkpoint.exists() and first and not quiet:
         say(f"resumes at step {training.load_checkpoint(checkpoint)['step']} of {chosen.steps}")

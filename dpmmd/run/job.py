@@ -137,7 +137,8 @@ class Job:
     def precision(self) -> str:
         """One line that says in which precision everything is computed."""
         trained = precision.of_generator(self.settings.train.precision, self.device)
-        return precision.told(self.encoder.precision, trained, self.device)
+        released = self.release_path.exists()
+        return precision.told(self.encoder.precision, trained, self.device, released=released)
 
     @property
     def release_path(self) -> Path:

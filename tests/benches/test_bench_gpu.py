@@ -243,22 +243,25 @@ def test_a_release_is_measured_without_plain_torch(
 
 
 def test_wrong_use(capsys: pytest.CaptureFixture[str]) -> None:
-    for bad in (["--device", "cpu"], ["--sections", "chekcs"]):
+    for bad in (["--device", "cpu"], ["--sections", "chekcs"], ["--probe", "--sweep"]):
         with pytest.raises(SystemExit) as stopped:
             program.main(bad)
         assert stopped.value.code == 2
-    dry = ["--device", "cpu", "--tiny", "--results", str(report.RESULTS)]
+    dry = ["--device", "cpu", "--tiny", "--results"]
     environment = dict(os.environ)
     try:
-        assert program.main(dry) == 2
+        for folder in (report.RESULTS, report.RESULTS / "memory"):
+            assert program.main([*dry, str(folder)]) == 2
         if not torch.cuda.is_available():
-            assert program.main([]) == 2
+            assert program.main([]) == program.main(["--probe"]) == 2
     finally:
         os.environ.clear()
         os.environ.update(environment)
     errors = capsys.readouterr().err
-    assert "not for dry runs" in errors
-    assert "no CUDA device" in errors
+    assert errors.count("not for dry runs") == 2
+    if not torch.cuda.is_available():
+        assert errors.count("no CUDA device") == 2
+        assert errors.count("`python3 -m benches.gpu --probe --device cpu --tiny`") == 1
 
 
 # Checks that can fail ----------------------------------------------------------------------------
@@ -745,6 +748,20 @@ def test_what_the_device_asks_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(Played().describe()) <= set(described)
     assert (described["gpu"], described["l2_mb"], described["driver"]) == (found.name, 50, "")
     assert "H200" not in report.machine_line({"machine": described, "rows": []})
+
+
+def test_a_table_names_the_commit_that_was_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found = device.Host().describe()["commit"]
+    if (ROOT / ".git").exists():
+        assert re.fullmatch(r"[0-9a-f]{7,}(-changed)?", found)
+    line = report.machine_line({"machine": Played().describe() | {"commit": "12ab34c"}, "rows": []})
+    assert line.endswith("; commit 12ab34c")
+    monkeypatch.setattr(ambient, "ROOT", tmp_path)  # no repository
+    without = device.Host().describe()
+    assert without["commit"] == ""
+    assert "commit" not in report.machine_line({"machine": without, "rows": []})
 
 
 # Launch parameters -------------------------------------------------------------------------------

@@ -35,6 +35,8 @@ from benches.gpu.probe import (
     variants,
 )
 from benches.gpu.probe.rungs import Rungs
+from dpmmd import recipe as recipes
+from dpmmd.data.named import NAMED
 from dpmmd.generators.layers import UpsampledConv
 from tests.benches.test_bench_gpu import Played
 from tests.core import interpreted
@@ -194,10 +196,24 @@ def test_the_sections_fit_in_less_than_eight_minutes() -> None:
         main.arguments(["--probe", "--sections", "checks"])
 
 
+def test_the_recipe_of_the_probe_is_that_of_the_package() -> None:
+    theirs, _ = recipes.read("fashion-eps1")
+    image_size, batch = sizes.FULL.recipe
+    assert (theirs.encoder.name, theirs.encoder.image_size) == ("squeezenet1.1", image_size)
+    assert (theirs.train.batch_size, theirs.train.estimator) == (batch, recipe.ESTIMATOR)
+    assert (theirs.data.num_classes, tuple(theirs.release.moments)) == (
+        recipe.CLASSES,
+        recipe.MOMENTS,
+    )
+    _, side, _ = NAMED[theirs.data.source].shape or (0, 0, 0)
+    assert (theirs.generator.base_channels, side) == (recipe.WIDTH, recipe.PIXELS)
+
+
 def test_a_dry_run_is_written_nowhere_near_the_measurements(tmp_path: Path) -> None:
     found = {"machine": {"dry_run": True}, "rows": []}
-    with pytest.raises(ValueError, match="dry run"):
-        report.save(report.RESULTS, found, report.PROBE)
+    for folder in (report.RESULTS, report.RESULTS / "memory"):
+        with pytest.raises(ValueError, match="dry run"):
+            report.save(folder, found, report.PROBE)
     report.save(tmp_path, found, report.PROBE)
     assert (tmp_path / "probe-dry-run.json").exists()
     assert table.measured(tmp_path) == []  # the tables do not take it for a benchmark

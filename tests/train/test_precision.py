@@ -96,15 +96,20 @@ def test_what_a_device_cannot_do_is_refused(
 
 
 def test_a_run_says_in_what_it_computes() -> None:
-    assert (
-        precision.told("float32", "float32", CPU) == "precision: encoder float32, generator float32"
-    )
-    told = precision.told("float32", "tf32", GPU)
-    assert told.startswith("precision: encoder float32 (IEEE), generator tf32; ")
-    assert 'encoder.precision = "tf32"' in told
-    for encoder in ("tf32", "bfloat16"):
-        told = precision.told(encoder, "bfloat16", GPU)
-        assert told == f"precision: encoder {encoder}, generator bfloat16"
+    on_cpu = "precision: encoder float32, generator float32"
+    for released in (False, True):
+        assert precision.told("float32", "float32", CPU, released=released) == on_cpu
+        for encoder in ("tf32", "bfloat16"):
+            told = precision.told(encoder, "bfloat16", GPU, released=released)
+            assert told == f"precision: encoder {encoder}, generator bfloat16"
+
+
+def test_a_release_that_exists_is_not_to_be_made_again() -> None:
+    """Its encoder's precision is fixed: a word about another one would lead to a second release."""
+    slow = "precision: encoder float32 (IEEE), generator tf32"
+    told = precision.told("float32", "tf32", GPU, released=False)
+    assert told == slow + '; encoder.precision = "tf32" lets it use the matrix units'
+    assert precision.told("float32", "tf32", GPU, released=True) == slow
 
 
 # ----------------------------------------------------------------------------- float32, tf32

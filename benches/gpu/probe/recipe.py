@@ -29,6 +29,7 @@ from dpmmd.nn import MMDLoss
 
 RECIPE = "step of the recipe, captured"
 CLASSES, WIDTH, PIXELS = 10, 32, 28
+ESTIMATOR, MOMENTS = "unbiased", (1,)
 # Fires of SqueezeNet 1.1 by number: channels of the squeeze, and of each of the expansions.
 FIRES = dict(enumerate(((16, 64), (16, 64), (32, 128), (32, 128), (48, 192), (48, 192),
                         (64, 256), (64, 256)), 2))  # fmt: skip
@@ -63,8 +64,8 @@ def _step(rungs: Rungs, core: str, precision: str, how: How, inject: bool) -> Ca
     with patched(squeezenet, "read_weights", random_weights):
         encoder = dpmmd.encoders.load("squeezenet1.1", image_size=side, precision=precision)
     encoder = encoder.to(device)
-    release = played_release(encoder, CLASSES, (1,))
-    options: dict[str, Any] = {"estimator": "unbiased", "backend": core, "inject": inject}
+    release = played_release(encoder, CLASSES, MOMENTS)
+    options: dict[str, Any] = {"estimator": ESTIMATOR, "backend": core, "inject": inject}
     loss = MMDLoss(release, encoder, **options).train()
     generator = dpmmd.generators.build(
         "conv", num_classes=CLASSES, image_size=PIXELS, channels=1, base_channels=WIDTH

@@ -183,4 +183,4 @@ def _said(command: list[str]) -> str:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+    return (done.stdout.split() or [""])[0] if done.returncode == 0 else ""

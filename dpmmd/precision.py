@@ -101,11 +101,16 @@ def products(precision: str, device: torch.device) -> Iterator[None]:
 def float32_products(how: str) -> Iterator[None]:
     """Within the block products of float32 numbers on CUDA are "ieee" or may be "tf32"."""
     switches, before = _switches(), switched()
+    turned = how == "tf32" and _older_switch_is_off()
     try:
+        if turned:
+            torch.backends.cuda.matmul.allow_tf32 = True
         for where, name in switches:
             setattr(where, name, how if name == "fp32_precision" else how == "tf32")
         yield
     finally:
+        if turned:
+            torch.backends.cuda.matmul.allow_tf32 = False
         for (where, name), value in zip(switches, before, strict=True):
             setattr(where, name, value)
 
@@ -120,6 +125,21 @@ def _switches() -> list[tuple[Any, str]]:
     if hasattr(cudnn, "conv"):  # PyTorch 2.9 and newer
         return [(cudnn.conv, "fp32_precision"), (matmul, "fp32_precision")]
     return [(cudnn, "allow_tf32"), (matmul, "allow_tf32")]
+
+
+def _older_switch_is_off() -> bool:
+    """Whether that is off which PyTorch from 2.9 on keeps beside the switch of matrix products.
+
+    torch.compile of 2.9 and 2.10 asks it, and fails where it is off and the other one on. These two
+    also warn, once a process, of who asks.
+    """
+    matmul = torch.backends.cuda.matmul
+    if not hasattr(torch.backends.cudnn, "conv"):
+        return False
+    try:
+        return not matmul.allow_tf32
+    except RuntimeError:  # they do not agree
+        return bool(matmul.fp32_precision == "tf32")
 
 
 def told(encoder: str, generator: str, device: torch.device, *, released: bool) -> str:

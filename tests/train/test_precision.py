@@ -215,6 +215,41 @@ def test_the_switch_is_for_cuda_devices() -> None:
     assert switches() == before
 
 
+def all_that_pytorch_says() -> list[Any]:
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    found: list[Any] = [cudnn.conv.fp32_precision, matmul.fp32_precision]
+    for asked in (lambda: matmul.allow_tf32, torch.get_float32_matmul_precision):
+        try:
+            found.append(asked())
+        except RuntimeError:
+            found.append("they differ")
+    return found
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="PyTorch 2.9 and newer")
+@pytest.mark.parametrize("how", ["ieee", "tf32"])
+@pytest.mark.parametrize("outside", ["highest", "high", "medium", "newer", "differ"])
+def test_the_older_switch_agrees_where_compilers_ask_it(outside: str, how: str) -> None:
+    """torch.compile of PyTorch 2.9 and 2.10 fails where the two switches differ."""
+    matmul = torch.backends.cuda.matmul
+    try:
+        torch.set_float32_matmul_precision(outside if outside in ("high", "medium") else "highest")
+        if outside == "newer":
+            matmul.fp32_precision = "tf32"
+        elif outside == "differ":
+            matmul.allow_tf32 = True
+            matmul.fp32_precision = "ieee"
+        before = all_that_pytorch_says()
+        with precision.float32_products(how):
+            if how == "tf32":
+                assert matmul.allow_tf32
+                assert torch.get_float32_matmul_precision() in ("high", "medium")
+            assert matmul.fp32_precision == how
+        assert all_that_pytorch_says() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 # ----------------------------------------------------------------------------- bfloat16
 
 

@@ -55,6 +55,19 @@ class Lent:
         self._estimate, self._version = self._estimate.clone(), None
 
 
+# None of older versions of PyTorch, whose hooks nobody can ask for.
+_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
+
+def is_lendable() -> bool:
+    """Whether what a node saves comes back as it is, and not, perhaps, of another forward pass.
+
+    Activation checkpointing runs forward again when a backward pass unpacks what was saved; a loan,
+    which is not saved, would then be of the first pass and all else of the second.
+    """
+    return _hooks is None or _hooks(True) is None
+
+
 def lend(estimate: Tensor) -> Lent:
     """Lends an estimate that has moved, before its step is marked."""
     address, capturing = estimate.data_ptr(), _capturing(estimate)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dpmmd._contract.lending import lend
+from dpmmd._contract.lending import is_lendable, lend
 from dpmmd._contract.protocol import Core, Matched, Saved, Step
 from dpmmd._contract.slot import Slot, written
 from dpmmd._contract.taps import DTYPES
@@ -115,7 +115,8 @@ class Triton(Core):
         from dpmmd.kernels.taps import Taps
 
         estimate = step.estimate
-        if step.estimator != "adam" or not step.update or estimate is None:
+        moves = step.estimator == "adam" and step.update
+        if not moves or estimate is None or not is_lendable():
             return super().match(features, labels, num_classes, bound, target, step, slots)
         taps = Taps(features, planes=slots is None)
         if taps.planes:

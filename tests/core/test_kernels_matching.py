@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from dpmmd import reference
 from dpmmd._contract import lending
@@ -405,7 +406,7 @@ else:
             found.sum().backward()
 
     def test_hooks_on_saved_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-        """They may copy what is saved, or not: the estimate is none of it."""
+        """They may copy what is saved, or not."""
         loop, found = Loop(), []
         for pack in (torch.clone, lambda t: t):
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
@@ -424,6 +425,22 @@ else:
         one = torch.ones(())
         truth = Core.match_backward(CORE, fs, None, 1, Bound(), matched, one, [True])
         assert distance(torch.autograd.grad(value, fs), truth) < 2e-6
+
+    @pytest.mark.skipif(lending._hooks is None, reason="this PyTorch does not tell its hooks")
+    def test_a_forward_that_runs_again_in_backward() -> None:
+        """Under activation checkpointing all that backward reads is of the second run."""
+        found = []
+        for core in (CORE, named("cpu")):
+            loop = Loop()
+            loop.forward(0)
+
+            def run(f: Tensor, core: Core = core, loop: Loop = loop) -> Tensor:
+                given = [f * 1], None, 1, Bound(), loop.target, loop.step._replace(lr=0.1)
+                return operation.loss(core, *given)
+
+            fs = [f.requires_grad_() for f in features(2, ((8,),), seed=1)]
+            found.append(gradients(fs, checkpoint(run, *fs, use_reentrant=False)))
+        right(*found)
 
     def test_nothing_is_kept() -> None:
         loop = Loop()

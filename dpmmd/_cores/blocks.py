@@ -29,9 +29,9 @@ def empty_gradients(taps: Taps, needed: Sequence[bool]) -> list[Tensor]:
 
     Storages of blocks cannot grow (`resize_`); in every other way the tensors are as usual.
     """
+    _native.begin_pass()
     if taps.n * max(taps.widths) * taps.dtype.itemsize < LEAST:
         return taps.empty_gradients(needed)
-    _native.begin_pass()
     return [
         _empty_gradient(tap) if wanted else tap.new_empty(0)
         for tap, wanted in zip(taps.tensors, needed, strict=True)

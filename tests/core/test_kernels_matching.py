@@ -8,6 +8,7 @@ import math
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from tests.core.interpreted import small_blocks  # noqa: F401
 
 if not interpreted.ACTIVE:
     test_interpreted = interpreted.whole(__file__)
+    test_interpreted_long = pytest.mark.long(interpreted.whole(__file__, "long"))
 else:
     import triton.language as tl
 
@@ -36,6 +38,7 @@ else:
     from dpmmd.kernels.gradient import gradient_into
     from dpmmd.kernels.taps import Taps
 
+    LONG = partial(pytest.param, marks=pytest.mark.long)
     pytestmark = pytest.mark.usefixtures("small_blocks")
 
     CORE = named("triton")
@@ -101,11 +104,11 @@ else:
             # A bfloat16 gradient may be cut the other way.
             assert distance([b], [a]) <= (2e-6 if dtype == torch.float32 else 2**-9)
 
-    @pytest.mark.parametrize("bound", BOUNDS, ids=str)
+    @pytest.mark.parametrize("bound", [*BOUNDS[:2], *map(LONG, BOUNDS[2:])], ids=str)
     def test_the_state_moves_to_the_same_bits(bound: Bound) -> None:
         agree(*both(features(6), labels(6, 3), 3, bound), torch.float32)
 
-    @pytest.mark.parametrize("bound", BOUNDS[1:4:2], ids=str)
+    @pytest.mark.parametrize("bound", [BOUNDS[1], LONG(BOUNDS[3])], ids=str)
     def test_without_labels(bound: Bound) -> None:
         agree(*both(features(6), None, 1, bound), torch.float32)
 
@@ -165,7 +168,7 @@ else:
         truth = torch.autograd.grad(means, taps, -step.estimate.double())
         assert distance(found, truth) < 2e-6
 
-    @pytest.mark.parametrize("kind", ["sphere", "ball-per-tap"])
+    @pytest.mark.parametrize("kind", [LONG("sphere"), "ball-per-tap"])
     def test_rows_without_use(kind: str) -> None:
         """They hold NaN or nothing, in one tap or in all; a class of nothing else is present."""
         fs, y = features(7), torch.tensor([0, 0, 1, 1, 0, 0, 0])
@@ -203,7 +206,7 @@ else:
             (1, 1, SHAPES),
             (4, 3, ((0,), (2, 0, 3))),
             (17, 2, ((3,),)),  # a class longer than a tile
-            (5, 12, ((3,), (0,), (1,))),
+            LONG(5, 12, ((3,), (0,), (1,))),
         ],
     )
     def test_sizes(n: int, k: int, shapes: tuple[tuple[int, ...], ...]) -> None:
@@ -220,6 +223,7 @@ else:
         assert [piece.vector for piece in Taps(fs).launches(8)] == [4, 1]
         agree(*both(fs, labels(4, 3), 3, Bound()), torch.float32)
 
+    @pytest.mark.long
     def test_same_bits_again() -> None:
         fs, y = features(9), labels(9, 2)
         once, again = (both(fs, y, 2, BOTH)[1] for _ in range(2))
@@ -454,7 +458,8 @@ else:
 
     # The module -----------------------------------------------------------------------------------
 
-    @pytest.mark.parametrize("inject", [pytest.param(False, marks=pytest.mark.long), True])
+    @pytest.mark.long
+    @pytest.mark.parametrize("inject", [False, True])
     def test_a_training_goes_on_with_either(monkeypatch: pytest.MonkeyPatch, inject: bool) -> None:
         """`MMDLoss` after a step by the separate kernels, against two of them."""
         interpreted.set_blocks(monkeypatch, 64)

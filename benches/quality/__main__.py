@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benches.quality import rounded
 from benches.rows import between
 
 ROOT = Path(__file__).parents[2]
@@ -335,7 +336,9 @@ def plot(path: Path) -> None:
 
 def update(path: Path) -> None:
     text = path.read_text()
-    for name, table in (("claims", claims()), ("tried", tried()), ("ablations", ablations())):
+    tables = {"claims": claims(), "tried": tried(), "ablations": ablations()}
+    tables["rounded"] = rounded.table(rounded.read())
+    for name, table in tables.items():
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
         if table:
             text = between(text, begin, end, table)

@@ -1,13 +1,15 @@
 """The experiments of `benches.quality`: their arithmetic, and that the docs show their results."""
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import dpmmd
 from benches.quality import __main__ as quality
-from benches.quality import statistics
+from benches.quality import rounded, statistics
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -38,10 +40,32 @@ def test_the_u_statistic_is_that_of_the_pairs() -> None:
     assert float(statistics.u_statistic(target, values, labels)) == pytest.approx(expected)
 
 
+def test_rounding_is_that_of_autocast() -> None:
+    """Not to the bit: sums in another order, and ReLUs near 0, make errors of the same size."""
+    shape = {"num_classes": 3, "image_size": 8, "channels": 1, "z_dim": 100, "base_channels": 4}
+    z = torch.randn(16, 100, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(16) % 3
+
+    def passed(how: AbstractContextManager[Any]) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        generator = dpmmd.generators.build("conv", **shape)
+        with how:
+            images = generator(z, y)
+        gradients = torch.autograd.grad(images.square().sum(), list(generator.parameters()))
+        return [images.detach(), *gradients]
+
+    exact, ours = passed(nullcontext()), passed(rounded.Rounding())
+    autocast = passed(torch.autocast("cpu", torch.bfloat16, cache_enabled=False))
+    for true, one, other in zip(exact, ours, autocast, strict=True):
+        mine, its = float((one - true).norm()), float((other - true).norm())
+        assert 0.4 < mine / its < 2.5
+
+
 def test_the_docs_show_the_results() -> None:
     text = (DOCS / "QUALITY.md").read_text()
     assert quality.claims() in text
     assert quality.tried() in text
     assert quality.ablations() in text
+    assert rounded.table(rounded.read()) in text
     names = {row.name for row in (*quality.CLAIMS, *quality.TRIED, *quality.ABLATIONS)}
     assert {each["row"] for each in quality._read()} <= names

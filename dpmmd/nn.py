@@ -85,9 +85,10 @@ class MMDLoss(nn.Module):
     Raises:
         PrivacyError: the release was made with another encoder.
         ValueError: unknown estimator or one that does not fit the release's bound, decay or lr
-            out of range, micro_batch not an int >= 1, unknown state, a backend that has no
-            injection, a graph on a CPU or with a process group, micro-batches or state on the host,
-            or processes with different releases, encoders, estimators or versions.
+            out of range, micro_batch not an int >= 1, unknown state, inject or graph not a bool, a
+            backend that has no injection, a graph on a CPU or with a process group, micro-batches
+            or state on the host, or processes with different releases, encoders, estimators or
+            versions.
         RuntimeError: a process group without torch.distributed being initialised.
     """
 
@@ -126,6 +127,10 @@ class MMDLoss(nn.Module):
             raise ValueError(f"micro_batch={micro_batch!r}: expected None or an int >= 1.")
         if state not in ("device", "host"):
             raise ValueError(f"state={state!r}: expected 'device' or 'host'.")
+        if type(graph) is not bool:
+            raise ValueError(f"graph={graph!r}: expected True or False.")
+        if inject is not None and type(inject) is not bool:
+            raise ValueError(f"inject={inject!r}: expected True, False or None.")
         check_encoder(release, encoder)
         self.bound = Bound.of(release.metadata)
         if estimator == "unbiased" and self.bound.ball:

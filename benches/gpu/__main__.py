@@ -149,12 +149,7 @@ def run(device: Any, options: argparse.Namespace, stood_in: Sequence[str] = ()) 
     budget = Budget(options.budget)
     measure = Measure(device, budget, scale.rounds, scale.seconds)
     present, missing = inputs.library(device.device)
-    for name, why in missing.items():
-        budget.skip(name, f"backend {name}: {why}")
-        if not why.startswith("ValueError"):  # it is there, and breaks
-            measure.errors.append(f"backend {name}: {why}")
-    if stood_in:
-        budget.skip("", f"not installed, stood in for: {', '.join(stood_in)}")
+    inputs.note_missing(missing, stood_in, budget, measure.errors)
     results: dict[str, Any] = {
         "machine": device.describe(),
         "rows": measure.rows,

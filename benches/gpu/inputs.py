@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from benches.backends import ON_GPU, usable
+from benches.gpu.budget import Budget
 from benches.gpu.device import brief
 from benches.shapes import Case
 
@@ -79,3 +80,15 @@ def library(
 ) -> tuple[list[str], dict[str, str]]:
     """The library's backends that run on the device, the plain one first; why others do not."""
     return usable(names, device, brief)
+
+
+def note_missing(
+    missing: Mapping[str, str], stood_in: Sequence[str], budget: Budget, errors: list[str]
+) -> None:
+    """Says what a run goes without: backends of `library`, of which broken ones are errors."""
+    for name, why in missing.items():
+        budget.skip(name, f"backend {name}: {why}")
+        if not why.startswith("ValueError"):  # it is there, and breaks
+            errors.append(f"backend {name}: {why}")
+    if stood_in:
+        budget.skip("", f"not installed, stood in for: {', '.join(stood_in)}")

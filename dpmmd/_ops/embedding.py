@@ -14,7 +14,7 @@ from dpmmd._contract.protocol import Core, Saved
 from dpmmd._contract.slot import Slot, written
 from dpmmd._contract.taps import empty_gradients, statistics_shape
 from dpmmd._cores import named
-from dpmmd._ops.once import Once, refuse_double_backward, untraced
+from dpmmd._ops.once import of_first_order, refuse_double_backward, untraced
 from dpmmd.bounds import Bound
 
 _DEVICES = ("cpu", "cuda")
@@ -81,12 +81,7 @@ class _MeanEmbedding(torch.autograd.Function):
         saved = Saved(scale, projection, schedule)
         taps = features if plan is None else plan.again(features, labels)
         given = taps, labels, num_classes, bound, saved, grad, needed, slots
-        if torch.is_grad_enabled():  # create_graph=True
-            with torch.no_grad():
-                gradients = core.backward(*given)
-            gradients = [Once.apply(f, g) for f, g in zip(features, gradients, strict=True)]
-        else:
-            gradients = core.backward(*given)
+        gradients = of_first_order(core.backward, features, given)
         if slots is None and all(needed):
             return None, None, None, None, None, None, *gradients
         found = [g if w else None for g, w in zip(gradients, written(needed, slots), strict=True)]

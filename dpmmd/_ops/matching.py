@@ -13,7 +13,7 @@ from dpmmd._contract.protocol import Core, Matched, Saved, Step
 from dpmmd._contract.slot import Slot, written
 from dpmmd._ops import embedding, estimator
 from dpmmd._ops.arguments import check_target, checked
-from dpmmd._ops.once import Once, of_torch, untraced
+from dpmmd._ops.once import of_first_order, of_torch, untraced
 from dpmmd.bounds import Bound
 
 
@@ -93,12 +93,7 @@ class _Matching(torch.autograd.Function):
         matched = Matched(saved, gradient, ctx.lent)
         taps = features if plan is None else plan.again(features, labels)
         given = taps, labels, num_classes, bound, matched, grad, needed, slots
-        if torch.is_grad_enabled():  # create_graph=True
-            with torch.no_grad():
-                gradients = core.match_backward(*given)
-            gradients = [Once.apply(f, g) for f, g in zip(features, gradients, strict=True)]
-        else:
-            gradients = core.match_backward(*given)
+        gradients = of_first_order(core.match_backward, features, given)
         if slots is None and all(needed):
             return None, None, None, None, *gradients
         found = [g if w else None for g, w in zip(gradients, written(needed, slots), strict=True)]

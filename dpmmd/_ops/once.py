@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -40,3 +40,14 @@ class Once(torch.autograd.Function):
         return gradient.clone()
 
     backward = staticmethod(refuse_double_backward)
+
+
+def of_first_order(
+    compute: Callable[..., list[Tensor]], features: Sequence[Tensor], given: tuple[Any, ...]
+) -> list[Tensor]:
+    """What ``compute(*given)`` returns: the gradients in features, not to be differentiated."""
+    if not torch.is_grad_enabled():
+        return compute(*given)
+    with torch.no_grad():  # create_graph=True
+        gradients = compute(*given)
+    return [Once.apply(f, g) for f, g in zip(features, gradients, strict=True)]

@@ -41,12 +41,7 @@ def run(device: Any, options: argparse.Namespace, stood_in: Sequence[str] = ()) 
     names = ON_CPU if device.dry else ON_GPU  # interpreted, the kernels would take minutes
     present, missing = inputs.library(device.device, kernels_of(names))
     rungs = Rungs(device, budget, chosen, present)
-    for name, why in missing.items():
-        budget.skip(name, f"backend {name}: {why}")
-        if not why.startswith("ValueError"):  # it is there, and breaks
-            rungs.errors.append(f"backend {name}: {why}")
-    if stood_in:
-        budget.skip("", f"not installed, stood in for: {', '.join(stood_in)}")
+    inputs.note_missing(missing, stood_in, budget, rungs.errors)
     results: dict[str, Any] = {
         "machine": device.describe(),
         "rows": rungs.rows,

@@ -1,6 +1,8 @@
 """What classifiers learn from the synthetic images, on Fashion-MNIST: releases, and what was tried.
 
 python -m benches.quality                   measure what is not measured yet (hours); --only NAME
+python -m benches.quality --device cuda --at-once 4 --limit 480 --results out/fashion-mnist.json
+                                            the same on a GPU that is lent for minutes
 python -m benches.quality --update docs/QUALITY.md     rewrite the tables there
 python -m benches.quality --plot docs/quality.png      accuracy against epsilon (needs matplotlib)
 
@@ -20,8 +22,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from benches.quality import rounded
@@ -195,52 +200,118 @@ ABLATIONS = (
 )
 
 
-def run(row: Row, repeat: int, folder: Path) -> dict[str, Any]:
-    """Accuracies, seconds of training and the peak of memory, of one release."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+@dataclass(frozen=True)
+class Where:
+    """Where rows are measured, and what becomes of them.
+
+    Attributes:
+        device: of the runs, as `dpmmd run` takes it.
+        at_once: how many runs share the device.
+        limit: seconds after which no further run begins, and runs that are under way are stopped.
+        results: the file that rows are added to.
+    """
+
+    device: str = "cpu"
+    at_once: int = 1
+    limit: float | None = None
+    results: Path = RESULTS
+
+    @property
+    def threads(self) -> int:
+        """Of each run: one on a CPU, whose figures are by the core; beside a GPU a fair part."""
+        return 1 if self.device == "cpu" else max(1, (os.cpu_count() or 1) // self.at_once)
+
+    def facts(self, seconds: float) -> dict[str, Any]:
+        """What a result says of its training. Runs that share a GPU wait for one another."""
+        if self.device == "cpu":
+            return {"seconds": round(seconds)}
+        import torch
+
+        return {"seconds": None, "device": torch.cuda.get_device_name()}
+
+
+def run(row: Row, repeat: int, folder: Path, where: Where, left: float | None) -> dict[str, Any]:
+    """Accuracies, seconds of training and the peak of memory, of one release.
+
+    Raises:
+        subprocess.TimeoutExpired: it takes longer than the seconds that are ``left``.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": str(where.threads)}
     if row.statistic:
         command = [sys.executable, "-m", "benches.quality.statistics", *row.statistic]
-        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+        done = subprocess.run(
+            command, check=True, capture_output=True, text=True, env=environment, timeout=left
+        )
         found = json.loads(done.stdout.splitlines()[-1])
         (accuracy,) = found["accuracy"].values()
         return {"accuracy": accuracy, "seconds": found["seconds"]}
     command = [sys.executable, "-m", "dpmmd", "run", row.recipe, "--out", str(folder)]
+    command += ["--device", where.device]
     command += ["--epsilon", row.epsilon, "--quiet", "--set", f"train.seed={repeat}"]
     for change in row.changes:
         command += ["--set", change]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=left
+    )
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
     report = json.loads((folder / "report.json").read_text())
     return {
         "accuracy": {name: report["accuracy"][name]["synthetic"] for name in CLASSIFIERS},
-        "seconds": round(report["seconds"]["train"]),
+        **where.facts(report["seconds"]["train"]),
         "peak_rss_bytes": report["peak_rss_bytes"],
     }
 
 
-def measure(only: str | None) -> None:
-    kept = _read()
-    done = {(r["row"], r["repeat"]) for r in kept}
-    for row in (*CLAIMS, *TRIED, *ABLATIONS):
-        if only is not None and row.name != only:
-            continue
-        for repeat in range(row.repeats):
-            if (row.name, repeat) in done:
-                continue
-            folder = Path(tempfile.mkdtemp(prefix="quality-")) / "run"
-            found = {"row": row.name, "repeat": repeat, **run(row, repeat, folder)}
-            if row in CLAIMS and row.recipe != _UNALIGNED and repeat == 0:
-                shutil.copy(folder / "samples.png", ROOT / "docs" / f"samples-{row.name}.png")
-            shutil.rmtree(folder.parent)
-            kept = [*_read(), found]  # another process may have written meanwhile
-            kept.sort(key=lambda r: (r["row"], r["repeat"]))
-            RESULTS.write_text(_json(kept))
+def measure(only: str | None, where: Where) -> None:
+    """Measures what is not measured yet, in the order of the tables."""
+    done = {(r["row"], r["repeat"]) for r in (*_read(), *_read(where.results))}
+    wanted = [
+        (row, repeat)
+        for row in (*CLAIMS, *TRIED, *ABLATIONS)
+        if only in (None, row.name)
+        for repeat in range(row.repeats)
+        if (row.name, repeat) not in done
+    ]
+    writing, end = threading.Lock(), None if where.limit is None else monotonic() + where.limit
+
+    def one(row: Row, repeat: int) -> None:
+        left = None if end is None else end - monotonic()
+        name = f"{row.name}, release {repeat}"
+        if left is not None and left <= 0:
+            print(f"{name}: no time left", flush=True)
+            return
+        with tempfile.TemporaryDirectory(prefix="quality-") as place:
+            folder = Path(place) / "run"
+            try:
+                result = run(row, repeat, folder, where, left)
+            except subprocess.TimeoutExpired:
+                print(f"{name}: no time left", flush=True)
+                return
+            found = {"row": row.name, "repeat": repeat, **result}
+            with writing:
+                _keep(found, where.results)
+                if row in CLAIMS and row.recipe != _UNALIGNED and repeat == 0:
+                    pictures = ROOT / "docs" if where.results == RESULTS else where.results.parent
+                    shutil.copy(folder / "samples.png", pictures / f"samples-{row.name}.png")
             print(_json([found]), flush=True)
 
+    with ThreadPoolExecutor(where.at_once) as pool:
+        for job in [pool.submit(one, *each) for each in wanted]:
+            job.result()
 
-def _read() -> list[dict[str, Any]]:
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else []  # type: ignore[no-any-return]
+
+def _keep(found: dict[str, Any], results: Path) -> None:
+    kept = [*_read(results), found]  # another process may have written meanwhile
+    kept.sort(key=lambda r: (r["row"], r["repeat"]))
+    results.parent.mkdir(parents=True, exist_ok=True)
+    results.write_text(_json(kept))
+
+
+def _read(results: Path | None = None) -> list[dict[str, Any]]:
+    """Of a file; None: what the tables show."""
+    path = results or RESULTS
+    return json.loads(path.read_text()) if path.exists() else []  # type: ignore[no-any-return]
 
 
 def _json(found: list[dict[str, Any]]) -> str:
@@ -348,6 +419,10 @@ def update(path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", metavar="NAME")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--at-once", type=int, default=1, metavar="RUNS")
+    parser.add_argument("--limit", type=float, metavar="SECONDS")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE")
     parser.add_argument("--update", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE")
     arguments = parser.parse_args()
@@ -356,7 +431,8 @@ def main() -> None:
     elif arguments.plot:
         plot(arguments.plot)
     else:
-        measure(arguments.only)
+        where = Where(arguments.device, arguments.at_once, arguments.limit, arguments.results)
+        measure(arguments.only, where)
 
 
 if __name__ == "__main__":

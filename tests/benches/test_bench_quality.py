@@ -61,6 +61,34 @@ def test_rounding_is_that_of_autocast() -> None:
         assert 0.4 < mine / its < 2.5
 
 
+def test_rows_are_measured_once_and_while_there_is_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[tuple[str, int]] = []
+
+    def run(row: quality.Row, repeat: int, folder: Path, where: Any, left: float) -> dict[str, Any]:
+        measured.append((row.name, repeat))
+        folder.mkdir()
+        (folder / "samples.png").write_bytes(b"")
+        return {"accuracy": dict.fromkeys(quality.CLASSIFIERS, 0.5), **where.facts(1.0)}
+
+    monkeypatch.setattr(quality, "run", run)
+    monkeypatch.setattr(quality, "RESULTS", tmp_path / "kept.json")
+    monkeypatch.setattr(quality, "TRIED", ())
+    monkeypatch.setattr(quality, "ABLATIONS", ())
+    results = tmp_path / "out" / "new.json"
+    wanted = {(row.name, i) for row in quality.CLAIMS for i in range(row.repeats)}
+    quality.measure(None, quality.Where(at_once=3, limit=0.0, results=results))
+    assert not measured
+    assert not results.exists()
+    quality.measure(None, quality.Where(at_once=3, limit=60.0, results=results))
+    assert sorted(measured) == sorted(wanted)
+    assert {(r["row"], r["repeat"]) for r in quality._read(results)} == wanted
+    assert (results.parent / "samples-epsilon-1.png").exists()
+    quality.measure(None, quality.Where(results=results))
+    assert len(measured) == len(wanted)
+
+
 def test_the_docs_show_the_results() -> None:
     text = (DOCS / "QUALITY.md").read_text()
     assert quality.claims() in text

@@ -87,7 +87,7 @@ def plan(
     """
     from dpmmd import recipe as recipes
     from dpmmd.devices import choose_device
-    from dpmmd.train import plan as planning
+    from dpmmd.train import ahead
 
     where = choose_device(device)
     settings, _ = recipes.read(recipe)
@@ -96,7 +96,7 @@ def plan(
         raise ValueError(
             "--memory: the recipe has no [train] memory; give a budget such as --memory 8GiB."
         )
-    found = planning.of_recipe(settings, memory, where)
+    found = ahead.of_recipe(settings, memory, where)
     if as_json:
         print_json(found.facts())
         return

@@ -28,10 +28,11 @@ from dpmmd.privacy import PrivacyError, Release, calibrate, sensitivity
 from dpmmd.privacy.layout import Asked, bound_of, lay_out
 from dpmmd.privacy.modes import LEVELS, MOST_BITS, Modes
 from dpmmd.privacy.rows import LEAST
+from dpmmd.privacy.sensitivity import check_adjacency
 
 _WEIGHT = 1 << 20  # that the largest entry of a direction becomes
 _MOST = 1 << 49
-# The norm of the noise on a row's mean, relative to the bound on it, up to which modes are worth it.
+# The norm of the noise on a row's mean, relative to the bound on it, up to which modes help.
 NOISE = 0.5
 
 
@@ -140,11 +141,39 @@ def suggest(
         encoder, epsilon, delta, moments, selection: as the second release is to be made.
     """
     m = first.metadata
+    return by_rule(
+        first.class_counts,
+        m.image_shape,
+        encoder,
+        num_classes=m.num_classes if m.labelled else None,
+        adjacency=m.adjacency,
+        grouped=m.unit != "image",
+        epsilon=epsilon,
+        delta=delta,
+        moments=moments,
+        selection=selection,
+    )
+
+
+def by_rule(
+    counts: Tensor,
+    image_shape: tuple[int, int, int],
+    encoder: Encoder,
+    *,
+    num_classes: int | None,
+    adjacency: str,
+    grouped: bool,
+    epsilon: float,
+    delta: float,
+    moments: int | Sequence[int] = (1,),
+    selection: Encoder | None = None,
+) -> int:
+    """What `suggest` says of classes with so many images, [K], without a release."""
     asked = Asked(
         encoder=encoder,
-        adjacency=m.adjacency,
+        adjacency=check_adjacency(adjacency),
         bound=bound_of(encoder, moments, "sphere", 1.0, None),
-        num_classes=m.num_classes if m.labelled else None,
+        num_classes=num_classes,
         weights=None,
         pixel_moments=None,
         selection=selection,
@@ -152,10 +181,14 @@ def suggest(
         modes=None,
         batch_size=1,
     )
-    blocks = lay_out(asked, m.image_shape, grouped=m.unit != "image").blocks
-    sd = sensitivity(m.adjacency, blocks.all())
+    blocks = lay_out(asked, image_shape, grouped=grouped).blocks
+    sd = sensitivity(adjacency, blocks.all())
     sd *= calibrate(epsilon=epsilon, delta=delta).sd_over_sensitivity
     square = sum(part.dim * (sd * part.unit) ** 2 for part in blocks.parts if part.is_phi)
-    fitting = NOISE * float(first.class_counts.mean()) / math.sqrt(square)
-    bits = min(fitting, float(first.class_counts.max()) / LEAST)
-    return 1 << min(MOST_BITS, max(0, math.floor(math.log2(max(1.0, bits)))))
+    fitting = NOISE * float(counts.mean()) / math.sqrt(square)
+    return largest(min(fitting, float(counts.max()) / LEAST))
+
+
+def largest(parts: float) -> int:
+    """The largest power of two that is no more than so many modes; 1: none."""
+    return 1 << min(MOST_BITS, max(0, math.floor(math.log2(max(1.0, parts)))))

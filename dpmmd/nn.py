@@ -160,7 +160,8 @@ class MMDLoss(nn.Module):
         self.with_modes = release.modes is not None
         self.labelled = release.metadata.labelled or self.with_modes
         self._rows_known = False  # set where labels are made from the release's rows
-        self._unseen, self._largest = self.num_rows, None  # batches whose labels are looked at
+        self._unseen = self.num_rows  # batches whose labels are looked at
+        self._largest: Tensor | None = None
         self._chunk = None if micro_batch is None else Chunk(micro_batch)
         self._graphs = Graphs() if graph else None
         device = torch.device("cpu") if state == "host" else device_of(encoder)

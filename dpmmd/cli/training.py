@@ -71,6 +71,11 @@ def train(
     group = join()
     first = group is None or group.rank() == 0
     released = dpmmd.Release.load(release)
+    if released.metadata.encoder is None:
+        raise ValueError(
+            f"{release}: holds moments of pixels alone, and no features to train on; give the "
+            "release that was made with an encoder."
+        )
     given = {"steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed}
     chosen = recipes.revised(settings.train, given)
     encoder = dpmmd.encoders.from_spec(

@@ -20,14 +20,13 @@ from dpmmd.data import ImageSource, open_source
 from dpmmd.encoders import Encoder
 from dpmmd.errors import RunError
 from dpmmd.nn import check_encoder
-from dpmmd.privacy import Release
+from dpmmd.privacy import Ledger, Modes, Release, calibrate, split_epsilon
 from dpmmd.privacy import release as make_release
 from dpmmd.privacy.blocks import KINDS
-from dpmmd.privacy.composition import split
-from dpmmd.privacy.layout import bound_of
+from dpmmd.privacy.layout import Asked, bound_of, lay_out
 from dpmmd.privacy.metadata import unit_of
-from dpmmd.privacy.modes import Modes
 from dpmmd.privacy.printed import up
+from dpmmd.privacy.rows import LEAST
 from dpmmd.recipe import ModesSection, Recipe
 from dpmmd.run import evaluation
 from dpmmd.run.folder import MOMENTS, RELEASE, Measured, Released, Say
@@ -124,7 +123,7 @@ class Releasing:
         second = {**whole.arguments, "pixel_moments": None, "weights": features or None}
         epsilons = math.inf, math.inf
         if math.isfinite(asked.epsilon):
-            epsilons = split(epsilon=asked.epsilon, delta=asked.delta, share=wanted.share)
+            epsilons = split_epsilon(asked.epsilon, asked.delta, wanted.share)
         return (
             _Part("moments", self.folder / MOMENTS, epsilons[0], first),
             _Part("release", self.folder / RELEASE, epsilons[1], second),
@@ -198,13 +197,31 @@ class Releasing:
         """C: the recipe's, or by the public rule."""
         if wanted.per_class is not None:
             return wanted.per_class
+        n, shape = self._public()
+        asked, classes = self.settings.release, self.settings.data.num_classes
+        assert n is not None  # else the recipe says how many
+        return modes.by_rule(
+            torch.full((classes or 1,), n / (classes or 1)),
+            shape,
+            self.encoder,
+            num_classes=classes,
+            adjacency=asked.adjacency,
+            grouped=False,
+            epsilon=min(self._parts(wanted)[1].epsilon, NO_NOISE_EPSILON),
+            delta=asked.delta,
+            moments=asked.moments,
+            selection=self.selection,
+        )
+
+    def _public(self) -> tuple[int | None, tuple[int, int, int]]:
+        """N, where it is public, and the shape of images: of a release, or else of the source."""
         for name in (RELEASE, MOMENTS):
-            if (path := self.folder / name).exists():
-                n = Release.load(path).metadata.num_units
-                break
-        else:
-            n = self._source().num_images
-        raise NotImplementedError
+            if (self.folder / name).exists():
+                m = Release.load(self.folder / name).metadata
+                return m.num_units, m.image_shape
+        source, asked = self._source(), self.settings.release
+        private = asked.adjacency == "add-remove" or source.group_by is not None
+        return None if private else source.num_images, source.image_shape
 
     def _check_files(self) -> None:
         """Refuses a folder whose second release is there without the first."""
@@ -216,11 +233,46 @@ class Releasing:
             )
 
     def _check_both(self, other: _Part, per_class: int) -> None:
-        """Refuses, before the first release, what the second one or their total would fail at."""
-        data, wanted, source = self.settings.data, self.settings.release, self._source()
-        keys = ("bound", "moments", "clip", "joint_weight")
-        bound = bound_of(other.arguments["encoder"], *(other.arguments[k] for k in keys))
-        NotImplemented
+        """Refuses, before the first release, what the second or both together would fail at."""
+        data, asked, source = self.settings.data, self.settings.release, self._source()
+        n, shape = self._public()
+        if n is not None:
+            most = modes.largest(n / (data.num_classes or 1) / LEAST)
+            if per_class > most:
+                raise RunError(
+                    f"modes.per_class = {per_class}: no mode could stand out: {n} images in "
+                    f"{data.num_classes or 1} classes are {n // (data.num_classes or 1)} a class, "
+                    f"and a mode needs {LEAST:.0f}; "
+                    + (f"at most {most} can." if most > 1 else "leave [modes] out.")
+                )
+        given = other.arguments
+        wanted = ("adjacency", "weights", "pixel_moments", "selection", "shared_taps", "batch_size")
+        bound = (given[key] for key in ("moments", "bound", "clip", "joint_weight"))
+        lay_out(
+            Asked(
+                **{key: given[key] for key in wanted},
+                encoder=self.encoder,
+                bound=bound_of(self.encoder, *bound),
+                num_classes=data.num_classes,
+                modes=None,
+            ).check(asked.clip),
+            shape,
+            grouped=source.group_by is not None,
+        )
+        if asked.ledger is None:
+            return
+        epsilon = min(asked.epsilon, NO_NOISE_EPSILON)
+        Ledger(asked.ledger, budget=asked.budget).check(
+            identity=source.identity,
+            source=source.name,
+            private=math.isfinite(asked.epsilon),
+            mu=calibrate(epsilon=epsilon, delta=asked.delta).mu,
+            epsilon=epsilon,
+            delta=asked.delta,
+            adjacency=asked.adjacency,
+            unit=unit_of(data.group_by),
+            population=asked.population,
+        )
 
     def _check_release(self, released: Release, part: _Part, rule: Modes | None) -> None:
         """Refuses a release that the recipe would not have made."""

@@ -892,7 +892,7 @@ def test_bad_input_is_refused_before_private_data_are_opened(
     def opened(*_: object, **__: object) -> None:
         raise AssertionError("private data were opened")
 
-    monkeypatch.setattr(runs.job, "open_source", opened)
+    monkeypatch.setattr(runs.releases, "open_source", opened)
     text = (folder / "mine.toml").read_text()
     assert old in text
     if "'unbiased'" in phrases[0]:

@@ -15,6 +15,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from dpmmd.privacy.rows import Rows
 from dpmmd.privacy.sensitivity import Block, sensitivity
 
 LARGEST = 1 << 40  # units, and values of an image
@@ -138,6 +139,10 @@ class Stated(Protocol):
     def metadata(self) -> Metadata: ...
     @property
     def counts(self) -> Tensor: ...
+    @property
+    def class_counts(self) -> Tensor: ...
+    @property
+    def rows(self) -> Rows: ...
 
 
 def unrecordable(metadata: Metadata) -> Iterator[tuple[str, object, str]]:

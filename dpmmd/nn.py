@@ -412,13 +412,7 @@ def check_encoder(release: Release, encoder: Encoder, *, selection: bool = False
         selection: compare with the encoder of the selection block instead.
     """
     metadata = release.metadata
-    if metadata.encoder is None:
-        raise PrivacyError(
-            "release: it holds moments of pixels alone, and no features to match. Train on a "
-            "release that was made with an encoder; this one serves dpmmd.modes.fit and "
-            "dpmmd.align."
-        )
-    recorded = metadata.selection_encoder if selection else metadata.encoder
+    recorded = metadata.selection_encoder if selection else metadata.features_of
     if recorded is None:
         raise PrivacyError(
             "selection: the release has no selection block; make one with selection=ENCODER, or "

@@ -74,7 +74,7 @@ def train(
     given = {"steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed}
     chosen = recipes.revised(settings.train, given)
     encoder = dpmmd.encoders.from_spec(
-        released.metadata.encoder, weights=weights or settings.encoder.weights
+        released.metadata.features_of, weights=weights or settings.encoder.weights
     ).to(where)
     recorded = released.metadata.selection_encoder
     selection = None if recorded is None else dpmmd.encoders.from_spec(recorded).to(where)

@@ -316,8 +316,8 @@ def card(
     ]
     if m.private:
         lines += [
-            "The images follow from the release alone, so that this holds for all of them together"
-            " and for any number of further ones.",
+            f"The images follow from {'these releases' if f['together'] else 'the release'} alone, "
+            "so that this holds for all of them together and for any number of further ones.",
             "",
             "| what | value |",
             "| --- | --- |",

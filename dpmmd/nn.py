@@ -457,12 +457,7 @@ def check_encoder(release: Release, encoder: Encoder, *, selection: bool = False
         selection: compare with the encoder of the selection block instead.
     """
     metadata = release.metadata
-    recorded = metadata.selection_encoder if selection else metadata.encoder
-    if recorded is None and not selection:
-        raise PrivacyError(
-            "release: it holds moments of pixels alone, and no features that an encoder could "
-            "match; train on the release that was made with one."
-        )
+    recorded = metadata.selection_encoder if selection else metadata.features_of
     if recorded is None:
         raise PrivacyError(
             "selection: the release has no selection block; make one with selection=ENCODER, or "

@@ -1470,8 +1470,8 @@ MUTATIONS = (
         (
             Edit(
                 COLLECTING,
-                "raw.counts.add_counts(labels, valid, ",
-                "raw.counts.add_counts(labels, valid"
+                "raw.counts.add_counts(rows.cells, valid, ",
+                "raw.counts.add_counts(rows.cells, valid"
                 " & features[blocks.parts[-1].kind.encoder][0].any(1), ",
             ),
         ),

@@ -71,15 +71,10 @@ def train(
     group = join()
     first = group is None or group.rank() == 0
     released = dpmmd.Release.load(release)
-    if released.metadata.encoder is None:
-        raise ValueError(
-            f"{release}: holds moments of pixels alone, and no features to train on; give the "
-            "release that was made with an encoder."
-        )
     given = {"steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed}
     chosen = recipes.revised(settings.train, given)
     encoder = dpmmd.encoders.from_spec(
-        released.metadata.encoder, weights=weights or settings.encoder.weights
+        released.metadata.features_of, weights=weights or settings.encoder.weights
     ).to(where)
     recorded = released.metadata.selection_encoder
     selection = None if recorded is None else dpmmd.encoders.from_spec(recorded).to(where)

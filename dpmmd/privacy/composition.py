@@ -287,9 +287,9 @@ def refuse_unfounded(m: Metadata) -> None:
     if not together(m) <= 1e4:
         raise PrivacyError(
             f"modes: fitted to a release under {origin.adjacency} adjacency for the unit "
-            f"{plain(repr(origin.unit))}, this one is under {m.adjacency} for {plain(repr(m.unit))}:"
-            " no total can be stated for both together. Make both with the same adjacency and "
-            "group_by. Nothing was spent."
+            f"{plain(repr(origin.unit))}, this one is under {m.adjacency} for "
+            f"{plain(repr(m.unit))}: no total can be stated for both together. Make both with the "
+            "same adjacency and group_by. Nothing was spent."
         )
 
 

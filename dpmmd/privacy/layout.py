@@ -87,8 +87,8 @@ class Asked:
             return
         if self.pixel_moments is None:
             raise ValueError(
-                "encoder=None: a release of moments of pixels alone needs pixel_moments=SIDE. For "
-                "features give dpmmd.encoders.load(NAME)."
+                "encoder=None: a release of moments of pixels alone needs pixel_moments=SIDE "
+                "(--pixel-moments SIDE). For features give dpmmd.encoders.load(NAME)."
             )
         for name in ("selection", "modes"):
             if getattr(self, name) is not None:

@@ -15,6 +15,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from dpmmd.privacy.rows import Rows
 from dpmmd.privacy.sensitivity import Block, sensitivity
 
 LARGEST = 1 << 40  # units, and values of an image
@@ -108,6 +109,21 @@ class Metadata(BaseModel):
     array_sha256: str = ""
 
     @property
+    def features_of(self) -> dict[str, Any]:
+        """The record of the encoder whose features were released.
+
+        Raises:
+            PrivacyError: none were: the release holds moments of pixels alone.
+        """
+        if self.encoder is None:
+            raise PrivacyError(
+                "release: it holds moments of pixels alone, and no features to match. Use a "
+                "release that was made with an encoder; this one serves dpmmd.modes.fit and "
+                "dpmmd.align."
+            )
+        return self.encoder
+
+    @property
     def per_class(self) -> int:
         """C, the rows of a class; 1 without modes."""
         return 1 if self.modes is None else self.modes.per_class
@@ -138,6 +154,10 @@ class Stated(Protocol):
     def metadata(self) -> Metadata: ...
     @property
     def counts(self) -> Tensor: ...
+    @property
+    def class_counts(self) -> Tensor: ...
+    @property
+    def rows(self) -> Rows: ...
 
 
 def unrecordable(metadata: Metadata) -> Iterator[tuple[str, object, str]]:

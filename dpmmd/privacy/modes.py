@@ -74,7 +74,7 @@ class Modes:
         values = self.channels * self.side**2 if type(self.side) is int else 0
         if not 0 < values <= LARGEST:
             raise ValueError(
-                f"side={self.side!r}: expected an int >= 1 with at most {LARGEST:,} values an image."
+                f"side={self.side!r}: expected an int >= 1, at most {LARGEST:,} values an image."
             )
         for name, dims, most in (("directions", 3, _WEIGHT), ("thresholds", 2, _SCORE)):
             found = getattr(self, name)

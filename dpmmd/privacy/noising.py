@@ -53,8 +53,9 @@ def noise(raw: Raw, blocks: Blocks, sd: float, sampler: Sampler) -> Noised:
             phi += zip(by_class.chunk(n, dim=1), shared.chunk(n, dim=1), strict=True)
         else:
             arrays[part.block.name] = by_class
-    whole = [sums for sums, _ in phi] or [torch.zeros(blocks.cells, 0)]
-    arrays["sums"] = torch.stack(whole).float()[: len(phi)].contiguous()  # [M, K C, D]
+    arrays["sums"] = torch.zeros(0, blocks.cells, 0)
+    if phi:
+        arrays["sums"] = torch.stack([sums for sums, _ in phi]).float().contiguous()  # [M, K C, D]
     if blocks.parts[0].shared_taps:
         arrays["shared"] = torch.stack([shared for _, shared in phi]).float()
     counts = None

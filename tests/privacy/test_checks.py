@@ -309,7 +309,7 @@ def test_what_is_released_contradicts_nothing(tmp_path: Path, kind: str) -> None
     release = made(kind)
     again = Release.load(release.save(tmp_path / "r.safetensors"))
     assert again.metadata == release.metadata
-    assert again.metadata.format == 3
+    assert again.metadata.format == 4
     forged(tmp_path / "same.safetensors", kind, lambda *_: None)
     Release.load(tmp_path / "same.safetensors")
 

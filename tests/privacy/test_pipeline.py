@@ -240,11 +240,12 @@ def test_the_sums_are_those_of_a_release(group_by: str | None) -> None:
     asked = Asked(
         encoder=encoder,
         **options,
-        bound=bound_of(1, "sphere", 1.0, None),
+        bound=bound_of(encoder, 1, "sphere", 1.0, None),
         pixel_moments=None,
         selection=None,
         weights=None,
         shared_taps=0,
+        modes=None,
     )
     plan = readings.Plan.of(asked, opened)
     seen = readings.read(opened, plan, plan.encoders())

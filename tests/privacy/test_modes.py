@@ -165,6 +165,7 @@ GOOD: dict[str, Any] = {
     ("change", "error", "message"),
     [
         ({"side": 0}, ValueError, "side=0"),
+        ({"side": -2}, ValueError, "side=-2"),
         ({"side": 2.0}, ValueError, r"side=2\.0"),
         ({"side": 60}, ValueError, "at most 3,072"),
         ({"channels": 2}, ValueError, "channels=2"),
@@ -536,7 +537,7 @@ def test_modes_are_the_signs_along_the_leading_directions(
         leading = np.linalg.svd(own, full_matrices=False)[2][:2]
         ours = modes.directions[k if weights_ else 0].numpy() / LARGEST
         for a, b in zip(leading, ours, strict=True):
-            assert abs(a @ b) / np.linalg.norm(b) > (0.999 if weights_ else 0.98)
+            assert abs(a @ b) / np.linalg.norm(b) > 0.98
         share = np.bincount(cells[y == k], minlength=4) / (y == k).sum()
         assert share.min() > 0.15  # signs about the mean: halves of halves
     assert torch.equal(dpmmd.modes.fit(first, 4).directions, modes.directions)
@@ -606,8 +607,8 @@ def test_two_releases_never_exceed_what_was_split(
     both = accounting.compose(mus)
     assert accounting.delta(mu=both, epsilon=epsilon) <= delta
     whole = accounting.calibrate(epsilon=epsilon, delta=delta).mu
-    assert mus[0] ** 2 + mus[1] ** 2 > whole**2 * (1 - 1e-4)  # and nearly all of it is used
-    assert mus[0] ** 2 == pytest.approx(share * whole**2, rel=1e-4)
+    assert mus[0] ** 2 + mus[1] ** 2 > whole**2 * (1 - 1e-7)  # and nearly all of it is used
+    assert mus[0] ** 2 == pytest.approx(share * whole**2, rel=1e-7)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -1, 2, math.nan])
@@ -700,6 +701,7 @@ def statement(**change: Any) -> Statement:
         ({}, {"group_by": "patients"}, "no total can be stated"),
         ({"unit": "group by eyes"}, {"group_by": "patients"}, "no total can be stated"),
     ],
+    ids=["test noise", "adjacency", "images of groups", "groups of images", "other groups"],
 )
 def test_two_releases_without_a_total_are_refused_before_the_spend(
     origin: dict[str, Any], options: dict[str, Any], message: str, tmp_path: Path

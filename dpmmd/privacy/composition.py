@@ -242,7 +242,7 @@ def split_epsilon(epsilon: float, delta: float, share: float) -> tuple[float, fl
     """The epsilons of two releases that are together (epsilon, delta)-DP; mu^2 adds up.
 
     The first release gets ``share`` of the mu^2 that (epsilon, delta) allows, the second one the
-    rest. Both epsilons are then made smaller, by about a millionth, until what `accounting` makes
+    rest. Both epsilons are then made smaller, by about a billionth, until what `accounting` makes
     of them composes to no more than (epsilon, delta), for certain.
 
     Args:
@@ -258,7 +258,7 @@ def split_epsilon(epsilon: float, delta: float, share: float) -> tuple[float, fl
     """
     if not 0.0 < share < 1.0:
         raise ValueError(f"share={share!r}: expected the first release's part of mu^2, in (0, 1).")
-    mu, less = accounting.calibrate(epsilon=epsilon, delta=delta).mu, 1e-6
+    mu, less = accounting.calibrate(epsilon=epsilon, delta=delta).mu, 1e-9
     parts = (math.sqrt(share) * mu, math.sqrt(1 - share) * mu)
     wanted = [epsilon_of(part, delta) for part in parts]
     while True:

@@ -71,7 +71,8 @@ class Modes:
             )
         if self.channels not in (1, 3):
             raise ValueError(f"channels={self.channels!r}: expected 1 or 3.")
-        values = self.channels * self.side**2 if type(self.side) is int else 0
+        whole = type(self.side) is int and self.side > 0
+        values = self.channels * self.side**2 if whole else 0
         if not 0 < values <= LARGEST:
             raise ValueError(
                 f"side={self.side!r}: expected an int >= 1, at most {LARGEST:,} values an image."

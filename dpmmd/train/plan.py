@@ -44,26 +44,29 @@ class Target:
     """What of a release decides how much a step needs."""
 
     bound: Bound
-    num_rows: int  # classes; with modes, groups of their modes
+    num_classes: int  # with modes: rows, of which a class has several
     labelled: bool
     shared_taps: int
     modes: bool = False
 
     @classmethod
-    def of(cls, release: Release) -> Target:
-        m, modes = release.metadata, release.modes is not None
-        return cls(Bound.of(m), release.num_rows, m.labelled or modes, m.shared_taps, modes)
+    def of(cls, release: Release | Metadata) -> Target:
+        """That of a release, or of its metadata, which do not say how its modes are merged."""
+        m = release if isinstance(release, Metadata) else release.metadata
+        rows = m.num_cells if isinstance(release, Metadata) else release.num_rows
+        modes = m.modes is not None
+        return cls(Bound.of(m), rows, m.labelled or modes, m.shared_taps, modes)
 
     def rows_of(self, settings: TrainSection) -> int:
         """How many rows a batch has."""
         each = settings.images_per_row or (IMAGES_PER_ROW if self.modes else None)
         n = settings.batch_size
-        return self.num_rows if each is None else min(self.num_rows, max(1, n // each))
+        return self.num_classes if each is None else min(self.num_classes, max(1, n // each))
 
     def numbers(self, encoder: Encoder) -> int:
         """How many there are in the release's mean embedding."""
         common = sum(tap.size for tap in encoder.taps[: self.shared_taps])
-        return len(self.bound.moments) * (self.num_rows * (encoder.dim - common) + common)
+        return len(self.bound.moments) * (self.num_classes * (encoder.dim - common) + common)
 
 
 @dataclass(frozen=True)
@@ -323,7 +326,7 @@ class _Model:
         self.meter, self.device = meter, meter.device
         self.encoder, self.target, self.settings = encoder, target, settings
         self.precision = precision.of_generator(settings.precision, self.device)
-        self.n, self.rows = settings.batch_size, target.num_rows
+        self.n, self.rows = settings.batch_size, target.num_classes
         self.rows_in_batch = target.rows_of(settings)
         self.row = 4 * len(target.bound.moments) * encoder.dim  # bytes of one
         self.means_bytes = self.rows * self.row

@@ -61,8 +61,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    x, y = bars(240, seed=240)
-    x[np.random.default_rng(1).random(240) < 0.6, 0, :, 4:] += 120  # bright to the right, or not
+    x, y = bars(400, seed=240)
+    x[np.random.default_rng(1).random(400) < 0.6, 0, :, 4:] += 120  # bright to the right, or not
     np.savez(tmp_path / "train.npz", x=x, y=y)
     (tmp_path / "mine.toml").write_text(RECIPE.format(folder=tmp_path))
     return tmp_path
@@ -224,7 +224,7 @@ def test_a_budget_must_hold_both_before_the_first_is_spent(call: Call, folder: P
 WRONG = {
     "one mode": (("per_class = 2", "per_class = 1"), "modes.per_class = 1"),
     "no power of two": (("per_class = 2", "per_class = 6"), "a power of two, such as 8"),
-    "too many": (("per_class = 2", "per_class = 4"), "80 a class, and a mode needs 30; at most 2"),
+    "too many": (("per_class = 2", "per_class = 8"), "133 a class, and a mode needs 30; at most 4"),
     "share": (("per_class = 2", "share = 1.0"), "modes.share = 1.0"),
     "unknown key": (("per_class = 2", "how = 'kmeans'"), "unknown key 'modes.how'"),
     "no moments": (("pixel_moments = 8", ""), "release.pixel_moments asks"),
@@ -293,8 +293,8 @@ def test_the_public_rule_says_how_many(call: Call, folder: Path, epsilon: float)
     second = Release.load(out / "release.safetensors")
     if epsilon > 1:
         assert second.modes is not None
-        assert second.modes.per_class == 2
-        assert "modes: 2 a class" in result.err
+        assert second.modes.per_class == 4  # of 133 images, and at least 30 in each
+        assert "modes: 4 a class" in result.err
     else:
         assert second.modes is None
         assert second.pixels is not None
@@ -342,7 +342,7 @@ def test_a_memory_plan_counts_rows_and_is_made_before_anything_is_spent(
     call: Call, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def made(_: str, __: Any, generator: Any, target: Target, ___: Any, *, held: int) -> Any:
-        seen.append((generator.num_classes, target.num_rows, target.modes, held))
+        seen.append((generator.num_classes, target.num_classes, target.modes, held))
         raise PlanError("too little")
 
     seen: list[tuple[int, int, bool, int]] = []

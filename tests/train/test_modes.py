@@ -387,8 +387,10 @@ def test_selection_is_by_row_without_pairs_of_an_image_with_itself(labelled: boo
 
 
 def test_a_plan_knows_the_rows_of_a_batch() -> None:
-    target = Target.of(releases()[1])
-    assert (target.num_rows, target.labelled, target.modes) == (6, True, True)
+    release = releases()[1]
+    target = Target.of(release)
+    assert Target.of(release.metadata) == target  # here nothing is merged
+    assert (target.num_classes, target.labelled, target.modes) == (6, True, True)
     assert target.rows_of(TrainSection(batch_size=20)) == 2
     assert target.rows_of(TrainSection(batch_size=5)) == 1
     assert target.rows_of(TrainSection(batch_size=100)) == 6

@@ -28,7 +28,7 @@ from dpmmd.train.plan import PlanError, parse
 from tests.conftest import images, no_noise, small_encoder
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-TARGET = plan.Target(Bound((1, 2)), num_rows=3, labelled=True, shared_taps=0)
+TARGET = plan.Target(Bound((1, 2)), num_classes=3, labelled=True, shared_taps=0)
 
 
 @pytest.mark.parametrize(

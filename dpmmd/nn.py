@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dpmmd import _capture, backends, injection
@@ -160,7 +161,9 @@ class MMDLoss(nn.Module):
         self.with_modes = release.modes is not None
         self.labelled = release.metadata.labelled or self.with_modes
         self._rows_known = False  # set where labels are made from the release's rows
-        self._unseen = self.num_rows  # batches whose labels are looked at
+        # Batches whose labels are looked at: a process of several may never have some of the rows.
+        alone = not (dist.is_available() and dist.is_initialized())
+        self._unseen = self.num_rows if alone else 0
         self._largest: Tensor | None = None
         self._chunk = None if micro_batch is None else Chunk(micro_batch)
         self._graphs = Graphs() if graph else None
@@ -214,17 +217,16 @@ class MMDLoss(nn.Module):
         """
         if self._rows_known or torch.compiler.is_compiling() or not labels.numel():
             return
+        watched = self.training and self._unseen > 0
+        if labels.is_cuda and (not watched or torch.cuda.is_current_stream_capturing()):
+            return
         low, high = labels.min(), labels.max()
         rows = (
             f"rows of the release, 0..{self.num_rows - 1}: release.rows.classes has their classes"
         )
         if labels.is_cpu and not 0 <= int(low) <= int(high) < self.num_rows:
             raise ValueError(f"labels: values from {int(low)} to {int(high)}, expected {rows}.")
-        if (
-            not self.training
-            or self._unseen == 0
-            or (labels.is_cuda and torch.cuda.is_current_stream_capturing())
-        ):
+        if not watched:
             return
         self._largest = high if self._largest is None else torch.maximum(self._largest, high)
         self._unseen -= 1

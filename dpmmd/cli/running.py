@@ -59,6 +59,7 @@ def run(
     if not report["private"]:
         say("NOT PRIVATE: the release was made with test noise, or none")
     for name, what in (
+        (runs.MOMENTS, "the first release: moments of pixels, to which its modes were fitted"),
         ("release.safetensors", "the release: all that was learned from the private images"),
         ("privacy.json", "what it promises (`dpmmd privacy` prints it)"),
         ("checkpoints/last.pt", "the generator"),
@@ -67,7 +68,8 @@ def run(
         ("README.md", "the set's card, with its privacy statement"),
         ("report.json", "accuracies, metrics, seconds, memory"),
     ):
-        say(f"  {folder / name}: {what}")
+        if name != runs.MOMENTS or (folder / name).exists():
+            say(f"  {folder / name}: {what}")
 
 
 def plan(

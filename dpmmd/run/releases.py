@@ -20,11 +20,11 @@ from dpmmd.data import ImageSource, open_source
 from dpmmd.encoders import Encoder
 from dpmmd.errors import RunError
 from dpmmd.nn import check_encoder
-from dpmmd.privacy import Ledger, Modes, Release, calibrate, split_epsilon
+from dpmmd.privacy import Ledger, Release, calibrate, split_epsilon
 from dpmmd.privacy import release as make_release
 from dpmmd.privacy.blocks import KINDS
 from dpmmd.privacy.layout import Asked, bound_of, lay_out
-from dpmmd.privacy.metadata import unit_of
+from dpmmd.privacy.metadata import Metadata, unit_of
 from dpmmd.privacy.printed import up
 from dpmmd.privacy.rows import LEAST
 from dpmmd.recipe import ModesSection, Recipe
@@ -97,7 +97,7 @@ class Releasing:
         if not one.path.exists():
             self._check_both(other, per_class)
         first = self._made(one, per_class=per_class)
-        second = self._made(other, modes.fit(first, per_class), per_class=per_class)
+        second = self._made(other, first, per_class=per_class)
         self.say(
             f"modes: {per_class} a class; the release has {second.num_rows} rows of "
             f"{second.num_classes}, after those that do not stand out from their noise were merged"
@@ -129,11 +129,11 @@ class Releasing:
             _Part("release", self.folder / RELEASE, epsilons[1], second),
         )
 
-    def _made(self, part: _Part, rule: Modes | None = None, *, per_class: int = 1) -> Release:
-        """A release: found, or made, which spends privacy."""
+    def _made(self, part: _Part, first: Release | None = None, *, per_class: int = 1) -> Release:
+        """A release: found, or made, which spends privacy; by modes that ``first`` suggests."""
         if part.path.exists():
             released = Release.load(part.path)
-            self._check_release(released, part, rule)
+            self._check_release(released, part, _told(first, per_class))
             self.say(
                 f"{part.stage}: found {part.path}, finished; re-used, no further privacy is spent"
             )
@@ -142,6 +142,7 @@ class Releasing:
         with self.measured.stage(part.stage):
             source = self._source()
             self._make_plan(source, per_class)
+            rule = None if first is None else modes.fit(first, per_class)
             return make_release(
                 source,
                 **part.arguments,
@@ -274,8 +275,8 @@ class Releasing:
             population=asked.population,
         )
 
-    def _check_release(self, released: Release, part: _Part, rule: Modes | None) -> None:
-        """Refuses a release that the recipe would not have made."""
+    def _check_release(self, released: Release, part: _Part, split: str | None) -> None:
+        """Refuses a release that the recipe would not have made; ``split``: how into modes."""
         m, wanted = released.metadata, part.arguments
         side = None if m.pixel_encoder is None else int(m.pixel_encoder["image_size"][0])
         same = ("moments", "bound", "clip", "joint_weight", "shared_taps")
@@ -286,7 +287,7 @@ class Releasing:
             "pixel_moments": (side, wanted["pixel_moments"]),
             "unit": (m.unit, unit_of(self.settings.data.group_by)),
             "num_classes": (m.num_classes, self.settings.data.num_classes or 1),
-            "modes": (_told(released.modes), _told(rule)),
+            "modes": (_found(m), split),
         }
         for name, (found, asked) in pairs.items():
             if found != asked:
@@ -305,8 +306,20 @@ class Releasing:
             check_encoder(released, wanted["selection"], selection=True)
 
 
-def _told(rule: Modes | None) -> str | None:
-    return None if rule is None else f"{rule.per_class} a class (sha256 {rule.sha256[:12]})"
+def _told(first: Release | None, per_class: int) -> str | None:
+    """How a release is to be split into modes."""
+    return None if first is None else _split(per_class, first.metadata.array_sha256)
+
+
+def _found(m: Metadata) -> str | None:
+    """How a release is split. The rule itself is not compared: its last bits are a machine's."""
+    if m.modes is None:
+        return None
+    return _split(m.per_class, "" if m.modes.origin is None else m.modes.origin.array_sha256)
+
+
+def _split(per_class: int, origin: str) -> str:
+    return f"{per_class} a class, fitted to the release {origin[:12]}"
 
 
 def _check_source(settings: Recipe, source: ImageSource) -> None:

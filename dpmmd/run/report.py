@@ -47,8 +47,11 @@ def make_report(
 def _privacy(released: Release) -> dict[str, Any]:
     """What a run promises: with modes both releases together, and each of them."""
     m = released.metadata
-    parts = [m] if m.modes is None or m.modes.origin is None else [m.modes.origin, m]
-    told = [{"epsilon": part.epsilon, "delta": part.delta, "mu": part.mu} for part in parts]
+    origin = None if m.modes is None else m.modes.origin
+    parts = [m.statement] if origin is None else [origin, m.statement]
+    told: list[dict[str, float | None]] = [
+        {"epsilon": part.epsilon, "delta": part.delta, "mu": part.mu} for part in parts
+    ]
     whole = told[0]
     if len(parts) > 1:
         mu = together(m)

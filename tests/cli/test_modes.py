@@ -78,7 +78,9 @@ def changed(folder: Path, **changes: str) -> Path:
     return folder / "mine.toml"
 
 
-def test_a_run_makes_two_releases_with_one_total(call: Call, folder: Path) -> None:
+def test_a_run_makes_two_releases_with_one_total(
+    call: Call, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = folder / "run"
     result = call("run", folder / "mine.toml", "--out", out, "--json")
     assert result.code == 0, result.err
@@ -116,6 +118,7 @@ def test_a_run_makes_two_releases_with_one_total(call: Call, folder: Path) -> No
         assert "modes" not in synthetic
 
     before = {p: (out / p).read_bytes() for p in files(out) if (out / p).is_file()}
+    monkeypatch.setattr("dpmmd.modes.fit", None)  # on another machine its last bits may differ
     again = call("run", folder / "mine.toml", "--out", out, "--json")
     assert again.json == result.json
     for stage in ("moments", "release", "train", "sample"):

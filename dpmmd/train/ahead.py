@@ -11,7 +11,8 @@ from dpmmd.data.named import NAMED
 from dpmmd.devices import device_of
 from dpmmd.encoders import Encoder
 from dpmmd.recipe import Recipe
-from dpmmd.train.plan import Plan, PlanError, Target, make
+from dpmmd.train import plan as planning
+from dpmmd.train.plan import Plan, PlanError, Target
 
 
 def of_recipe(settings: Recipe, memory: str, device: torch.device) -> Plan:
@@ -93,11 +94,11 @@ def before_release(
     wanted, rows = settings.release, labels(settings, per_class)
     modes = per_class > 1
     target = Target(Bound.of(wanted), rows or 1, rows is not None, wanted.shared_taps, modes)
-    numbers = target.numbers(encoder)
+    numbers = target.numbers(encoder) * (2 if modes else 1)  # as released, and merged to rows
     if (small := wanted.pixel_moments) is not None:
         classes, pixels = settings.data.num_classes or 1, channels * small**2 + 1
         weights = wanted.weights or {}
         squares = (weights.get("products") != 0) + classes * bool(weights.get("class_products"))
         numbers += (classes + squares * pixels) * pixels
     held = 4 * numbers if device_of(generator).type == "cpu" else 0  # the releases
-    return make(memory, encoder, generator, target, settings.train, held=held)
+    return planning.make(memory, encoder, generator, target, settings.train, held=held)

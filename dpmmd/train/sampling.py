@@ -111,7 +111,7 @@ def sample(
         images uint8 [n, C, H, W] and labels int64 [n] (None if unlabelled): classes.
 
     Raises:
-        ValueError: a generator with modes, and no ``modes``, or the other way round.
+        ValueError: a generator that was trained with modes, and no ``modes``, or those of another.
     """
     _check_labels(generator, num_classes, modes)
     rng = torch.Generator().manual_seed(seed)
@@ -165,21 +165,26 @@ def batch_labels(n: int, num_rows: int, images_per_row: int | None, step: int) -
     return (torch.arange(n) * rows // n + step * rows) % num_rows
 
 
-def _check_labels(generator: nn.Module, num_classes: int | None, modes: Mixture | None) -> None:
-    """Refuses a generator with modes whose labels are taken for classes, and the other way round.
+def mark(generator: nn.Module, modes: Mixture) -> None:
+    """Lets a generator remember that its labels are rows, so that nobody takes them for classes."""
+    generator._label_rows = len(modes.classes)  # type: ignore[assignment]
 
-    Of a generator that does not say how many labels it takes nothing is known.
-    """
+
+def _check_labels(generator: nn.Module, num_classes: int | None, modes: Mixture | None) -> None:
+    """Refuses labels that are classes for a generator whose labels are rows, and the other way."""
+    rows = getattr(generator, "_label_rows", None)
+    if modes is None and rows is not None and num_classes != rows:
+        raise ValueError(
+            f"num_classes={num_classes} without modes: the generator was trained on a release with "
+            f"modes, and its labels are {rows} rows. Give modes=trained.modes, which says what "
+            "class each of them is of."
+        )
     built = getattr(generator, "num_classes", None)
-    wanted = num_classes if modes is None else len(modes.classes)
-    if not isinstance(built, int) or built == wanted:
-        return
-    given = "left out" if modes is None else f"of {wanted} rows"
-    raise ValueError(
-        f"num_classes={num_classes} with modes {given}: the generator takes {built} labels. One "
-        "that was trained on a release with modes is sampled with modes=trained.modes, which says "
-        "what its labels are; another one with num_classes alone."
-    )
+    if modes is not None and isinstance(built, int) and built != len(modes.classes):
+        raise ValueError(
+            f"modes: of {len(modes.classes)} rows, the generator has num_classes={built}; give the "
+            "modes of the release that it was trained on, trained.modes, or None without modes."
+        )
 
 
 @contextlib.contextmanager

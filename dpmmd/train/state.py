@@ -17,7 +17,7 @@ from dpmmd.nn import MMDLoss
 from dpmmd.privacy.release_file import Release
 from dpmmd.recipe import TrainSection
 from dpmmd.train.plan import Limits
-from dpmmd.train.sampling import IMAGES_PER_ROW, Mixture, seeded
+from dpmmd.train.sampling import IMAGES_PER_ROW, Mixture, mark, seeded
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +46,10 @@ class Trained:
     class_names: tuple[str, ...] | None = None
     limits: Limits = field(default_factory=Limits)
     modes: Mixture | None = None
+
+    def __post_init__(self) -> None:
+        if self.modes is not None:
+            mark(self.generator, self.modes)
 
 
 @dataclass(frozen=True, eq=False)

@@ -349,13 +349,13 @@ def test_a_memory_plan_counts_rows_and_is_made_before_anything_is_spent(
         raise PlanError("too little")
 
     seen: list[tuple[int, int, bool, int]] = []
-    monkeypatch.setattr("dpmmd.train.ahead.make", made)
+    monkeypatch.setattr("dpmmd.train.plan.make", made)
     recipe = changed(folder, memory=("steps = 3", 'steps = 3\nmemory = "1MiB"'))
     refused(call("run", recipe, "--out", folder / "run"), "too little")
     assert not (folder / "run").exists()
     call("plan", changed(folder, size=("num_classes", "image_size = 8\nnum_classes")))
-    numbers = 6 * small_encoder().dim + (3 + 193) * 193  # and pixels of three channels
+    features = 2 * 6 * small_encoder().dim  # as released, and merged
     assert seen == [
-        (6, 6, True, 4 * (6 * small_encoder().dim + (3 + 65) * 65)),
-        (6, 6, True, 4 * numbers),
+        (6, 6, True, 4 * (features + (3 + 65) * 65)),
+        (6, 6, True, 4 * (features + (3 + 193) * 193)),  # it is not known that images are grey
     ]

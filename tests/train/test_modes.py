@@ -154,10 +154,13 @@ def test_a_grid_has_a_row_for_each_class() -> None:
 
 
 def test_labels_are_not_taken_for_classes() -> None:
-    with pytest.raises(ValueError, match=r"num_classes=2 with modes left out: .* takes 3 labels"):
-        sample(Label(3), 4, 2)
-    with pytest.raises(ValueError, match=r"modes of 3 rows: the generator takes 2 labels"):
-        sample(Label(2), 4, 2, modes=Mixture((0, 1, 0), (3.0, 1.0, 1.0)))
+    modes = Mixture((0, 1, 0), (3.0, 1.0, 1.0))
+    with pytest.raises(ValueError, match=r"modes: of 3 rows, the generator has num_classes=2"):
+        sample(Label(2), 4, 2, modes=modes)
+    trained = Trained(Label(3), 2, True, 1, 0.0, 1, modes=modes)
+    with pytest.raises(ValueError, match=r"num_classes=2 without modes: .* labels are 3 rows"):
+        sample(trained.generator, 4, trained.num_classes)
+    assert sample(trained.generator, 4, 3)[0][:, 0, 0, 0].tolist() == [0, 1, 2, 0]  # row by row
 
 
 # ----------------------------------------------------------------------------- batches

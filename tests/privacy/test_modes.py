@@ -142,6 +142,8 @@ def test_no_image_can_make_the_rule_raise_or_leave_its_rows() -> None:
     assert torch.equal(found // 4, y)
     same = torch.tensor([0.0, 1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0]).view(-1, 1, 1, 1)
     assert torch.equal(found, rows_of(modes, same.expand_as(x), y))
+    assert torch.equal(_integers(x, 8), _integers(same.expand_as(x), 8))
+    assert torch.equal(_integers(x, 5), _integers(same.expand_as(x), 5))
 
 
 def test_images_are_brought_to_the_side_as_encoders_do() -> None:
@@ -152,7 +154,21 @@ def test_images_are_brought_to_the_side_as_encoders_do() -> None:
         found = _integers(x, side)
         assert found.dtype == torch.int64
         assert (found.view(expected.shape) - expected * 65535).abs().max() <= 1 + 1e-6
+        whole = (x * 65535).round().long().numpy().astype(object)
+        down, across = (_matrix(length, side) for length in size)
+        unit = (2 * side) ** 2
+        exact_ = (2 * (down @ whole @ across.T) + unit) // (2 * unit)  # nearest, .5 up
+        assert found.flatten().tolist() == exact_.ravel().tolist()
         assert _integers(torch.ones_like(x), side).unique().tolist() == [65535]
+
+
+def _matrix(size: int, side: int) -> Any:
+    """`weights` as a matrix [side, size] of Python's integers."""
+    result = np.zeros((side, size), object)
+    for i, taken in enumerate(weights(size, side)):
+        for place, share in taken.items():
+            result[i, place] = share
+    return result
 
 
 GOOD: dict[str, Any] = {

@@ -676,6 +676,19 @@ def test_both_releases_are_stated_together(pair: tuple[Release, Release]) -> Non
     assert "follow from these releases alone" in card
 
 
+def test_modes_that_will_not_stand_out_are_warned_about(recwarn: pytest.WarningsRecorder) -> None:
+    """Before the spend, from N, which is public; not a word of it where N is private."""
+    arguments: dict[str, Any] = {"modes": small_modes(bits=3), "num_classes": 3, "delta": 1e-5}
+    with pytest.warns(UserWarning, match=r"8 a class leave 38 of N = 900 .* at most 4 a class do"):
+        exact(images(900), **arguments, epsilon=6.0)
+    with pytest.warns(UserWarning, match=r"stand out from the noise.*; leave them out"):
+        exact(images(900), **arguments, epsilon=0.1)
+    recwarn.clear()
+    exact(images(900), **arguments, epsilon=60.0)
+    exact(images(900), **arguments, epsilon=0.1, adjacency="add-remove")
+    assert not recwarn.list
+
+
 def test_public_modes_take_nothing() -> None:
     released = exact(images(40), modes=small_modes(), num_classes=3, insecure_test_noise=None)
     f = report.facts(released)

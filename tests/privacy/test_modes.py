@@ -404,6 +404,35 @@ def test_moments_of_pixels_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "options",
+    [{}, {"adjacency": "zero-out"}, {"adjacency": "add-remove"}, {"num_classes": None},
+     {"num_classes": None, "adjacency": "add-remove"}, {"group_by": "patients"}],
+    ids=["replace-one", "zero-out", "add-remove", "unlabelled", "neither", "groups"],
+)  # fmt: skip
+def test_pixels_alone_of_every_kind(options: dict[str, Any], tmp_path: Path) -> None:
+    x, y = images(40)
+    data = torch.utils.data.TensorDataset(torch.tensor(x), torch.tensor(y))
+    data.patients = [i // 2 for i in range(40)]  # type: ignore[attr-defined]
+    path = tmp_path / "r.safetensors"
+    released = first_of(data, **{"out": path, "epsilon": 3.0, **options})
+    again = Release.load(path)
+    assert again.metadata == released.metadata
+    assert torch.equal(again.products, released.products)  # type: ignore[arg-type]
+    assert "moments of pixels alone" in again.report()
+
+
+def test_images_are_aligned_with_a_release_of_both() -> None:
+    """Moments of pixels stay by class: the alignment of a release with modes is that without."""
+    options: dict[str, Any] = {"num_classes": 3, "delta": 1e-9, "pixel_moments": 4}
+    data = structured(300)
+    split = exact(data, modes=small_modes(), **options)
+    plain = exact(data, **options)
+    one, other = (dpmmd.align.fit(released, *images(200, seed=1)) for released in (split, plain))
+    torch.testing.assert_close(one.matrix, other.matrix)
+    torch.testing.assert_close(one.after, other.after)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"pixel_moments": None}, "needs pixel_moments=SIDE"),

@@ -32,7 +32,7 @@ from dpmmd.privacy.sensitivity import check_adjacency
 
 _WEIGHT = 1 << 20  # that the largest entry of a direction becomes
 _MOST = 1 << 49
-# The norm of the noise on a row's mean, relative to its bound, up to which modes are worth it.
+# The norm of the noise on a row's mean, relative to its bound, up to which modes are suggested.
 NOISE = 0.5
 
 

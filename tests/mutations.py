@@ -111,7 +111,6 @@ MUTATIONS = (
         (Edit(MODES, "(scores > thresholds[k])", "(scores > scores.median(0).values)"),),
         (
             f"{_MODES}::test_a_row_is_a_function_of_its_record",
-            f"{_MODES}::test_replay_neighbours_differ_by_at_most_the_sensitivity[None-add-remove]",
             "tests/privacy/test_pipeline.py::test_releases_with_modes_are_consistent[replace-one]",
         ),
     ),
@@ -138,7 +137,7 @@ MUTATIONS = (
                 'x.float(), (side, side), mode="bilinear")).to(torch.int64) + unit // 2',
             ),
         ),
-        (f"{_MODES}::test_rows_are_those_of_exact_integers",),
+        (f"{_MODES}::test_images_are_brought_to_the_side_as_encoders_do",),
     ),
     Mutation(
         "no-number-has-no-mode",

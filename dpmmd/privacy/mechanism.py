@@ -49,6 +49,7 @@ from dpmmd.privacy.opening import Public, open_images
 from dpmmd.privacy.partial import PartialSums
 from dpmmd.privacy.ranks import Ranks, in_all
 from dpmmd.privacy.release_file import FURTHER, Release, UnsavedRelease, arrays_of, save_spent
+from dpmmd.privacy.rows import LEAST, STANDS_OUT
 from dpmmd.privacy.sensitivity import check_adjacency, sensitivity
 from dpmmd.privacy.spending import Booking, refuse_unbooked, spend
 from dpmmd.privacy.sums import GRID_BITS
@@ -172,7 +173,9 @@ def release(
 
     Warns:
         UserWarning: delta > 1 / N, which allows to publish somebody's image outright; many of the
-            records that a first look reads are not usable; the noised counts are far below N.
+            records that a first look reads are not usable; the noised counts are far below N; so
+            many modes that most will not stand out from the noise, or whose release is not in
+            ``ledger``.
     """
     if isinstance(encoder, str):
         raise TypeError(f"encoder={encoder!r}: expected dpmmd.encoders.load({encoder!r}).")
@@ -211,6 +214,7 @@ def release(
     claim = _claim(asked, layout, scale, public, float(epsilon), float(delta), private)
     if target is not None:
         refuse_full(target, 8 * sum(block.size for block in claim.blocks) + (1 << 20))
+    _warn_crowded(claim)
     spent = spend(opened, layout, claim, raw, booking, ranks, partial_sums)
     shown = progress and public.num_units is not None and opened.sizes is None and ranks.rank == 0
     collect(opened, layout, raw, spent, ranks, progress=shown)
@@ -378,6 +382,22 @@ def _warn_few(counted: float, num_units: int, sd: float) -> None:
             f"the noised class counts add up to {max(counted, 0):.0f} of N = {num_units} (noise "
             f"of sd {sd:.3g}): many images contributed nothing. They could not be decoded, have "
             "values outside [0, 1], or no label of 0..num_classes-1. `dpmmd inspect` says which."
+        )
+
+
+def _warn_crowded(claim: Metadata) -> None:
+    """Says before the spend that most modes will be merged, where N is public."""
+    if claim.modes is None or claim.num_units is None:
+        return
+    least = max(LEAST, STANDS_OUT * claim.sd / (claim.blocks[-1].bound * GRID))
+    by_class = claim.num_units / claim.num_classes
+    if by_class / claim.per_class < least:
+        fitting = 1 << max(0, math.floor(math.log2(max(1.0, by_class / least))))
+        advice = f"at most {fitting} a class do" if fitting > 1 else "leave them out"
+        warn(
+            f"modes: {claim.per_class} a class leave {by_class / claim.per_class:.0f} of N = "
+            f"{claim.num_units} to a mode on average, and at this epsilon a mode needs {least:.0f} "
+            f"to stand out from the noise, so that many will be merged; {advice}."
         )
 
 

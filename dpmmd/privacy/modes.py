@@ -21,6 +21,7 @@ row has the same number in every batch, on every device, with any number of thre
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -109,9 +110,13 @@ class Modes:
     @cached_property
     def sha256(self) -> str:
         """Of the rule and of its origin: what identifies it."""
-        origin = "" if self.origin is None else self.origin.model_dump_json()
-        shapes = f"{[*self.directions.shape]} {[*self.thresholds.shape]}"
-        digest = hashlib.sha256(f"{self.side} {self.channels} {shapes} {origin}".encode())
+        facts = {
+            "side": self.side,
+            "channels": self.channels,
+            "shapes": [[*self.directions.shape], [*self.thresholds.shape]],
+            "origin": None if self.origin is None else self.origin.model_dump(),
+        }
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
         for array in (self.directions, self.thresholds):
             digest.update(np.ascontiguousarray(array.numpy(), dtype="<i8").data)
         return digest.hexdigest()

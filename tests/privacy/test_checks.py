@@ -12,9 +12,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import dpmmd
@@ -460,6 +461,25 @@ def test_arrays_do_not_change_with_the_file(tmp_path: Path) -> None:
         ours, theirs = getattr(release, name), getattr(made("pixels"), name)
         assert (ours is None) == (theirs is None)
         assert ours is None or torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize("kind", ["modes", "alone"])
+def test_a_damaged_byte_is_found(tmp_path: Path, kind: str) -> None:
+    """Wherever it is: the file is refused, or holds the same."""
+    path = made(kind).save(tmp_path / "r.safetensors")
+    data = path.read_bytes()
+    begin = len(data) - sum(t.nbytes for t in load_file(path).values())
+    places = np.random.default_rng(0).integers(0, len(data), 40).tolist()
+    places += np.random.default_rng(1).integers(0, begin, 20).tolist()
+    for place in places:
+        path.write_bytes(data[:place] + bytes([data[place] ^ 0x10]) + data[place + 1 :])
+        try:
+            again = Release.load(path)
+        except PrivacyError:
+            continue
+        assert place < begin
+        assert again.metadata == made(kind).metadata
+        assert torch.equal(again.counts, made(kind).counts)
 
 
 @pytest.mark.parametrize("key", ['"epsilon": ', '"sign": '])

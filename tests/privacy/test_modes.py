@@ -142,6 +142,8 @@ def test_no_image_can_make_the_rule_raise_or_leave_its_rows() -> None:
     assert torch.equal(found // 4, y)
     same = torch.tensor([0.0, 1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0]).view(-1, 1, 1, 1)
     assert torch.equal(found, rows_of(modes, same.expand_as(x), y))
+    assert torch.equal(_integers(x, 8), _integers(same.expand_as(x), 8))
+    assert torch.equal(_integers(x, 5), _integers(same.expand_as(x), 5))
 
 
 def test_images_are_brought_to_the_side_as_encoders_do() -> None:
@@ -152,7 +154,21 @@ def test_images_are_brought_to_the_side_as_encoders_do() -> None:
         found = _integers(x, side)
         assert found.dtype == torch.int64
         assert (found.view(expected.shape) - expected * 65535).abs().max() <= 1 + 1e-6
+        whole = (x * 65535).round().long().numpy().astype(object)
+        down, across = (_matrix(length, side) for length in size)
+        unit = (2 * side) ** 2
+        exact_ = (2 * (down @ whole @ across.T) + unit) // (2 * unit)  # nearest, .5 up
+        assert found.flatten().tolist() == exact_.ravel().tolist()
         assert _integers(torch.ones_like(x), side).unique().tolist() == [65535]
+
+
+def _matrix(size: int, side: int) -> Any:
+    """`weights` as a matrix [side, size] of Python's integers."""
+    result = np.zeros((side, size), object)
+    for i, taken in enumerate(weights(size, side)):
+        for place, share in taken.items():
+            result[i, place] = share
+    return result
 
 
 GOOD: dict[str, Any] = {
@@ -385,6 +401,35 @@ def test_moments_of_pixels_alone(tmp_path: Path) -> None:
     assert "training data" not in text.split("Not covered")[0]
     with pytest.raises(PrivacyError, match="moments of pixels alone"):
         dpmmd.nn.MMDLoss(again, small_encoder())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"adjacency": "zero-out"}, {"adjacency": "add-remove"}, {"num_classes": None},
+     {"num_classes": None, "adjacency": "add-remove"}, {"group_by": "patients"}],
+    ids=["replace-one", "zero-out", "add-remove", "unlabelled", "neither", "groups"],
+)  # fmt: skip
+def test_pixels_alone_of_every_kind(options: dict[str, Any], tmp_path: Path) -> None:
+    x, y = images(40)
+    data = torch.utils.data.TensorDataset(torch.tensor(x), torch.tensor(y))
+    data.patients = [i // 2 for i in range(40)]  # type: ignore[attr-defined]
+    path = tmp_path / "r.safetensors"
+    released = first_of(data, **{"out": path, "epsilon": 3.0, **options})
+    again = Release.load(path)
+    assert again.metadata == released.metadata
+    assert torch.equal(again.products, released.products)  # type: ignore[arg-type]
+    assert "moments of pixels alone" in again.report()
+
+
+def test_images_are_aligned_with_a_release_of_both() -> None:
+    """Moments of pixels stay by class: the alignment of a release with modes is that without."""
+    options: dict[str, Any] = {"num_classes": 3, "delta": 1e-9, "pixel_moments": 4}
+    data = structured(300)
+    split = exact(data, modes=small_modes(), **options)
+    plain = exact(data, **options)
+    one, other = (dpmmd.align.fit(released, *images(200, seed=1)) for released in (split, plain))
+    torch.testing.assert_close(one.matrix, other.matrix)
+    torch.testing.assert_close(one.after, other.after)
 
 
 @pytest.mark.parametrize(
@@ -658,6 +703,19 @@ def test_both_releases_are_stated_together(pair: tuple[Release, Release]) -> Non
     )
     assert f["promise"] in card
     assert "follow from these releases alone" in card
+
+
+def test_modes_that_will_not_stand_out_are_warned_about(recwarn: pytest.WarningsRecorder) -> None:
+    """Before the spend, from N, which is public; not a word of it where N is private."""
+    arguments: dict[str, Any] = {"modes": small_modes(bits=3), "num_classes": 3, "delta": 1e-5}
+    with pytest.warns(UserWarning, match=r"8 a class leave 38 of N = 900 .* at most 4 a class do"):
+        exact(images(900), **arguments, epsilon=6.0)
+    with pytest.warns(UserWarning, match=r"stand out from the noise.*; leave them out"):
+        exact(images(900), **arguments, epsilon=0.1)
+    recwarn.clear()
+    exact(images(900), **arguments, epsilon=60.0)
+    exact(images(900), **arguments, epsilon=0.1, adjacency="add-remove")
+    assert not recwarn.list
 
 
 def test_public_modes_take_nothing() -> None:

@@ -97,6 +97,10 @@ class Releasing:
         if not one.path.exists():
             self._check_both(other, per_class)
         first = self._made(one, per_class=per_class)
+        most = max(2, modes.largest(float(first.class_counts.max()) / LEAST))
+        if per_class > most:  # noise made the classes look smaller than they are
+            self.say(f"modes: {most} a class, not {per_class}: by the first release's counts")
+            per_class = most
         second = self._made(other, first, per_class=per_class)
         self.say(
             f"modes: {per_class} a class; the release has {second.num_rows} rows of "
@@ -246,6 +250,10 @@ class Releasing:
                     f"and a mode needs {LEAST:.0f}; "
                     + (f"at most {most} can." if most > 1 else "leave [modes] out.")
                 )
+        with torch.inference_mode():
+            for used in (self.encoder, self.selection):
+                if used is not None:
+                    used(torch.zeros(1, *shape, device=self.device))
         given = other.arguments
         wanted = ("adjacency", "weights", "pixel_moments", "selection", "shared_taps", "batch_size")
         bound = (given[key] for key in ("moments", "bound", "clip", "joint_weight"))

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import dpmmd
 from dpmmd import run as runs
@@ -308,6 +309,30 @@ def test_the_public_rule_says_how_many(call: Call, folder: Path, epsilon: float)
     assert call("run", recipe, "--out", out).code == 0  # and says the same again
     if epsilon < 1:
         refused(call("sample", out, "--out", folder / "s.npz", "--modes"), "without modes")
+
+
+def test_where_noise_makes_classes_small_there_are_fewer_modes(
+    call: Call, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first release is spent: it is not a reason to give up."""
+    monkeypatch.setattr(Release, "class_counts", property(lambda _: torch.tensor([70.0, 80, 90])))
+    recipe = changed(folder, more=("per_class = 2", "per_class = 4"))
+    for _ in range(2):
+        result = call("run", recipe, "--out", folder / "run")
+        assert result.code == 0, result.err
+        assert "modes: 2 a class, not 4" in result.err
+    assert Release.load(folder / "run" / "release.safetensors").metadata.per_class == 2
+
+
+def test_an_encoder_that_fails_does_so_before_the_first_release(
+    call: Call, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise ValueError("no such layer")
+
+    monkeypatch.setattr("dpmmd.encoders.base.Encoder.forward", fails)
+    refused(call("run", folder / "mine.toml", "--out", folder / "run"), "no such layer")
+    assert not (folder / "run").exists()
 
 
 def test_blocks_get_their_weights(call: Call, folder: Path) -> None:

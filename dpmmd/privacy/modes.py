@@ -196,9 +196,8 @@ def _integers(images: Tensor, side: int) -> Tensor:
     """X of each image: int64 [n, d] in 0..65535, steps 1 and 2 of the rule."""
     if tuple(images.shape[-2:]) == (side, side):
         return _levels(images).flatten(1)
-    (rows, down), (columns, across) = (
-        _between(size, side, images.device) for size in images.shape[-2:]
-    )
+    rows, down = _between(images.shape[2], side, images.device)
+    columns, across = _between(images.shape[3], side, images.device)
     x = _levels(images.index_select(2, rows.flatten()).index_select(3, columns.flatten()))
     x = x.unflatten(2, rows.shape).mul_(down[:, :, None]).sum(2)  # [n, C, side, 2 side]
     x = x.unflatten(3, columns.shape).mul_(across).sum(3)

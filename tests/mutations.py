@@ -132,9 +132,9 @@ MUTATIONS = (
         (
             Edit(
                 MODES,
-                "x = 2 * _resized(_resized(x, 2, side), 3, side) + unit // 2",
-                "x = (unit * torch.nn.functional.interpolate("
-                'x.float(), (side, side), mode="bilinear")).to(torch.int64) + unit // 2',
+                'torch.div(2 * x + unit // 2, unit, rounding_mode="floor").flatten(1)',
+                "_levels(torch.nn.functional.interpolate("
+                'images.float(), (side, side), mode="bilinear")).flatten(1)',
             ),
         ),
         (f"{_MODES}::test_images_are_brought_to_the_side_as_encoders_do",),
@@ -142,7 +142,7 @@ MUTATIONS = (
     Mutation(
         "no-number-has-no-mode",
         "what an image holds that is no number reaches the integers",
-        (Edit(MODES, ".nan_to_num(0.0)", ""),),
+        (Edit(MODES, ".nan_to_num_(0.0)", ""),),
         (f"{_MODES}::test_no_image_can_make_the_rule_raise_or_leave_its_rows",),
     ),
     Mutation(

@@ -254,7 +254,7 @@ def split_epsilon(epsilon: float, delta: float, share: float) -> tuple[float, fl
 
     Example:
         >>> [round(part, 3) for part in split_epsilon(10.0, 1e-5, 0.25)]
-        [4.347, 8.418]
+        [4.378, 8.388]
     """
     if not 0.0 < share < 1.0:
         raise ValueError(f"share={share!r}: expected the first release's part of mu^2, in (0, 1).")

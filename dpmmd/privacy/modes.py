@@ -36,7 +36,7 @@ LEVELS = 65535  # that a pixel of 1 becomes
 MOST_BITS = 16  # J
 _WEIGHT = 1 << 20  # the largest |w|
 _SCORE = 1 << 49  # the largest |threshold|; no score is as large
-_AT_ONCE = 1 << 22  # numbers of images that are held as integers at once
+_AT_ONCE = 1 << 18  # numbers of images that are taken at once: they stay in cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,21 +194,31 @@ def _step(images: Tensor) -> int:
 
 def _integers(images: Tensor, side: int) -> Tensor:
     """X of each image: int64 [n, d] in 0..65535, steps 1 and 2 of the rule."""
-    x = (images.double().nan_to_num(0.0).clamp(0, 1) * LEVELS).round().to(torch.int64)
-    if tuple(x.shape[-2:]) != (side, side):
-        unit = 2 * (2 * side) ** 2
-        x = 2 * _resized(_resized(x, 2, side), 3, side) + unit // 2
-        x = torch.div(x, unit, rounding_mode="floor")
-    return x.flatten(1)
+    if tuple(images.shape[-2:]) == (side, side):
+        return _levels(images).flatten(1)
+    rows, down = _between(images.shape[2], side, images.device)
+    columns, across = _between(images.shape[3], side, images.device)
+    x = _levels(images.index_select(2, rows.flatten()).index_select(3, columns.flatten()))
+    x = x.unflatten(2, rows.shape).mul_(down[:, :, None]).sum(2)  # [n, C, side, 2 side]
+    x = x.unflatten(3, columns.shape).mul_(across).sum(3)
+    unit = 2 * (2 * side) ** 2
+    return torch.div(2 * x + unit // 2, unit, rounding_mode="floor").flatten(1)
 
 
-def _resized(x: Tensor, axis: int, side: int) -> Tensor:
-    """2 side times what linear interpolation along an axis gives, exactly."""
-    size, whole = x.shape[axis], 2 * side
-    places = (2 * torch.arange(side, device=x.device) + 1) * size - side  # in units of 1 / whole
+def _levels(images: Tensor) -> Tensor:
+    """Whole numbers 0..65535, int64."""
+    x = images.to(torch.float64, copy=True).nan_to_num_(0.0).clamp_(0, 1)
+    return x.mul_(LEVELS).round_().to(torch.int64)
+
+
+def _between(size: int, side: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Linear interpolation along an axis: which two places, int64 [2, side], and their shares.
+
+    Shares are in units of 1 / (2 side), of which both together have 2 side.
+    """
+    whole = 2 * side
+    places = (2 * torch.arange(side, device=device) + 1) * size - side
     places = places.clamp(min=0)
     low = torch.div(places, whole, rounding_mode="floor")
-    shape = [side if dim == axis else 1 for dim in range(x.ndim)]
-    part = (places - low * whole).view(shape)
-    one, other = x.index_select(axis, low), x.index_select(axis, (low + 1).clamp(max=size - 1))
-    return one * (whole - part) + other * part
+    part = places - low * whole
+    return torch.stack((low, (low + 1).clamp(max=size - 1))), torch.stack((whole - part, part))

@@ -23,23 +23,25 @@ if TYPE_CHECKING:
         encoders,
         functional,
         generators,
+        modes,
         nn,
         privacy,
         train,
     )
-    from dpmmd.privacy import PrivacyError, Release, release
+    from dpmmd.privacy import Modes, PrivacyError, Release, release
 else:
     __getattr__ = importer(
         __name__,
-        of_module={"dpmmd.privacy": ("PrivacyError", "Release", "release")},
+        of_module={"dpmmd.privacy": ("Modes", "PrivacyError", "Release", "release")},
         modules=(
             *("align", "backends", "bounds", "data", "distributed", "encoders", "evaluate"),
-            *("export", "functional", "generators", "injection", "metrics", "microbatch", "nn"),
-            *("privacy", "recipe", "reference", "run", "train"),
+            *("export", "functional", "generators", "injection", "metrics", "microbatch", "modes"),
+            *("nn", "privacy", "recipe", "reference", "run", "train"),
         ),
     )
 
 __all__ = [
+    "Modes",
     "PrivacyError",
     "Release",
     "align",
@@ -49,6 +51,7 @@ __all__ = [
     "encoders",
     "functional",
     "generators",
+    "modes",
     "nn",
     "privacy",
     "release",

@@ -265,7 +265,7 @@ class _Released:
         m = release.metadata
         # Of a number that is released; of products, of those on the diagonal.
         sd = {b.name: m.sd / 2**m.grid_bits / b.bound for b in m.blocks}
-        counts, sums = release.counts, release.pixels.double()
+        counts, sums = release.class_counts, release.pixels.double()
         self.shares = counts / counts.sum()
         self._back = torch.linalg.inv(matrix)
         # A class mean of v over that of its last entry is a mean of u, with weights 1 / |(u, c)|;

@@ -57,6 +57,7 @@ def write(
     *,
     format: str,
     classes: Sequence[str] | None = None,
+    modes: NDArray[np.int64] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes a synthetic set; the file or folder appears whole or not at all.
@@ -70,23 +71,36 @@ def write(
             `class_folders`) or ``"parquet"`` (columns image {bytes, path} and label with its
             names, as Hugging Face's datasets reads it).
         classes: names of the classes 0..K-1 of labelled images, or None.
+        modes: int64 [n], the mode of each image within its class, or None: an array or column of
+            its own.
         overwrite: replace a file that exists; a folder is never replaced.
 
     Raises:
         FileExistsError: it exists.
+        ValueError: modes, and a folder, which has no place for them.
     """
     path = expanded(path)
+    if modes is not None:
+        check_modes(format)
     if format == "folder":
         with _appearing(path) as folder:
             _write_folder(folder, images, labels, classes)
     elif format == "parquet":
         refuse_existing(path, overwrite=overwrite)
-        _write_parquet(path, images, labels, classes)
+        _write_parquet(path, images, labels, classes, modes)
     else:
         x: NDArray[Any] = images
         if format == "npz-float":
             x = images.astype(np.float32) / np.float32(255)
-        write_npz(path, x, labels, classes=classes, overwrite=overwrite)
+        write_npz(path, x, labels, classes=classes, modes=modes, overwrite=overwrite)
+
+
+def check_modes(format: str) -> None:
+    """Raises a ValueError where a format has no place for modes."""
+    if format == "folder":
+        raise ValueError(
+            "modes: a folder of PNGs has no place for them; choose an .npz or a .parquet."
+        )
 
 
 @contextlib.contextmanager
@@ -191,6 +205,7 @@ def _write_parquet(
     images: NDArray[np.uint8],
     labels: NDArray[np.int64] | None,
     classes: Sequence[str] | None,
+    modes: NDArray[np.int64] | None,
 ) -> None:
     pa, pq = _pyarrow()
     cell = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -199,6 +214,9 @@ def _write_parquet(
         names = _names(labels, classes)
         fields.append(pa.field("label", pa.int64()))
         features["label"] = {"names": names, "_type": "ClassLabel"}  # type: ignore[dict-item]
+    if modes is not None:
+        fields.append(pa.field("mode", pa.int64()))
+        features["mode"] = {"dtype": "int64", "_type": "Value"}
     told = json.dumps({"info": {"features": features}})
     schema = pa.schema(fields, metadata={"huggingface": told})
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -217,8 +235,11 @@ def _write_parquet(
                         cell,
                     )
                 ]
-                if labels is not None:
-                    columns.append(pa.array(labels[start : start + _ROW_GROUP], pa.int64()))
+                columns += [
+                    pa.array(numbers[start : start + _ROW_GROUP], pa.int64())
+                    for numbers in (labels, modes)
+                    if numbers is not None
+                ]
                 writer.write_batch(pa.record_batch(columns, schema=schema))
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
@@ -253,6 +274,8 @@ def card(
     step: int,
     temperature: float,
     seed: int,
+    aligned: bool = False,
+    modes: bool = False,
 ) -> str:
     """A data set's card in Markdown: what it holds and what was promised about its origin.
 
@@ -263,6 +286,8 @@ def card(
         shape: [n, C, H, W] of the images.
         step: training step of the generator's weights.
         temperature, seed: of the latent points.
+        aligned: whether the images were aligned with released moments of pixels.
+        modes: whether it says of which mode of its class each image is.
     """
     from dpmmd.privacy.report import facts, rows  # and SciPy, which pictures do without
 
@@ -279,9 +304,9 @@ def card(
         f"{version}: a generator, trained for {step:,} steps on a noised mean embedding of "
         f"private images ({source}; encoder {encoder}); latent "
         f"temperature {temperature:g}, seed {seed}"
-        f"{', aligned with released moments of pixels' if m.pixel_encoder else ''}.",
+        f"{', aligned with released moments of pixels' if aligned else ''}.",
         "",
-        _HOW[format],
+        _HOW[format] + (_MODES[format] if modes else ""),
         *([f"\nClasses: {escaped('; '.join(classes))}."] if classes else []),
         "",
         "## Privacy",
@@ -291,8 +316,8 @@ def card(
     ]
     if m.private:
         lines += [
-            "The images follow from the release alone, so that this holds for all of them together"
-            " and for any number of further ones.",
+            f"The images follow from {'these releases' if f['together'] else 'the release'} alone, "
+            "so that this holds for all of them together and for any number of further ones.",
             "",
             "| what | value |",
             "| --- | --- |",
@@ -306,6 +331,11 @@ def card(
     return "\n".join(lines)
 
 
+_MODES = {
+    "npz": " `modes` is int64 [n]: the mode of each image within its class, from 0 on.",
+    "npz-float": " `modes` is int64 [n]: the mode of each image within its class, from 0 on.",
+    "parquet": " Column `mode`: the mode of each image within its class, from 0 on.",
+}
 _HOW = {
     "npz": "`x` is uint8 [n, C, H, W], `y` int64 [n], `classes` the classes' names if they have "
     "any: `numpy.load(FILE)`.",

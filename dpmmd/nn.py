@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dpmmd import _capture, backends, injection
@@ -51,6 +52,13 @@ class MMDLoss(nn.Module):
 
     Of a hybrid release (``shared_taps``) the shared taps are matched by the mean over the whole
     batch, the others class by class.
+
+    Of a release with modes every row of `Release.rows`, a group of modes of a class, is matched
+    by itself. Labels are then rows, 0..A-1, and not classes: ``release.rows.classes[labels]`` are
+    the classes. A, and not K, is the number of labels that a generator is to be built for. Where A
+    batches have no label but classes, they are refused. Rows that are not in a batch are left out
+    of its loss, and their estimates stay. ``"unbiased"`` needs at least two images of a row that is
+    in the batch.
 
     Args:
         release: what to match.
@@ -149,7 +157,14 @@ class MMDLoss(nn.Module):
             _check_graph(device_of(encoder), micro_batch, state, process_group)
         self.encoder, self.process_group, self.inject = encoder, process_group, inject
         self.estimator, self.decay, self.lr, self.backend = estimator, decay, lr, backend
-        self.num_classes, self.labelled = release.metadata.num_classes, release.metadata.labelled
+        self.num_classes, self.num_rows = release.num_classes, release.num_rows
+        self.with_modes = release.modes is not None
+        self.labelled = release.metadata.labelled or self.with_modes
+        self._rows_known = False  # set where labels are made from the release's rows
+        # Batches whose labels are looked at: a process of several may never have some of the rows.
+        alone = not (dist.is_available() and dist.is_initialized())
+        self._unseen = self.num_rows if alone else 0
+        self._largest: Tensor | None = None
         self._chunk = None if micro_batch is None else Chunk(micro_batch)
         self._graphs = Graphs() if graph else None
         device = torch.device("cpu") if state == "host" else device_of(encoder)
@@ -172,14 +187,15 @@ class MMDLoss(nn.Module):
 
         Args:
             images: [n, 3, H, W] or [n, 1, H, W] in [0, 1], differentiable.
-            labels: int64 [n] in 0..K-1 for a labelled release, None for an unlabelled one.
+            labels: int64 [n] in 0..K-1 for a labelled release, None for an unlabelled one; in
+                0..A-1, rows, for a release with modes.
 
         Returns:
             Scalar, differentiable in ``images``.
 
         Raises:
-            ValueError: labels given to an unlabelled release or missing for a labelled one, fewer
-                images than a micro-batch, or images the encoder refuses.
+            ValueError: labels given to an unlabelled release, missing for a labelled one or out
+                of range, fewer images than a micro-batch, or images the encoder refuses.
         """
         if (labels is not None) != self.labelled:
             raise ValueError(
@@ -187,15 +203,45 @@ class MMDLoss(nn.Module):
                 f"{'labelled' if self.labelled else 'unlabelled'}; "
                 f"{'pass' if self.labelled else 'leave out'} the labels of the images."
             )
+        if self.with_modes and labels is not None:
+            self._check_rows(labels)
         if self._graphs is None:
             return self._launched(images, labels)
         return self._graphs(self, self._launched, images, labels, self._options())
+
+    def _check_rows(self, labels: Tensor) -> None:
+        """Refuses labels that are no rows, and labels that never are but classes.
+
+        Rows in turn, or drawn, have all come up in as many batches as there are rows. On a GPU the
+        host waits for it once, and labels out of range are left to the device.
+        """
+        if self._rows_known or torch.compiler.is_compiling() or not labels.numel():
+            return
+        watched = self.training and self._unseen > 0
+        if labels.is_cuda and (not watched or torch.cuda.is_current_stream_capturing()):
+            return
+        low, high = labels.min(), labels.max()
+        rows = (
+            f"rows of the release, 0..{self.num_rows - 1}: release.rows.classes has their classes"
+        )
+        if labels.is_cpu and not 0 <= int(low) <= int(high) < self.num_rows:
+            raise ValueError(f"labels: values from {int(low)} to {int(high)}, expected {rows}.")
+        if not watched:
+            return
+        self._largest = high if self._largest is None else torch.maximum(self._largest, high)
+        self._unseen -= 1
+        if self._unseen == 0 and int(self._largest) < self.num_classes < self.num_rows:
+            raise ValueError(
+                f"labels: none above {int(self._largest)} in {self.num_rows} batches, so that they "
+                f"seem to be the {self.num_classes} classes; expected {rows}. Build the generator "
+                f"with num_classes={self.num_rows}, and give both of them rows."
+            )
 
     def _launched(self, images: Tensor, labels: Tensor | None) -> Tensor:
         """The loss of one batch, one kernel at a time."""
         if self._chunk is None:
             if self._needs_means(images):
-                return self._value(*self._embed(images, labels, self.num_classes))
+                return self._value(*self._embed(images, labels, self.num_rows))
             return self._matched(images, labels)
         n = images.shape[0]
         if n < self._chunk.size:
@@ -204,11 +250,11 @@ class MMDLoss(nn.Module):
                 "most that many, or None for no micro-batches."
             )
         if labels is not None:
-            check_labels(labels, images, self.num_classes)
+            check_labels(labels, images, self.num_rows)
         return micro_batched(
             images,
             labels,
-            self.num_classes,
+            self.num_rows,
             embed=self._embed,
             value=self._value,
             chunk=self._chunk,
@@ -218,7 +264,7 @@ class MMDLoss(nn.Module):
         """What the loss depends on, beside tensors and arguments: it may be set at any time."""
         parts = [self.by_class] if self.shared is None else [self.by_class, self.shared]
         estimators = [(p.estimator, p.decay, p.lr, p.numbers, p.backend, p.training) for p in parts]
-        own = self.bound, self.num_classes, self.estimator, self.backend, self.inject
+        own = self.bound, self.num_rows, self.estimator, self.backend, self.inject
         return *own, tuple(estimators)
 
     def _injects(self, images: Tensor) -> bool:
@@ -237,7 +283,7 @@ class MMDLoss(nn.Module):
 
     def _matched(self, images: Tensor, labels: Tensor | None) -> Tensor:
         """The loss of one batch where nothing asks for its means."""
-        estimator, k, bound = self.by_class, self.num_classes, self.bound
+        estimator, k, bound = self.by_class, self.num_rows, self.bound
         target, step = estimator.target, estimator.step()
         if self._injects(images):
             return injection.loss(
@@ -293,9 +339,10 @@ class MMDLoss(nn.Module):
         return torch.where(counts > 1, missing, 0).sum()
 
     def extra_repr(self) -> str:
+        rows = f"rows={self.num_rows}, " if self.with_modes else ""
         return (
             f"estimator={self.estimator!r}, moments={self.bound.moments}, "
-            f"classes={self.num_classes}, bound={self.bound.kind!r}"
+            f"classes={self.num_classes}, {rows}bound={self.bound.kind!r}"
         )
 
 
@@ -412,7 +459,7 @@ def check_encoder(release: Release, encoder: Encoder, *, selection: bool = False
         selection: compare with the encoder of the selection block instead.
     """
     metadata = release.metadata
-    recorded = metadata.selection_encoder if selection else metadata.encoder
+    recorded = metadata.selection_encoder if selection else metadata.features_of
     if recorded is None:
         raise PrivacyError(
             "selection: the release has no selection block; make one with selection=ENCODER, or "

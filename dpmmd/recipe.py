@@ -114,6 +114,24 @@ class ReleaseSection(_Section):
         return value
 
 
+class ModesSection(_Section):
+    """How classes are split into modes (`dpmmd.modes`), by a first release of pixel moments.
+
+    ``per_class`` modes a class, a power of two (None: by `dpmmd.modes.suggest`). ``share`` is that
+    of the first release in mu^2; both releases together are (release.epsilon, release.delta)-DP.
+    """
+
+    per_class: int | None = Field(default=None, ge=2)
+    share: float = Field(default=0.3, gt=0, lt=1)
+
+    @field_validator("per_class")
+    @classmethod
+    def _a_power_of_two(cls, value: int | None) -> int | None:
+        if value is not None and value & (value - 1):
+            raise ValueError("expected a power of two, such as 8: each direction halves the modes")
+        return value
+
+
 class GeneratorSection(_Section):
     """Arguments of `dpmmd.generators.build`. What is left out follows from the released images."""
 
@@ -159,7 +177,9 @@ class GeneratorSection(_Section):
 class TrainSection(_Section):
     """How a generator is trained on a release.
 
-    ``lr`` decays to zero over the steps by ``schedule``; ``ema_decay`` averages the weights that
+    ``images_per_row``: a batch has that many images of each row that is in it, rows of the release
+    in turn (None: 10 with modes; without, images of all classes in turn). ``lr`` decays to zero
+    over the steps by ``schedule``; ``ema_decay`` averages the weights that
     images are sampled from (0: the last weights). ``inject`` is an argument of
     `dpmmd.nn.MMDLoss` (None: where the step is a graph); ``graph`` records the whole step once as a
     CUDA graph and replays it (None: on a CUDA device, in one process and without ``memory``, where
@@ -176,6 +196,7 @@ class TrainSection(_Section):
     betas: tuple[float, float] = (0.5, 0.999)
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup: int = Field(default=0, ge=0)
+    images_per_row: int | None = Field(default=None, ge=1)  # of the rows that are in a batch
     estimator: Literal["batch", "unbiased", "ema", "adam"] = "batch"
     estimator_decay: float = Field(default=0.9, ge=0, lt=1)
     estimator_lr: float = Field(default=1e-3, gt=0, lt=1)
@@ -190,11 +211,30 @@ class TrainSection(_Section):
     grid_every: int = Field(default=500, ge=1)
     memory: str | None = Field(default=None, pattern=r"^\s*[\d.]+\s*([KMGT]i?B)?\s*$")
 
+    @model_validator(mode="after")
+    def _batches_hold_rows(self) -> TrainSection:
+        wanted = self.images_per_row
+        if wanted is not None and wanted > self.batch_size:
+            raise ValueError(
+                f"train.images_per_row = {wanted}: more than train.batch_size = {self.batch_size}; "
+                "expected at most that many"
+            )
+        if wanted == 1 and self.estimator == "unbiased":
+            raise ValueError(
+                "train.images_per_row = 1 with train.estimator = 'unbiased': that estimator takes "
+                "pairs of images of a row; use at least 2, or 'batch'"
+            )
+        return self
+
 
 class SampleSection(_Section):
-    """How many images the synthetic set holds (classes in equal parts)."""
+    """How many images the synthetic set holds (classes in equal parts).
+
+    With ``modes`` the set says of which mode of its class each image is.
+    """
 
     num_images: int = Field(default=60_000, ge=1)
+    modes: bool = False
     batch_size: int = Field(default=GENERATED_AT_ONCE, ge=1)
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     seed: int = 0
@@ -241,6 +281,7 @@ class Recipe(_Section):
     encoder: EncoderSection = EncoderSection()
     selection: EncoderSection | None = None  # encoder of the selection block, if there is to be one
     release: ReleaseSection
+    modes: ModesSection | None = None
     generator: GeneratorSection = GeneratorSection()
     train: TrainSection = TrainSection()
     sample: SampleSection = SampleSection()
@@ -256,6 +297,44 @@ class Recipe(_Section):
             raise ValueError(
                 f"data.num_images = {self.data.num_images}: the number of images is private {why}, "
                 "and a recipe is public; leave the key out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _modes_suit_the_release(self) -> Recipe:
+        if self.modes is None:
+            return self
+        wanted, per_class = self.release, self.modes.per_class
+        if wanted.pixel_moments is None:
+            raise ValueError(
+                "modes: they follow from moments of pixels, for which release.pixel_moments asks; "
+                "set it, e.g. pixel_moments = 28, or leave [modes] out"
+            )
+        if (wanted.weights or {}).get("products") == 0 and not (wanted.weights or {}).get(
+            "class_products"
+        ):
+            raise ValueError(
+                "modes: they lie along the covariance of pixels, and release.weights leaves "
+                "products out; give products a weight, or leave [modes] out"
+            )
+        if wanted.shared_taps:
+            raise ValueError(
+                f"modes with release.shared_taps = {wanted.shared_taps}: shared taps are matched "
+                "by the mean over a batch, which has some of the modes alone; use one of the two"
+            )
+        if self.train.estimator == "unbiased" and self.train.batch_size < 2:
+            raise ValueError(
+                f"modes with train.estimator = 'unbiased' and train.batch_size = "
+                f"{self.train.batch_size}: that estimator takes pairs of images of a mode; use "
+                "batches of at least 2 images, better 100, or 'batch'"
+            )
+        if per_class is None and (
+            wanted.adjacency == "add-remove" or self.data.group_by is not None
+        ):
+            why = "with data.group_by" if self.data.group_by else "under add-remove adjacency"
+            raise ValueError(
+                f"modes.per_class is missing: it would follow from the number of images, which is "
+                f"private {why}; set it, e.g. per_class = 4"
             )
         return self
 

@@ -58,6 +58,17 @@ def images(n: int, seed: int = 0, classes: int = 3) -> tuple[np.ndarray, np.ndar
     )
 
 
+def small_modes(
+    bits: int = 2, classes: int = 3, side: int = 8, channels: int = 1, **options: object
+) -> dpmmd.Modes:
+    """Modes by random directions, about the mean of random images."""
+    rng = torch.Generator().manual_seed(bits)
+    d = channels * side * side
+    directions = torch.randint(-1000, 1000, (1, bits, d), generator=rng)
+    thresholds = (directions[0].sum(1) * 65535 // 2).expand(classes, bits)
+    return dpmmd.Modes(side, channels, directions, thresholds, **options)  # type: ignore[arg-type]
+
+
 @pytest.fixture
 def encoder() -> Encoder:
     return small_encoder()

@@ -31,6 +31,8 @@ BLOCKS = "dpmmd/privacy/blocks.py"
 OPENING = "dpmmd/privacy/opening.py"
 SPENDING = "dpmmd/privacy/spending.py"
 COLLECTING = "dpmmd/privacy/collecting.py"
+MODES = "dpmmd/privacy/modes.py"
+COMPOSITION = "dpmmd/privacy/composition.py"
 NOISING = "dpmmd/privacy/noising.py"
 SUMS = "dpmmd/privacy/sums.py"
 NOISE = "dpmmd/privacy/noise.py"
@@ -97,7 +99,136 @@ _UNITS = "tests/privacy/test_units.py"
 _GROUPS = f"{_UNITS}::test_neighbours_in_a_group_differ_by_at_most_the_sensitivity"
 _DECLARED_SD = "tests/privacy/test_release.py::test_noise_has_the_declared_sd"
 
+_MODES = "tests/privacy/test_modes.py"
+_NO_TOTAL = f"{_MODES}::test_two_releases_without_a_total_are_refused_before_the_spend"
+_EDITED = "tests/privacy/test_checks.py::test_a_contradiction_is_refused_by_its_field"
+
 MUTATIONS = (
+    # ------------------------------------------------------------------------- modes
+    Mutation(
+        "modes-of-the-batch",
+        "a mode depends on the other images of its batch: one image moves the rows of others",
+        (Edit(MODES, "(scores > thresholds[k])", "(scores > scores.median(0).values)"),),
+        (
+            f"{_MODES}::test_a_row_is_a_function_of_its_record",
+            "tests/privacy/test_pipeline.py::test_releases_with_modes_are_consistent[replace-one]",
+        ),
+    ),
+    Mutation(
+        "modes-by-rounded-scores",
+        "scores are rounded, so that a mode depends on the device and on the size of the batch",
+        (
+            Edit(
+                MODES,
+                ".double() @ directions.view(-1, d).T)",
+                ".float() @ directions.float().view(-1, d).T)",
+            ),
+        ),
+        (f"{_MODES}::test_a_score_at_its_threshold_is_below_it",),
+    ),
+    Mutation(
+        "modes-of-interpolated-floats",
+        "images are resized by the encoders' float32, whose last bits no device promises",
+        (
+            Edit(
+                MODES,
+                'torch.div(2 * x + unit // 2, unit, rounding_mode="floor").flatten(1)',
+                "_levels(torch.nn.functional.interpolate("
+                'images.float(), (side, side), mode="bilinear")).flatten(1)',
+            ),
+        ),
+        (f"{_MODES}::test_images_are_brought_to_the_side_as_encoders_do",),
+    ),
+    Mutation(
+        "no-number-has-no-mode",
+        "what an image holds that is no number reaches the integers",
+        (Edit(MODES, ".nan_to_num_(0.0)", ""),),
+        (f"{_MODES}::test_no_image_can_make_the_rule_raise_or_leave_its_rows",),
+    ),
+    Mutation(
+        "pixels-by-class-part-with-modes",
+        "a new mode is taken to mean disjoint rows in blocks that are summed by class",
+        (Edit(BLOCKS, "or kind.pooled or by_class", "or kind.pooled"),),
+        (
+            "tests/privacy/test_sensitivity.py"
+            "::test_blocks_by_class_are_spread_where_there_are_modes",
+            f"{_EDITED}",
+        ),
+    ),
+    Mutation(
+        "the-origin-of-modes-is-free",
+        "a release with modes of another one states its own part for both",
+        (
+            Edit(
+                COMPOSITION,
+                "return composed([m.modes.origin, m], m.adjacency, m.unit)",
+                "return m.mu",
+            ),
+        ),
+        (
+            f"{_MODES}::test_both_releases_are_stated_together",
+            f"{_MODES}::test_totals_are_stated_under_the_second_release",
+            f"{_NO_TOTAL}[adjacency]",
+        ),
+    ),
+    Mutation(
+        "origins-under-any-adjacency-add-up",
+        "mu^2 are added, whatever the two releases take for neighbours",
+        (
+            Edit(
+                COMPOSITION,
+                "return composed([m.modes.origin, m], m.adjacency, m.unit)",
+                "return math.hypot(m.modes.origin.mu, m.mu) * accounting.UP",
+            ),
+        ),
+        (
+            f"{_MODES}::test_totals_are_stated_under_the_second_release",
+            f"{_NO_TOTAL}[adjacency]",
+            f"{_NO_TOTAL}[other groups]",
+        ),
+    ),
+    Mutation(
+        "modes-of-raw-numbers",
+        "modes of a release with test noise are taken for a private release",
+        (Edit(COMPOSITION, "if m.private and not origin.private:", "if False:"),),
+        (f"{_NO_TOTAL}[test noise]",),
+    ),
+    Mutation(
+        "modes-without-a-total",
+        "what two releases have no total for is not asked before the spend",
+        (Edit(MECHANISM, "    refuse_unfounded(claim)\n", ""),),
+        (_NO_TOTAL,),
+    ),
+    Mutation(
+        "the-whole-twice",
+        "the second of two releases gets all that both together may take",
+        (Edit(COMPOSITION, "math.sqrt(1 - share) * mu", "mu"),),
+        (f"{_MODES}::test_two_releases_never_exceed_what_was_split",),
+    ),
+    Mutation(
+        "modes-are-no-setting",
+        "a release does not record its modes: sums by other modes are mixed with its own",
+        (
+            Edit(
+                MECHANISM,
+                "modes=None if layout.modes is None else layout.modes.record",
+                "modes=None",
+            ),
+        ),
+        ("tests/privacy/test_partial.py::test_sums_of_other_modes_are_not_mixed_in",),
+    ),
+    Mutation(
+        "any-rule-is-the-recorded-one",
+        "the modes that lie in a file need not be those that its metadata name",
+        (Edit(CHECKS, '            ("sha256", record.sha256, made.sha256),\n', ""),),
+        (_EDITED,),
+    ),
+    Mutation(
+        "any-origin-is-believed",
+        "the mu of the release that modes come from need not follow from its epsilon",
+        (Edit(CHECKS, "if not math.isclose(origin.mu, least, rel_tol=_GUESS):", "if False:"),),
+        (_EDITED,),
+    ),
     # ------------------------------------------------------------------------- noise
     Mutation(
         "half-the-noise",
@@ -1470,8 +1601,8 @@ MUTATIONS = (
         (
             Edit(
                 COLLECTING,
-                "raw.counts.add_counts(labels, valid, ",
-                "raw.counts.add_counts(labels, valid"
+                "raw.counts.add_counts(rows.cells, valid, ",
+                "raw.counts.add_counts(rows.cells, valid"
                 " & features[blocks.parts[-1].kind.encoder][0].any(1), ",
             ),
         ),

@@ -72,6 +72,7 @@ INSIDE = {
     "dpmmd.privacy.readings": "the same",
     "dpmmd.privacy.verdicts": "the same",
     "dpmmd.privacy.printed": "writes released numbers for people, rounded outward",
+    "dpmmd.privacy.rows": "merges released rows; sees noised numbers only",
     "dpmmd.privacy.report": "sees noised releases only",
 }
 # Modules that could import what no name in them shows, and what they import or look for.

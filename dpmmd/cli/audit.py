@@ -24,6 +24,7 @@ from dpmmd.cli.console import (
     print_table,
     say,
 )
+from dpmmd.cli.release import ModesOf, PerClass, PixelMoments, modes_of
 
 if TYPE_CHECKING:
     from dpmmd.privacy import Audit, SourceAudit
@@ -66,6 +67,9 @@ def audit(
     ] = None,
     num_classes: Annotated[int | None, typer.Option(help="Classes; none: unlabelled.")] = None,
     bound: BoundKind = "sphere",
+    pixel_moments: PixelMoments = None,
+    modes: ModesOf = None,
+    per_class: PerClass = None,
     group_by: Annotated[
         str | None, typer.Option(help="What says which images belong together.")
     ] = None,
@@ -111,6 +115,8 @@ def audit(
             records=records,
             moments=moments_of(moments),
             bound=bound,
+            pixel_moments=pixel_moments,
+            modes=modes_of(modes, per_class),
             batch_size=batch_size,
             group_by=group_by,
             split=split,
@@ -189,9 +195,11 @@ def _audit_source(
     from dpmmd.privacy.pipeline import NOTICE
 
     where = choose_device(encoder.device)
-    loaded = dpmmd.encoders.load(encoder.name, image_size=encoder.size, weights=encoder.weights).to(
-        where
-    )
+    loaded = None
+    if encoder.name != "none":
+        loaded = dpmmd.encoders.load(
+            encoder.name, image_size=encoder.size, weights=encoder.weights
+        ).to(where)
     say(NOTICE)
     result = dpmmd.privacy.audit_source(source, loaded, progress=not quiet, **options)
     if as_json:

@@ -2,7 +2,7 @@
 
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -29,6 +29,28 @@ from dpmmd.cli.console import (
 )
 from dpmmd.cli.privacy import print_report
 
+if TYPE_CHECKING:
+    from dpmmd.privacy import Modes
+
+ModesOf = Annotated[
+    Path | None,
+    typer.Option(
+        help="An earlier release of the same images with --pixel-moments: features are released "
+        "by class and mode, its modes being the cells along its leading directions. Both releases "
+        "together are stated."
+    ),
+]
+PerClass = Annotated[
+    int | None, typer.Option(help="With --modes: modes of a class, a power of two, e.g. 8.")
+]
+PixelMoments = Annotated[
+    int | None,
+    typer.Option(
+        help="Also release means and products of pixels, of the images brought to this side: "
+        "`sample` aligns generated images with them."
+    ),
+]
+
 
 def release(
     source: Annotated[
@@ -53,7 +75,11 @@ def release(
         int | None, typer.Option(help="Classes, for a labelled release. Default: unlabelled.")
     ] = None,
     encoder: Annotated[
-        str, typer.Option(help="squeezenet1.1, efficientnet-lite0, vgg11 to 19, resnet18 to 50.")
+        str,
+        typer.Option(
+            help="squeezenet1.1, efficientnet-lite0, vgg11 to 19, resnet18 to 50; none: no "
+            "features, the moments of pixels alone (--pixel-moments)."
+        ),
     ] = "squeezenet1.1",
     encoder_size: EncoderSize = 32,
     weights: Annotated[
@@ -73,13 +99,9 @@ def release(
         int,
         typer.Option(help="Sum the encoder's first so many taps over all classes, not by class."),
     ] = 0,
-    pixel_moments: Annotated[
-        int | None,
-        typer.Option(
-            help="Also release means and products of pixels, of the images brought to this side: "
-            "`sample` aligns generated images with them."
-        ),
-    ] = None,
+    pixel_moments: PixelMoments = None,
+    modes: ModesOf = None,
+    per_class: PerClass = None,
     group_by: Annotated[
         str | None,
         typer.Option(
@@ -136,6 +158,9 @@ def release(
 
     `torchrun --nproc-per-node 4 -m dpmmd release ...` makes one release by four processes.
 
+    With modes: `dpmmd release scans/ --encoder none --pixel-moments 28 --out first.safetensors ...`
+    and then `dpmmd release scans/ --modes first.safetensors --per-class 8 ...`.
+
     Example: `dpmmd release scans/ --out scans.safetensors --epsilon 1 --delta 1e-6 --adjacency
     replace-one --num-classes 2 --image-size 64 --encoder-size 64`
     """
@@ -149,12 +174,15 @@ def release(
     out = expanded(out)
     refuse_existing(out)
     where = choose_device(device)
+    split_by = modes_of(modes, per_class)
     budget = _budget(budget_epsilon, budget_delta)
     group = join()
     rank = 0 if group is None else group.rank()
     if rank:
         warnings.simplefilter("ignore")  # the first process says it
-    loaded = dpmmd.encoders.load(encoder, image_size=encoder_size, weights=weights).to(where)
+    loaded = None
+    if encoder != "none":
+        loaded = dpmmd.encoders.load(encoder, image_size=encoder_size, weights=weights).to(where)
     second = None
     if selection is not None:
         second = dpmmd.encoders.load(selection, image_size=encoder_size).to(where)
@@ -170,6 +198,7 @@ def release(
         clip=clip,
         shared_taps=shared_taps,
         pixel_moments=pixel_moments,
+        modes=split_by,
         selection=second,
         batch_size=batch_size,
         out=out,
@@ -196,6 +225,22 @@ def release(
     else:
         print_report(told)
         say(f"wrote {out}")
+
+
+def modes_of(first: Path | None, per_class: int | None) -> "Modes | None":
+    """The modes that a release suggests, by the options of the command line."""
+    if first is None and per_class is None:
+        return None
+    if first is None:
+        raise ValueError(
+            f"--per-class {per_class}: needs --modes FIRST.safetensors, a release of the same "
+            "images with --pixel-moments, whose directions split the classes."
+        )
+    if per_class is None:
+        raise ValueError(f"--modes {first}: needs --per-class C, a power of two, e.g. 8.")
+    import dpmmd
+
+    return dpmmd.modes.fit(dpmmd.Release.load(first), per_class)
 
 
 def _budget(epsilon: float | None, delta: float | None) -> tuple[float, float] | None:

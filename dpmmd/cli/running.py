@@ -59,6 +59,7 @@ def run(
     if not report["private"]:
         say("NOT PRIVATE: the release was made with test noise, or none")
     for name, what in (
+        (runs.MOMENTS, "the first release: moments of pixels, to which its modes were fitted"),
         ("release.safetensors", "the release: all that was learned from the private images"),
         ("privacy.json", "what it promises (`dpmmd privacy` prints it)"),
         ("checkpoints/last.pt", "the generator"),
@@ -67,7 +68,8 @@ def run(
         ("README.md", "the set's card, with its privacy statement"),
         ("report.json", "accuracies, metrics, seconds, memory"),
     ):
-        say(f"  {folder / name}: {what}")
+        if name != runs.MOMENTS or (folder / name).exists():
+            say(f"  {folder / name}: {what}")
 
 
 def plan(
@@ -87,7 +89,7 @@ def plan(
     """
     from dpmmd import recipe as recipes
     from dpmmd.devices import choose_device
-    from dpmmd.train import plan as planning
+    from dpmmd.train import ahead
 
     where = choose_device(device)
     settings, _ = recipes.read(recipe)
@@ -96,7 +98,7 @@ def plan(
         raise ValueError(
             "--memory: the recipe has no [train] memory; give a budget such as --memory 8GiB."
         )
-    found = planning.of_recipe(settings, memory, where)
+    found = ahead.of_recipe(settings, memory, where)
     if as_json:
         print_json(found.facts())
         return

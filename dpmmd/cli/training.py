@@ -74,7 +74,7 @@ def train(
     given = {"steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed}
     chosen = recipes.revised(settings.train, given)
     encoder = dpmmd.encoders.from_spec(
-        released.metadata.encoder, weights=weights or settings.encoder.weights
+        released.metadata.features_of, weights=weights or settings.encoder.weights
     ).to(where)
     recorded = released.metadata.selection_encoder
     selection = None if recorded is None else dpmmd.encoders.from_spec(recorded).to(where)
@@ -151,6 +151,12 @@ def sample(
             help="The release it was trained on, for the card. Default: that of the run folder."
         ),
     ] = None,
+    modes: Annotated[
+        bool,
+        typer.Option(
+            "--modes", help="Also write of which mode of its class each image is: .npz, .parquet."
+        ),
+    ] = False,
     device: Device = "auto",
     overwrite: Force = False,
     quiet: Quiet = False,
@@ -169,6 +175,8 @@ def sample(
 
     out, checkpoint = expanded(out), expanded(checkpoint)
     chosen = export.format_of(out, format)
+    if modes:
+        export.check_modes(chosen)
     if num_images < 1:
         raise ValueError(f"--num-images {num_images}: expected at least 1.")
     if not 0 < temperature < math.inf:
@@ -178,15 +186,23 @@ def sample(
         refuse_unwritable(path, overwrite=overwrite)
     where = choose_device(device)
     trained = training.load_generator(checkpoint)
-    origin = runs.release_of(checkpoint, release)
+    origin = runs.releases_of(checkpoint, release)
+    if modes and trained.modes is None:
+        raise ValueError(
+            f"--modes: {checkpoint} was trained on a release without modes; leave it out, or make "
+            "one with a recipe that has [modes]."
+        )
     trained.generator.to(where)
     runs.write_samples(
         trained,
         out,
-        recipes.SampleSection(num_images=num_images, temperature=temperature, seed=seed),
+        recipes.SampleSection(
+            num_images=num_images, temperature=temperature, seed=seed, modes=modes
+        ),
         picture=picture,
         card=card,
-        release=origin,
+        release=None if origin is None else origin.release,
+        moments=None if origin is None else origin.moments,
         format=chosen,
         overwrite=overwrite,
         progress=not quiet,
@@ -207,6 +223,11 @@ def sample(
         say(
             f"wrote {out} and {picture}; no card, and not aligned with moments of pixels that its "
             "release may hold: give the release with --release"
+        )
+    elif origin.release.modes is not None and origin.moments is None:
+        say(
+            f"wrote {out}, {picture} and {card}; not aligned, since {runs.MOMENTS}, to which the "
+            "modes were fitted, does not lie beside the release"
         )
     else:
         say(f"wrote {out}, {picture} and {card}")

@@ -128,6 +128,7 @@ def write_npz(
     labels: Any = None,
     *,
     classes: Sequence[str] | None = None,
+    modes: Any = None,
     overwrite: bool = False,
 ) -> Path:
     """Write a synthetic set as ``.npz``: ``x`` the images, ``y`` the labels, ``classes`` names.
@@ -141,6 +142,7 @@ def write_npz(
             ``[N, C, H, W]``, array or tensor, stored in the layout given.
         labels: integers ``[N]``, or None for an unlabelled set (no ``y`` then).
         classes: names of the classes 0..K-1, or None (no ``classes`` then).
+        modes: integers ``[N]``, the mode of each image within its class, or None (no ``modes``).
         overwrite: replace an existing file.
 
     Returns:
@@ -181,6 +183,8 @@ def write_npz(
                 "labels have, in their order, or None; give labels with them."
             )
         content["classes"] = np.array(names, np.str_)
+    if modes is not None:
+        content["modes"] = as_labels(modes, source.num_images, path.name).numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:

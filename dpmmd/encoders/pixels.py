@@ -49,6 +49,20 @@ def augmented(u: Tensor) -> Tensor:
     return F.normalize(torch.cat((u, behind), dim=1), dim=1)
 
 
+def means_of(sums: Tensor, channels: int, side: int) -> Tensor:
+    """Means of x [K, d], float64, of sums of v [K, d + 1]; weighted by 1 / |(u, c)|."""
+    back = torch.linalg.inv(transform(channels, side, side))
+    own = sums.double()
+    return own[:, :-1] * (constant(len(back)) / own[:, -1:]) @ back.T
+
+
+def products_of(sums: Tensor, channels: int, side: int) -> Tensor:
+    """The mean of x x' [d, d], float64, of sums of v v' [d + 1, d + 1]; by 1 / |(u, c)|^2."""
+    back = torch.linalg.inv(transform(channels, side, side))
+    own = sums.double()
+    return back @ own[:-1, :-1] @ back.T * (constant(len(back)) ** 2 / own[-1, -1])
+
+
 class _Pixels(nn.Module):
     def __init__(self, channels: int, side: int) -> None:
         super().__init__()

@@ -8,9 +8,11 @@ from dpmmd.privacy.sensitivity import ADJACENCIES, Block, optimal_weights, sensi
 if TYPE_CHECKING:
     from dpmmd.privacy.accounting import Calibration, calibrate, compose, delta, epsilon
     from dpmmd.privacy.canaries import Audit, audit
+    from dpmmd.privacy.composition import split_epsilon
     from dpmmd.privacy.ledger import Ledger
     from dpmmd.privacy.mechanism import release
     from dpmmd.privacy.metadata import PrivacyError
+    from dpmmd.privacy.modes import Modes
     from dpmmd.privacy.pipeline import SourceAudit, audit_source
     from dpmmd.privacy.release_file import Release, UnsavedRelease
     from dpmmd.privacy.verdicts import SourceCheck
@@ -20,9 +22,11 @@ else:
         {
             "dpmmd.privacy.accounting": ("Calibration", "calibrate", "compose", "delta", "epsilon"),
             "dpmmd.privacy.canaries": ("Audit", "audit"),
+            "dpmmd.privacy.composition": ("split_epsilon",),
             "dpmmd.privacy.ledger": ("Ledger",),
             "dpmmd.privacy.mechanism": ("release",),
             "dpmmd.privacy.metadata": ("PrivacyError",),
+            "dpmmd.privacy.modes": ("Modes",),
             "dpmmd.privacy.pipeline": ("SourceAudit", "audit_source"),
             "dpmmd.privacy.release_file": ("Release", "UnsavedRelease"),
             "dpmmd.privacy.verdicts": ("SourceCheck",),
@@ -35,6 +39,7 @@ __all__ = [
     "Block",
     "Calibration",
     "Ledger",
+    "Modes",
     "PrivacyError",
     "Release",
     "SourceAudit",
@@ -49,6 +54,7 @@ __all__ = [
     "optimal_weights",
     "release",
     "sensitivity",
+    "split_epsilon",
 ]
 
 

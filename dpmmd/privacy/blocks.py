@@ -117,6 +117,11 @@ class Part:
         return self.bound.clip / self.block.bound
 
     @property
+    def by_mode(self) -> bool:
+        """Whether a release with modes sums it by class and mode, and not by class alone."""
+        return self.kind.encoder != "pixel_encoder"
+
+    @property
     def is_phi(self) -> bool:
         """Whether it is of the features to be matched: those blocks are released as one array."""
         return self.kind.encoder == "encoder"
@@ -150,11 +155,17 @@ class Raw:
 
 @dataclass(frozen=True)
 class Blocks:
-    """All blocks of a release: the parts, and the counts if there are any."""
+    """All blocks of a release: the parts, and the counts if there are any.
+
+    Attributes:
+        classes: K.
+        per_class: C, the rows of a class in the counts and in the parts that are by mode.
+    """
 
     parts: tuple[Part, ...]
     counts: Block | None
     classes: int
+    per_class: int = 1
 
     @classmethod
     def of(
@@ -167,18 +178,20 @@ class Blocks:
         weights: Mapping[str, float] | None,
         with_counts: bool,
         grouped: bool,
+        per_class: int = 1,
     ) -> Blocks:
         """The blocks of these encoders, which are named as in `Metadata`.
 
         Args:
             grouped: whether a unit is a group of images, which may reach the rows of many classes.
+            per_class: C, the modes of a class; 1 without modes.
 
         Raises:
             ValueError: a weight of no block, or out of range.
         """
         given = dict(weights or {})
         bounds = {"+".join(f"phi{m}" for m in alone.moments): alone for alone in bound.alone()}
-        names = list(bounds)
+        names = list(bounds)  # none without features: a bound of no moments
         for name, kind in KINDS.items():
             if kind.encoder == "encoder" or kind.encoder not in features:
                 continue
@@ -196,11 +209,22 @@ class Blocks:
             kind, one = KINDS[name], bounds.get(name, Bound())
             its, shared = features[kind.encoder], shared_taps if name in bounds else 0
             nonnegative = kind.products or one.moments == (2,) or its.nonnegative
-            spread = grouped or shared > 0 or kind.pooled
+            # With modes, what is summed by class stays in its row while the counts move.
+            by_class = per_class > 1 and kind.encoder == "pixel_encoder"
+            spread = grouped or shared > 0 or kind.pooled or by_class
             block = Block(name, "sums", grid(name, kind.weight), nonnegative, spread)
             parts.append(Part(block, kind, its, one, shared))
         counts = Block("counts", "counts", grid("counts", COUNTS), False, grouped)
-        return cls(tuple(parts), counts if with_counts else None, classes)
+        return cls(tuple(parts), counts if with_counts else None, classes, per_class)
+
+    @property
+    def cells(self) -> int:
+        """K C."""
+        return self.classes * self.per_class
+
+    def rows(self, part: Part) -> int:
+        """Rows of a part's sums: K C of those that are by mode, K of the others."""
+        return self.cells if part.by_mode else self.classes
 
     def all(self) -> list[Block]:
         """Every block, in the order of the released vector."""
@@ -208,14 +232,14 @@ class Blocks:
 
     def zero(self, device: torch.device) -> Raw:
         """Sums of no image."""
-        parts = tuple(part.zero(self.classes, device) for part in self.parts)
-        counts = None if self.counts is None else PrivateSums(self.classes, 1, device=device)
+        parts = tuple(part.zero(self.rows(part), device) for part in self.parts)
+        counts = None if self.counts is None else PrivateSums(self.cells, 1, device=device)
         return Raw(parts, counts)
 
     def records(self) -> tuple[BlockRecord, ...]:
         """What a release's metadata say of them."""
-        sizes = [(self.classes * part.dim, part.shared) for part in self.parts]
-        sizes.append((self.classes, 0))
+        sizes = [(self.rows(part) * part.dim, part.shared) for part in self.parts]
+        sizes.append((self.cells, 0))
         return tuple(
             BlockRecord(
                 name=block.name,
@@ -231,14 +255,15 @@ class Blocks:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of every array of a release, by its name in `Release`."""
-        first, classes = self.parts[0], self.classes
+        first = self.parts[0]
         n = len(first.bound.moments)  # of a joint block, moments lie side by side
         moments = sum(len(part.bound.moments) for part in self.parts if part.is_phi)
-        shapes = {"sums": (moments, classes, first.dim // n), "counts": (classes,)}
+        dim = first.dim // n if moments else 0
+        shapes = {"sums": (moments, self.cells, dim), "counts": (self.cells,)}
         if first.shared_taps:
             shapes["shared"] = (moments, 1, first.shared // n)
         return shapes | {
-            part.block.name: part.shape(classes) for part in self.parts if not part.is_phi
+            part.block.name: part.shape(self.rows(part)) for part in self.parts if not part.is_phi
         }
 
 

@@ -8,6 +8,7 @@ does not follow from anything (the name of the source, say) is not signed and ma
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -20,14 +21,17 @@ from dpmmd.encoders.pixels import LARGEST
 from dpmmd.privacy.accounting import calibrate
 from dpmmd.privacy.accounting import delta as delta_of
 from dpmmd.privacy.blocks import GRID, KINDS, Blocks, Features
+from dpmmd.privacy.composition import refuse_unfounded
 from dpmmd.privacy.metadata import (
     BlockRecord,
     Metadata,
     PrivacyError,
+    Statement,
     array_hash,
     unit_of,
     unrecordable,
 )
+from dpmmd.privacy.modes import Modes
 from dpmmd.privacy.printed import plain, up
 from dpmmd.privacy.sensitivity import ADJACENCIES
 from dpmmd.privacy.sums import GRID_BITS
@@ -53,29 +57,46 @@ class Checks:
         metadata: what it says of itself.
         arrays: its arrays by name, all that a release may have, in the order of their hash; None
             for those that are not there. Nobody changes them while they are checked.
+        rule: the directions and thresholds of its modes, or None.
         where: the file, for messages.
     """
 
-    def __init__(self, metadata: Metadata, arrays: Mapping[str, Tensor | None], where: str) -> None:
-        self.m, self.arrays, self.where = metadata, arrays, plain(where, None)
+    def __init__(
+        self,
+        metadata: Metadata,
+        arrays: Mapping[str, Tensor | None],
+        rule: tuple[Tensor | None, Tensor | None],
+        where: str,
+    ) -> None:
+        self.m, self.arrays, self.rule, self.where = metadata, arrays, rule, plain(where, None)
 
-    def run(self) -> None:
-        """Raises a PrivacyError that names the first field which contradicts the others."""
+    def run(self) -> Modes | None:
+        """The modes of the release, if there are any.
+
+        Raises:
+            PrivacyError: naming the first field which contradicts the others.
+        """
         m = self.m
         self._settings()
         self._units()
+        modes = self._modes(*self.rule)
         for field, value, expected in unrecordable(m):
             self.refuse(field, value, expected)
-        self._encoder("encoder", m.encoder)
+        if m.encoder is not None:
+            self._encoder("encoder", m.encoder)
+        else:
+            self._pixels_alone()
         if m.selection_encoder is not None:
             self._encoder("selection_encoder", m.selection_encoder)
         if m.pixel_encoder is not None:
             self._pixel_encoder(m.pixel_encoder)
-        if not 0 <= m.shared_taps < len(m.encoder["taps"]) or (m.shared_taps and not m.labelled):
+        taps = 1 if m.encoder is None else len(m.encoder["taps"])
+        if not 0 <= m.shared_taps < taps or (m.shared_taps and not m.labelled):
             self.refuse("shared_taps", m.shared_taps, "fewer than the encoder has, 0 if unlabelled")
         self._blocks()
         self._claim()
         self._arrays()
+        return modes
 
     def refuse(self, field: str, value: object, expected: str) -> NoReturn:
         raise PrivacyError(
@@ -90,7 +111,8 @@ class Checks:
         if m.grid_bits != GRID_BITS:
             self.refuse("grid_bits", m.grid_bits, f"{GRID_BITS}, the only one there is")
         try:
-            Bound.checked(m.moments, m.bound, m.clip, m.joint_weight)
+            moments = m.moments if m.encoder is not None else m.moments or (1,)
+            Bound.checked(moments, m.bound, m.clip, m.joint_weight)
         except ValueError as error:
             field = str(error).split("=")[0]
             self.refuse(field, getattr(m, field), "what `dpmmd.release` takes")
@@ -125,6 +147,67 @@ class Checks:
             self.refuse("num_units", m.num_units, "null: it is private under add-remove adjacency")
         if not private and (m.num_units is None or m.num_units < 1):
             self.refuse("num_units", m.num_units, f"at least 1: it is public under {m.adjacency}")
+
+    def _pixels_alone(self) -> None:
+        """Without an encoder: no features, nothing that is of them, and the format that has it."""
+        m = self.m
+        for field, expected in (
+            ("moments", ()),
+            ("bound", Bound.kind),
+            ("clip", Bound.clip),
+            ("joint_weight", None),
+            ("selection_encoder", None),
+            ("modes", None),
+        ):
+            if (value := getattr(m, field)) != expected:
+                self.refuse(field, value, f"{expected!r}: encoder is null")
+        if m.pixel_encoder is None or m.format < 4:
+            self.refuse("encoder", None, "what its features were made with")
+
+    def _modes(self, directions: Tensor | None, thresholds: Tensor | None) -> Modes | None:
+        """The rule that lies in the arrays, and what the metadata say of it."""
+        m, record = self.m, self.m.modes
+        if record is None or m.format < 4:
+            if not (record is directions is thresholds is None):
+                self.refuse("modes", record, "null, and no arrays of modes")
+            return None
+        if directions is None or thresholds is None:
+            self.refuse("modes", "without arrays", "mode_directions and mode_thresholds")
+        if (origin := record.origin) is not None:
+            self._origin(origin)
+        try:
+            made = Modes(record.side, record.channels, directions, thresholds, origin)
+        except (TypeError, ValueError) as error:
+            self.refuse("modes", plain(error), "a rule of whole numbers")
+        for field, value, expected in (
+            ("num_classes", made.num_classes, m.num_classes),
+            ("channels", made.channels, m.image_shape[0]),
+            ("per_class", record.per_class, made.per_class),
+            ("sha256", record.sha256, made.sha256),
+        ):
+            if value != expected:
+                self.refuse(f"modes.{field}", value, repr(expected))
+        return made
+
+    def _origin(self, origin: Statement) -> None:
+        """The statement of another release: what follows of it alone, and that both compose."""
+        where = "modes.origin"
+        if not re.fullmatch("[0-9a-f]{64}", origin.array_sha256):
+            self.refuse(f"{where}.array_sha256", origin.array_sha256, "64 hexadecimal digits")
+        if origin.adjacency not in ADJACENCIES:
+            self.refuse(f"{where}.adjacency", origin.adjacency, f"one of {', '.join(ADJACENCIES)}")
+        try:
+            least = calibrate(epsilon=origin.epsilon, delta=origin.delta).mu
+        except ValueError:
+            self.refuse(where, (origin.epsilon, origin.delta), "an epsilon and a delta")
+        if not math.isclose(origin.mu, least, rel_tol=_GUESS):
+            self.refuse(f"{where}.mu", origin.mu, f"{least!r}, which (epsilon, delta) allow")
+        if delta_of(mu=origin.mu, epsilon=origin.epsilon) > origin.delta * (1 + _EARLIER):
+            self.refuse(f"{where}.delta", origin.delta, "what mu and epsilon allow")
+        try:
+            refuse_unfounded(self.m)
+        except PrivacyError as error:
+            self.refuse(where, (origin.adjacency, origin.unit, origin.private), f"no {error}")
 
     def _encoder(self, field: str, spec: Mapping[str, Any]) -> None:
         if more := sorted(set(spec) - _KEYS):
@@ -198,6 +281,7 @@ class Checks:
     def _expected(self) -> Blocks:
         """The blocks that `dpmmd.release` would have made, of any weights."""
         m, found = self.m, {block.name for block in self.m.blocks}
+        specs: dict[str, dict[str, Any] | None]
         specs = {"encoder": m.encoder, "pixel_encoder": m.pixel_encoder}
         specs["selection_encoder"] = m.selection_encoder
         features = {name: Features.of(spec) for name, spec in specs.items() if spec is not None}
@@ -205,13 +289,14 @@ class Checks:
             features,
             Bound.of(m),
             classes=m.num_classes,
+            per_class=m.per_class,
             shared_taps=m.shared_taps,
             weights={
                 name: float(name in found)
                 for name, kind in KINDS.items()
                 if kind.products and kind.encoder in features
             },
-            with_counts=m.labelled or m.adjacency == "add-remove",
+            with_counts=m.labelled or m.adjacency == "add-remove" or m.modes is not None,
             grouped=m.unit != "image",
         )
 
@@ -262,17 +347,18 @@ class Checks:
             )
 
     def _counts(self, counts: Tensor, block: BlockRecord) -> None:
-        """At least 1, and whole grid units unless it is the 1 that less is raised to."""
-        if float(counts.min()) < 1:
+        """Whole grid units; without modes at least 1, or the 1 that less is raised to."""
+        raised = self.m.modes is None
+        if raised and float(counts.min()) < 1:
             self.refuse("counts", float(counts.min()), "at least 1")
         unit = 1 / (block.bound * GRID)
         whole = (counts / unit).round()
-        off = (whole * unit - counts).abs() > 1e-15 * counts
-        off &= (whole < 2**51) & (counts != 1)  # above, a double has no digits for it
+        off = (whole * unit - counts).abs() > 1e-15 * counts.abs()
+        off &= (whole.abs() < 2**51) & ((counts != 1) | (not raised))  # above: no digits for it
         if bool(off.any()):
             self.refuse("counts", float(counts[off][0]), f"a multiple of {unit!r}, the grid's unit")
-        if float(whole.max()) > 2.0**63:
-            self.refuse("counts", float(counts.max()), "what 64 bits hold in grid units")
+        if float(whole.abs().max()) > 2.0**63:
+            self.refuse("counts", float(counts.abs().max()), "what 64 bits hold in grid units")
 
     def _reach(self, name: str, values: Tensor, block: BlockRecord, clip: float) -> None:
         """|R| <= N clip + 12 sd in every place: N units add at most clip each, and the noise.

@@ -21,6 +21,7 @@ from dpmmd.data import Batch, prefetch
 from dpmmd.encoders import Encoder
 from dpmmd.privacy.blocks import Blocks, Raw
 from dpmmd.privacy.layout import Layout
+from dpmmd.privacy.modes import rows_of
 from dpmmd.privacy.opening import Opened
 from dpmmd.privacy.ranks import Ranks
 from dpmmd.privacy.spending import Spent
@@ -32,12 +33,14 @@ class Rows(NamedTuple):
     Attributes:
         pixels: [B, C, H, W] in [0, 1], all zero where not valid.
         labels: int64 [B] in 0..K-1.
+        cells: int64 [B] in 0..K C - 1, of class and mode; the labels without modes.
         valid: bool [B]: what is not valid contributes nothing.
         share: int64 [B]: among how many images each one's bound is shared; 1 for padding.
     """
 
     pixels: Tensor
     labels: Tensor
+    cells: Tensor
     valid: Tensor
     share: Tensor
 
@@ -49,7 +52,8 @@ def collect(
 
     Two data sets that differ in one unit give sums that differ by at most the sensitivity: what a
     unit adds is certified (`sums`), and every other record adds the same integers to both, for a
-    row of a batch is computed from its record alone (`harmless`, `features_of`, `add`).
+    row of a batch is computed from its record alone (`harmless`, `features_of`, `add`), its mode
+    too (`modes.rows_of`).
 
     It returns nothing, and writes nothing but ``spent.store``: what it learns stays in ``raw``,
     which only `noising.noise` opens. It takes a `Spent`, so that no image is read before the spend.
@@ -73,7 +77,7 @@ def collect(
                 rows = harmless(batch, layout, start, opened.images.num_images, sizes)
                 features = features_of(layout.encoders, rows.pixels)
                 whole = False
-                add(layout.blocks, raw, features, rows.labels, rows.valid, rows.share)
+                add(layout.blocks, raw, features, rows)
                 done, whole = done + 1, True
                 del batch, rows, features
                 bar.update()
@@ -111,7 +115,9 @@ def harmless(
     if sizes is not None:
         part = sizes[start : start + size]
         share[: len(part)] = part
-    return Rows(pixels, torch.where(valid, labels, 0), valid, share)
+    labels = torch.where(valid, labels, 0)
+    cells = labels if layout.modes is None else rows_of(layout.modes, pixels, labels)
+    return Rows(pixels, labels, cells, valid, share)
 
 
 def features_of(encoders: Mapping[str, Encoder], pixels: Tensor) -> dict[str, list[Tensor]]:
@@ -123,29 +129,24 @@ def features_of(encoders: Mapping[str, Encoder], pixels: Tensor) -> dict[str, li
     return {name: made[id(used)] for name, used in encoders.items()}
 
 
-def add(
-    blocks: Blocks,
-    raw: Raw,
-    features: Mapping[str, list[Tensor]],
-    labels: Tensor,
-    valid: Tensor,
-    share: Tensor,
-) -> None:
+def add(blocks: Blocks, raw: Raw, features: Mapping[str, list[Tensor]], rows: Rows) -> None:
     """Adds what a batch contributes to the sums of every block.
 
     An image of a group of g has the limit floor(B / g) in a block of bound B: together the images
     of a unit add at most B, whatever rows they go to.
     """
+    valid, share = rows.valid, rows.share
     for part, sums in zip(blocks.parts, raw.parts, strict=True):
         limits = int(part.block.bound) // share
         own = features[part.kind.encoder]
+        places = rows.cells if part.by_mode else rows.labels
         if part.kind.products:
-            places = torch.zeros_like(labels) if part.kind.pooled else labels
+            places = torch.zeros_like(places) if part.kind.pooled else places
             sums.add_products(own[0], places, valid, limits)
             continue
         sums.add(
             own,
-            labels,
+            places,
             valid,
             limits,
             bound=part.bound,
@@ -153,4 +154,4 @@ def add(
             shared_taps=part.shared_taps,
         )
     if raw.counts is not None and blocks.counts is not None:
-        raw.counts.add_counts(labels, valid, int(blocks.counts.bound) // share)
+        raw.counts.add_counts(rows.cells, valid, int(blocks.counts.bound) // share)

@@ -41,6 +41,10 @@ group for one that has the image changed, blanked, or left out: stated for image
 groups has the factor of replace-one in the table, 1, 2 or 2, under every adjacency that it can be
 stated under (an add-remove release for groups under add-remove too: 2). Stated for groups, a
 release for images, or for other groups, promises nothing: nobody knows how many images one has.
+
+Modes. A release whose modes were fitted to an earlier one depends on the data in two ways: directly
+and through that release's output. For every fixed output it is as private as it states, so the pair
+is an adaptive composition, and its mu^2 are added like those of a ledger (`together`).
 """
 
 from __future__ import annotations
@@ -50,10 +54,11 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 from dpmmd.data.identifiers import folded, unmarked, without_zeros
 from dpmmd.privacy import accounting
-from dpmmd.privacy.metadata import PrivacyError
+from dpmmd.privacy.metadata import Metadata, PrivacyError
 from dpmmd.privacy.printed import LONGEST, down, plain, up
 from dpmmd.privacy.sensitivity import ADJACENCIES, check_adjacency
 
@@ -67,6 +72,17 @@ _FOR_IMAGES = {  # likewise, for images, of releases for groups
     "zero-out": {"replace-one": 1.0, "zero-out": 2.0, "add-remove": 2.0},
     "add-remove": {"replace-one": math.inf, "zero-out": math.inf, "add-remove": 2.0},
 }
+
+
+class _Guarantee(Protocol):
+    """What composes: an entry of a ledger, a release's metadata or its `Statement`."""
+
+    @property
+    def mu(self) -> float: ...
+    @property
+    def adjacency(self) -> str: ...
+    @property
+    def unit(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -206,13 +222,78 @@ def total_of(entries: Sequence[Entry], unit: str) -> Total:
     )
 
 
-def composed(entries: Iterable[Entry], adjacency: str, unit: str) -> float:
+def composed(entries: Iterable[_Guarantee], adjacency: str, unit: str) -> float:
     """mu of all together, stated under ``adjacency``; rounded up like `accounting.compose`."""
     mus = (_factor(adjacency, unit, e) * e.mu for e in entries)  # the factors are powers of two
     return math.hypot(*mus) * accounting.UP
 
 
-def _factor(adjacency: str, unit: str, entry: Entry) -> float:
+def together(m: Metadata) -> float:
+    """mu of a release and of the one that its modes come from, under its own adjacency and unit.
+
+    What a file of a release promises: the rule that it holds is an output of the other release.
+    """
+    if m.modes is None or m.modes.origin is None:
+        return m.mu
+    return composed([m.modes.origin, m], m.adjacency, m.unit)
+
+
+def split_epsilon(epsilon: float, delta: float, share: float) -> tuple[float, float]:
+    """The epsilons of two releases that are together (epsilon, delta)-DP; mu^2 adds up.
+
+    The first release gets ``share`` of the mu^2 that (epsilon, delta) allows, the second one the
+    rest. Both epsilons are then made smaller, by about a billionth, until what `accounting` makes
+    of them composes to no more than (epsilon, delta), for certain.
+
+    Args:
+        epsilon, delta: of both releases together; ``delta`` is that of each of them, too.
+        share: of the first release, in (0, 1).
+
+    Raises:
+        ValueError: an argument out of range, or a part that no noise meets.
+
+    Example:
+        >>> [round(part, 3) for part in split_epsilon(10.0, 1e-5, 0.25)]
+        [4.378, 8.388]
+    """
+    if not 0.0 < share < 1.0:
+        raise ValueError(f"share={share!r}: expected the first release's part of mu^2, in (0, 1).")
+    mu, less = accounting.calibrate(epsilon=epsilon, delta=delta).mu, 1e-9
+    parts = (math.sqrt(share) * mu, math.sqrt(1 - share) * mu)
+    wanted = [epsilon_of(part, delta) for part in parts]
+    while True:
+        one, other = (part * (1 - less) for part in wanted)
+        if not min(one, other) > 0:
+            raise ValueError(
+                f"share={share!r}: one of the two releases gets no epsilon at delta={delta!r}; "
+                "choose a share nearer to 0.5."
+            )
+        mus = [accounting.calibrate(epsilon=part, delta=delta).mu for part in (one, other)]
+        if accounting.delta(mu=accounting.compose(mus), epsilon=epsilon) <= delta:
+            return one, other
+        less *= 2
+
+
+def refuse_unfounded(m: Metadata) -> None:
+    """Raises a PrivacyError where a release and the origin of its modes have no total together."""
+    if m.modes is None or (origin := m.modes.origin) is None:
+        return
+    if m.private and not origin.private:
+        raise PrivacyError(
+            "modes: fitted to a release with test noise, which promises nothing, so that this one "
+            "would promise nothing either. Make the first release without insecure_test_noise, or "
+            "this one with it. Nothing was spent."
+        )
+    if not together(m) <= 1e4:
+        raise PrivacyError(
+            f"modes: fitted to a release under {origin.adjacency} adjacency for the unit "
+            f"{plain(repr(origin.unit))}, this one is under {m.adjacency} for "
+            f"{plain(repr(m.unit))}: no total can be stated for both together. Make both with the "
+            "same adjacency and group_by. Nothing was spent."
+        )
+
+
+def _factor(adjacency: str, unit: str, entry: _Guarantee) -> float:
     if entry.unit == unit:
         return FACTORS[adjacency][entry.adjacency]
     return _FOR_IMAGES[adjacency][entry.adjacency] if unit == "image" else math.inf

@@ -25,6 +25,7 @@ MODULES = {
         "dpmmd.privacy.collecting",
         "dpmmd.privacy.layout",
         "dpmmd.privacy.mechanism",
+        "dpmmd.privacy.modes",
         "dpmmd.privacy.noise",
         "dpmmd.privacy.noising",
         "dpmmd.privacy.opening",

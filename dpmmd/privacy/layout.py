@@ -13,7 +13,9 @@ from dpmmd.devices import device_of
 from dpmmd.encoders import Encoder
 from dpmmd.encoders.pixels import pixel_moments as pixels_of
 from dpmmd.privacy.blocks import Blocks, Features
+from dpmmd.privacy.modes import Modes
 
+NO_FEATURES = Bound(moments=())
 BATCH_MEMORY = 1 << 30  # bytes of pixels and features that a release holds at once, by default
 
 
@@ -21,7 +23,7 @@ BATCH_MEMORY = 1 << 30  # bytes of pixels and features that a release holds at o
 class Asked:
     """What a caller asked to be summed; the arguments of `dpmmd.release` say what each is."""
 
-    encoder: Encoder
+    encoder: Encoder | None
     adjacency: str
     bound: Bound
     num_classes: int | None
@@ -29,6 +31,7 @@ class Asked:
     pixel_moments: int | None
     selection: Encoder | None
     shared_taps: int
+    modes: Modes | None
     batch_size: int | None
 
     @property
@@ -46,7 +49,9 @@ class Asked:
         Args:
             clip: as it was asked for.
         """
-        classes, size, taps = self.num_classes, self.batch_size, len(self.encoder.taps)
+        self._check_kinds()
+        classes, size = self.num_classes, self.batch_size
+        taps = 1 if self.encoder is None else len(self.encoder.taps)
         if classes is not None and (not isinstance(classes, int) or classes < 1):
             raise ValueError(f"num_classes={classes!r}: expected None or an int >= 1.")
         if size is not None and (not isinstance(size, int) or size < 1):
@@ -64,15 +69,53 @@ class Asked:
             raise ValueError(
                 f"shared_taps={self.shared_taps}: needs num_classes, classes that share them."
             )
+        if self.modes is not None and self.modes.num_classes != (classes or 1):
+            raise ValueError(
+                f"modes: of {self.modes.num_classes} classes, num_classes={classes!r}; fit them to "
+                "a release of the same classes. Nothing was spent."
+            )
         return self
+
+    def _check_kinds(self) -> None:
+        """Refuses what goes with no encoder, and modes that are none."""
+        if self.modes is not None and not isinstance(self.modes, Modes):
+            raise TypeError(
+                f"modes: a {type(self.modes).__name__}, expected dpmmd.Modes; make them with "
+                "dpmmd.modes.fit(first_release, per_class). Nothing was spent."
+            )
+        if self.encoder is not None:
+            return
+        if self.pixel_moments is None:
+            raise ValueError(
+                "encoder=None: a release of moments of pixels alone needs pixel_moments=SIDE "
+                "(--pixel-moments SIDE). For features give dpmmd.encoders.load(NAME)."
+            )
+        for name in ("selection", "modes"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}: given with encoder=None, a release of moments of pixels alone; "
+                    "leave it out, or give an encoder."
+                )
 
 
 def bound_of(
-    moments: int | Sequence[int], bound: str, clip: float, joint_weight: float | None
+    encoder: Encoder | None,
+    moments: int | Sequence[int],
+    bound: str,
+    clip: float,
+    joint_weight: float | None,
 ) -> Bound:
-    """`Bound.checked`, of one moment or several."""
+    """`Bound.checked`, of one moment or several; without features that of no moments."""
     moments = (moments,) if isinstance(moments, int) else tuple(moments)
-    return Bound.checked(moments, bound, clip, joint_weight)
+    checked = Bound.checked(moments, bound, clip, joint_weight)
+    if encoder is None:
+        if checked != Bound():
+            raise ValueError(
+                f"moments={moments!r}, bound={bound!r}, clip={clip!r}, joint_weight="
+                f"{joint_weight!r}: they are of features; leave them out with encoder=None."
+            )
+        return NO_FEATURES
+    return checked
 
 
 @dataclass(frozen=True)
@@ -81,6 +124,7 @@ class Layout:
 
     Attributes:
         encoders: by their names in `Metadata`.
+        modes: the rule by which a class is split; None: by none.
         labelled: whether labels are read; else all images are of class 0.
         device: where the encoder is, and the sums.
         batch_size: images a step.
@@ -88,6 +132,7 @@ class Layout:
 
     blocks: Blocks
     encoders: Mapping[str, Encoder]
+    modes: Modes | None
     labelled: bool
     device: torch.device
     batch_size: int
@@ -100,10 +145,17 @@ def lay_out(asked: Asked, image_shape: tuple[int, int, int], *, grouped: bool) -
     the sensitivity, is therefore the same for neighbouring data sets.
 
     Raises:
-        ValueError: ``weights`` or ``pixel_moments`` out of range.
+        ValueError: ``weights`` or ``pixel_moments`` out of range, modes of other channels.
     """
-    device = device_of(asked.encoder)
-    encoders = {"encoder": asked.encoder}
+    device, modes = torch.device("cpu"), asked.modes
+    encoders: dict[str, Encoder] = {}
+    if asked.encoder is not None:
+        device, encoders["encoder"] = device_of(asked.encoder), asked.encoder
+    if modes is not None and modes.channels != image_shape[0]:
+        raise ValueError(
+            f"modes: of images with {modes.channels} channels, the source's have {image_shape[0]}; "
+            "fit them to a release of the same source. Nothing was spent."
+        )
     if asked.pixel_moments is not None:
         pixels = pixels_of(asked.pixel_moments, image_shape[0])
         encoders["pixel_encoder"] = pixels.to(device)
@@ -115,13 +167,14 @@ def lay_out(asked: Asked, image_shape: tuple[int, int, int], *, grouped: bool) -
         classes=asked.num_classes or 1,
         shared_taps=asked.shared_taps,
         weights=asked.weights,
-        with_counts=asked.labelled or not asked.public_n,
+        with_counts=asked.labelled or not asked.public_n or modes is not None,
         grouped=grouped,
+        per_class=1 if modes is None else modes.per_class,
     )
     size = asked.batch_size
     if size is None:
         size = default_batch_size(image_shape, list(encoders.values()), device)
-    return Layout(blocks, encoders, asked.labelled, device, size)
+    return Layout(blocks, encoders, modes, asked.labelled, device, size)
 
 
 def default_batch_size(

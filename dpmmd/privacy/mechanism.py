@@ -8,7 +8,7 @@ seven steps, and their signatures say who may touch what.
 3. calibrate: sd = Delta / mu, from the blocks and the claim alone (`sensitivity`, `accounting`).
 4. spend: what may fail fails, then the ledger has the release; no image was read (`spending`).
 5. collect: image -> features -> bound -> integers -> certificate -> exact sums S. One unit moves S
-   by at most Delta, whatever the encoder does. Nothing leaves (`collecting`, `sums`).
+   by at most Delta, whatever the encoder does. Nothing leaves (`collecting`, `sums`, `modes`).
 6. noise: R = S + round(sd N(0, I)), drawn once. Since S is a vector of integers,
 
        S + round(X) = round(S + X)   for X ~ N(0, sd^2 I),
@@ -38,15 +38,18 @@ from dpmmd.files import expanded, refuse_full, refuse_unwritable
 from dpmmd.privacy.accounting import Calibration, calibrate
 from dpmmd.privacy.blocks import GRID, Blocks
 from dpmmd.privacy.collecting import collect
+from dpmmd.privacy.composition import refuse_unfounded
 from dpmmd.privacy.layout import Asked, Layout, bound_of, lay_out
 from dpmmd.privacy.ledger import Ledger
 from dpmmd.privacy.metadata import Metadata, array_hash, unrecordable
+from dpmmd.privacy.modes import Modes
 from dpmmd.privacy.noise import rounded_gaussian
 from dpmmd.privacy.noising import Noised, Sampler, noise
 from dpmmd.privacy.opening import Public, open_images
 from dpmmd.privacy.partial import PartialSums
 from dpmmd.privacy.ranks import Ranks, in_all
 from dpmmd.privacy.release_file import FURTHER, Release, UnsavedRelease, arrays_of, save_spent
+from dpmmd.privacy.rows import LEAST, STANDS_OUT
 from dpmmd.privacy.sensitivity import check_adjacency, sensitivity
 from dpmmd.privacy.spending import Booking, refuse_unbooked, spend
 from dpmmd.privacy.sums import GRID_BITS
@@ -58,7 +61,7 @@ if TYPE_CHECKING:
 @in_all
 def release(
     source: Any,
-    encoder: Encoder,
+    encoder: Encoder | None,
     *,
     epsilon: float,
     delta: float,
@@ -72,6 +75,7 @@ def release(
     pixel_moments: int | None = None,
     selection: Encoder | None = None,
     shared_taps: int = 0,
+    modes: Modes | None = None,
     batch_size: int | None = None,
     out: str | os.PathLike[str] | None = None,
     ledger: str | os.PathLike[str] | None = None,
@@ -93,7 +97,8 @@ def release(
         source: private images: a torch Dataset of (image, label), a path (.npz with x and y, an
             image folder, parquet), the name of a data set, or a `dpmmd.data.ImageSource`. Code of
             your own that makes images can tie records together: try `dpmmd.privacy.audit_source`.
-        encoder: the frozen public encoder, from `dpmmd.encoders.load`.
+        encoder: the frozen public encoder, from `dpmmd.encoders.load`. None: no features, but the
+            moments of pixels alone (``pixel_moments``), such as `dpmmd.modes.fit` reads.
         epsilon: > 0.
         delta: in (0, 1), below 1 / N to mean anything.
         adjacency: ``"replace-one"`` (one image exchanged; N public), ``"zero-out"`` (one image
@@ -120,6 +125,10 @@ def release(
             all classes, with that much less noise, and the others class by class (Harder et al.
             2023, section 4). Needs ``num_classes``; the generator's labels should then come in the
             proportions of the data.
+        modes: a rule that splits every class into C modes, from `dpmmd.modes.fit` of an earlier
+            release of the same data, or public. Features, counts and the selection block are then
+            summed by class and mode, in K C rows; pixel moments stay by class. What is released
+            together with that earlier release is stated for both: their mu^2 add up.
         batch_size: images a step; no effect on the result beyond the encoder's rounding. None: as
             many as fit into `BATCH_MEMORY` (on a GPU: an eighth of its memory), at most 256.
         out: also save the release there; an existing file is refused before any image is read.
@@ -156,14 +165,17 @@ def release(
         OSError: ``out`` cannot be written, or its disk has no room; before anything is spent.
         UnsavedRelease: after the spend, ``out`` could not be written all the same. The release is
             in another file, which the message names, and in the exception's ``release``.
-        PrivacyError: the ledger was damaged or edited, the budget does not allow the release, or
-            ``partial_sums`` cannot be used.
+        PrivacyError: the ledger was damaged or edited, the budget does not allow the release,
+            ``partial_sums`` cannot be used, or ``modes`` come from a release with which no total
+            can be stated.
         RuntimeError: ``process_group`` is not initialised, or another of its processes failed:
             then all fail, and nothing is released.
 
     Warns:
         UserWarning: delta > 1 / N, which allows to publish somebody's image outright; many of the
-            records that a first look reads are not usable; the noised counts are far below N.
+            records that a first look reads are not usable; the noised counts are far below N; so
+            many modes that most will not stand out from the noise, or whose release is not in
+            ``ledger``.
     """
     if isinstance(encoder, str):
         raise TypeError(f"encoder={encoder!r}: expected dpmmd.encoders.load({encoder!r}).")
@@ -174,12 +186,13 @@ def release(
     asked = Asked(
         encoder=encoder,
         adjacency=check_adjacency(adjacency),
-        bound=bound_of(moments, bound, clip, joint_weight),
+        bound=bound_of(encoder, moments, bound, clip, joint_weight),
         num_classes=num_classes,
         weights=weights,
         pixel_moments=pixel_moments,
         selection=selection,
         shared_taps=shared_taps,
+        modes=modes,
         batch_size=batch_size,
     ).check(clip)
     refuse_unbooked(ledger, budget, population)
@@ -201,15 +214,17 @@ def release(
     claim = _claim(asked, layout, scale, public, float(epsilon), float(delta), private)
     if target is not None:
         refuse_full(target, 8 * sum(block.size for block in claim.blocks) + (1 << 20))
+    _warn_crowded(claim)
     spent = spend(opened, layout, claim, raw, booking, ranks, partial_sums)
     shown = progress and public.num_units is not None and opened.sizes is None and ranks.rank == 0
     collect(opened, layout, raw, spent, ranks, progress=shown)
     with _forgotten(spent.store):
         if ranks.rank:
-            return _everywhere(ranks, None)
+            return _everywhere(ranks, None, modes)
         sampler = insecure_test_noise or rounded_gaussian
         noised = noise(raw, layout.blocks, scale.sd, sampler)
-        return _everywhere(ranks, _sealed(noised, claim, book, spent.line, target))
+        sealed = _sealed(noised, claim, modes, book, spent.line, target)
+        return _everywhere(ranks, sealed, modes)
 
 
 @dataclass(frozen=True)
@@ -247,6 +262,7 @@ def _claim(
 
     Raises:
         ValueError: the source or the encoder says of itself what no file can hold.
+        PrivacyError: the release and the origin of its modes have no total.
     """
     specs = {name: used.spec() for name, used in layout.encoders.items()}
     bound = asked.bound
@@ -273,12 +289,14 @@ def _claim(
         num_units=public.num_units,
         image_shape=public.image_shape,
         source=public.name.encode("utf-8", "replace").decode(),  # need not be UTF-8
-        encoder=specs["encoder"],
+        encoder=specs.get("encoder"),
         pixel_encoder=specs.get("pixel_encoder"),
         selection_encoder=specs.get("selection_encoder"),
         shared_taps=asked.shared_taps,
         decoding=None if public.decoding is None else dict(public.decoding),
+        modes=None if layout.modes is None else layout.modes.record,
     )
+    refuse_unfounded(claim)
     for field, value, expected in unrecordable(claim):
         raise ValueError(
             f"{field} = {value!r}: expected {expected}; no release could be read that says so. "
@@ -288,29 +306,35 @@ def _claim(
 
 
 def _sealed(
-    noised: Noised, claim: Metadata, book: Ledger | None, line: str | None, target: Path | None
+    noised: Noised,
+    claim: Metadata,
+    modes: Modes | None,
+    book: Ledger | None,
+    line: str | None,
+    target: Path | None,
 ) -> Release:
     """The release, confirmed in the ledger and saved: a function of noised numbers and the claim.
 
     It sees no image and no sum. So whatever it computes, says or writes is as private as R: the
-    divisors and the warnings follow from the noised counts. The ledger has the hash of the arrays
-    before anything leaves.
+    divisors and the warnings follow from the noised counts. Counts of modes stay as they were
+    noised, below 1 too: what is merged of them (`rows`) has the sum of them. The ledger has the
+    hash of the arrays before anything leaves.
     """
     if noised.counts is None:
         assert claim.num_units is not None  # N is public, or there are noised counts
         counts = torch.tensor([float(claim.num_units)], dtype=torch.float64)
     else:
-        counts = noised.counts.clamp(min=1.0)
+        counts = noised.counts.clamp(min=1.0) if modes is None else noised.counts
         if claim.num_units is None:
             _warn_delta(claim.delta, int(counts.sum()))
         else:
             unit = claim.sd / (claim.blocks[-1].bound * GRID)
-            sd = unit * math.sqrt(claim.num_classes)
+            sd = unit * math.sqrt(claim.num_cells)
             _warn_few(float(noised.counts.sum()), claim.num_units, sd)
     arrays = {name: noised.arrays.get(name) for name in FURTHER}
     digest = array_hash(noised.arrays["sums"], counts, *arrays.values())
     metadata = claim.model_copy(update={"array_sha256": digest})
-    result = Release(noised.arrays["sums"], counts, metadata, **arrays)
+    result = Release(noised.arrays["sums"], counts, metadata, **arrays, modes=modes)
     if book is not None and line is not None:
         book.confirm(line, digest)
     if target is not None:
@@ -318,14 +342,14 @@ def _sealed(
     return result
 
 
-def _everywhere(ranks: Ranks, result: Release | None) -> Release:
-    """Rank 0's release, in all ranks."""
+def _everywhere(ranks: Ranks, result: Release | None, modes: Modes | None) -> Release:
+    """Rank 0's release, in all ranks; they have agreed on the modes."""
     told = None
     if result is not None:
         arrays = {name: array for name, array in arrays_of(result).items() if array is not None}
         told = result.metadata.model_dump(), arrays
     facts, found = ranks.share(told)
-    return result or Release(metadata=Metadata.model_validate(facts), **found)
+    return result or Release(metadata=Metadata.model_validate(facts), **found, modes=modes)
 
 
 @contextlib.contextmanager
@@ -358,6 +382,22 @@ def _warn_few(counted: float, num_units: int, sd: float) -> None:
             f"the noised class counts add up to {max(counted, 0):.0f} of N = {num_units} (noise "
             f"of sd {sd:.3g}): many images contributed nothing. They could not be decoded, have "
             "values outside [0, 1], or no label of 0..num_classes-1. `dpmmd inspect` says which."
+        )
+
+
+def _warn_crowded(claim: Metadata) -> None:
+    """Says before the spend that most modes will be merged, where N is public."""
+    if claim.modes is None or claim.num_units is None:
+        return
+    least = max(LEAST, STANDS_OUT * claim.sd / (claim.blocks[-1].bound * GRID))
+    by_class = claim.num_units / claim.num_classes
+    if by_class / claim.per_class < least:
+        fitting = 1 << max(0, math.floor(math.log2(max(1.0, by_class / least))))
+        advice = f"at most {fitting} a class do" if fitting > 1 else "leave them out"
+        warn(
+            f"modes: {claim.per_class} a class leave {by_class / claim.per_class:.0f} of N = "
+            f"{claim.num_units} to a mode on average, and at this epsilon a mode needs {least:.0f} "
+            f"to stand out from the noise, so that many will be merged; {advice}."
         )
 
 

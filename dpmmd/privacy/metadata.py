@@ -15,6 +15,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from dpmmd.privacy.rows import Rows
 from dpmmd.privacy.sensitivity import Block, sensitivity
 
 LARGEST = 1 << 40  # units, and values of an image
@@ -38,6 +39,35 @@ class BlockRecord(BaseModel):
     shared: int  # how many of them lie in the row that all classes share
 
 
+class Statement(BaseModel):
+    """What a release promises by itself, for those that build on it.
+
+    Attributes:
+        array_sha256: of its arrays.
+        private: False for test noise: it then promises nothing.
+    """
+
+    model_config = _STRICT
+    array_sha256: str
+    mu: float
+    epsilon: float
+    delta: float
+    adjacency: str
+    unit: str
+    private: bool
+
+
+class ModesRecord(BaseModel):
+    """What a release says of its modes (`modes.Modes`); the rule itself lies in its arrays."""
+
+    model_config = _STRICT
+    side: int
+    channels: int
+    per_class: int
+    sha256: str
+    origin: Statement | None
+
+
 class Metadata(BaseModel):
     """What a release says about itself; all of it public.
 
@@ -47,7 +77,7 @@ class Metadata(BaseModel):
     """
 
     model_config = _STRICT
-    format: Literal[2, 3] = 3
+    format: Literal[2, 3, 4] = 4
     version: str
     private: bool  # False: test noise, the whole file is stamped NOT PRIVATE
     adjacency: str
@@ -59,7 +89,7 @@ class Metadata(BaseModel):
     sensitivity: float
     noise_sd: float
     grid_bits: int
-    moments: tuple[int, ...]
+    moments: tuple[int, ...]  # of features; none where the release holds moments of pixels alone
     bound: str
     clip: float
     joint_weight: float | None
@@ -70,12 +100,43 @@ class Metadata(BaseModel):
     num_units: int | None  # N, images or groups; None: it is private (add-remove)
     image_shape: tuple[int, int, int]  # (C, H, W) that images were brought to
     source: str
-    encoder: dict[str, Any]
+    encoder: dict[str, Any] | None
     pixel_encoder: dict[str, Any] | None = None
     selection_encoder: dict[str, Any] | None = None
     shared_taps: int = 0
     decoding: dict[str, str] | None = None  # how files became pixels; None: they were none
+    modes: ModesRecord | None = None
     array_sha256: str = ""
+
+    @property
+    def features_of(self) -> dict[str, Any]:
+        """The record of the encoder whose features were released.
+
+        Raises:
+            PrivacyError: none were: the release holds moments of pixels alone.
+        """
+        if self.encoder is None:
+            raise PrivacyError(
+                "release: it holds moments of pixels alone, and no features to match. Use a "
+                "release that was made with an encoder; this one serves dpmmd.modes.fit and "
+                "dpmmd.align."
+            )
+        return self.encoder
+
+    @property
+    def per_class(self) -> int:
+        """C, the rows of a class; 1 without modes."""
+        return 1 if self.modes is None else self.modes.per_class
+
+    @property
+    def num_cells(self) -> int:
+        """K C, the rows of features, counts and selection as they were released."""
+        return self.num_classes * self.per_class
+
+    @property
+    def statement(self) -> Statement:
+        """What this release promises by itself."""
+        return Statement(**{name: getattr(self, name) for name in Statement.model_fields})
 
     def sensitivity_under(self, adjacency: str) -> float:
         """L2 sensitivity of the released blocks in grid units, by any adjacency."""
@@ -93,6 +154,10 @@ class Stated(Protocol):
     def metadata(self) -> Metadata: ...
     @property
     def counts(self) -> Tensor: ...
+    @property
+    def class_counts(self) -> Tensor: ...
+    @property
+    def rows(self) -> Rows: ...
 
 
 def unrecordable(metadata: Metadata) -> Iterator[tuple[str, object, str]]:

@@ -27,7 +27,7 @@ class Noised:
 
     Attributes:
         arrays: those of the release by name, float32, but for the counts.
-        counts: noised class counts, float64 [K], or None.
+        counts: noised counts of classes, or of classes and modes, float64 [K C], or None.
     """
 
     arrays: Mapping[str, Tensor]
@@ -53,7 +53,9 @@ def noise(raw: Raw, blocks: Blocks, sd: float, sampler: Sampler) -> Noised:
             phi += zip(by_class.chunk(n, dim=1), shared.chunk(n, dim=1), strict=True)
         else:
             arrays[part.block.name] = by_class
-    arrays["sums"] = torch.stack([sums for sums, _ in phi]).float().contiguous()  # [M, K, D]
+    arrays["sums"] = torch.zeros(0, blocks.cells, 0)
+    if phi:
+        arrays["sums"] = torch.stack([sums for sums, _ in phi]).float().contiguous()  # [M, K C, D]
     if blocks.parts[0].shared_taps:
         arrays["shared"] = torch.stack([shared for _, shared in phi]).float()
     counts = None

@@ -50,6 +50,7 @@ from dpmmd.data import ImageSource, open_source
 from dpmmd.encoders import Encoder
 from dpmmd.privacy.layout import Asked, bound_of
 from dpmmd.privacy.metadata import unit_of
+from dpmmd.privacy.modes import Modes
 from dpmmd.privacy.probes import Probes
 from dpmmd.privacy.readings import Plan
 from dpmmd.privacy.sensitivity import check_adjacency
@@ -97,7 +98,7 @@ class SourceAudit:
 
 def audit_source(
     source: Any,
-    encoder: Encoder,
+    encoder: Encoder | None,
     *,
     adjacency: str,
     num_classes: int | None = None,
@@ -112,6 +113,7 @@ def audit_source(
     pixel_moments: int | None = None,
     selection: Encoder | None = None,
     shared_taps: int = 0,
+    modes: Modes | None = None,
     batch_size: int | None = None,
     progress: bool = True,
     **source_options: Any,
@@ -140,7 +142,7 @@ def audit_source(
         neighbour: None, or a second source, opened with the same options.
         position: the place of the record in which ``neighbour`` differs, from 0 on.
         moments, bound, clip, joint_weight, weights, pixel_moments, selection, shared_taps,
-            batch_size: as for `dpmmd.release`.
+            modes, batch_size: as for `dpmmd.release`.
         progress: show a progress bar on standard error.
         **source_options: passed to `dpmmd.data.open_source`, such as ``group_by``.
 
@@ -156,12 +158,13 @@ def audit_source(
     asked = Asked(
         encoder=encoder,
         adjacency=check_adjacency(adjacency),
-        bound=bound_of(moments, bound, clip, joint_weight),
+        bound=bound_of(encoder, moments, bound, clip, joint_weight),
         num_classes=num_classes,
         weights=weights,
         pixel_moments=pixel_moments,
         selection=selection,
         shared_taps=shared_taps,
+        modes=modes,
         batch_size=batch_size,
     ).check(clip)
     if records is not None and (type(records) is not int or records < 2):
@@ -195,7 +198,7 @@ def _found(
         adjacency=asked.adjacency,
         unit=unit_of(images.group_by),
         source=images.name,
-        encoder=asked.encoder.name,
+        encoder="none" if asked.encoder is None else asked.encoder.name,
         records=probes.n,
         usable=probes.usable,
         batch_size=probes.plan.batch_size,

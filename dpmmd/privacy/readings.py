@@ -21,7 +21,7 @@ from torch import Tensor
 from dpmmd.data import Batch, ImageSource, prefetch
 from dpmmd.encoders import Encoder
 from dpmmd.privacy.blocks import Blocks, Part
-from dpmmd.privacy.collecting import add, features_of, harmless
+from dpmmd.privacy.collecting import Rows, add, features_of, harmless
 from dpmmd.privacy.layout import Asked, Layout, lay_out
 from dpmmd.privacy.opening import group_sizes
 from dpmmd.privacy.sensitivity import sensitivity
@@ -95,15 +95,15 @@ def read(
         for number, batch in zip(numbers, batches, strict=False):
             start = number * size
             n = min(size, images.num_images - start)
-            pixels, labels, valid, share = harmless(batch, layout, start, images.num_images, sizes)
-            seen.rows += row_hashes(pixels[:n], labels[:n], valid[:n])
-            seen.shares += share[:n].tolist()
-            seen.valid += valid[:n].tolist()
+            rows = harmless(batch, layout, start, images.num_images, sizes)
+            seen.rows += row_hashes(rows.pixels[:n], rows.labels[:n], rows.valid[:n])
+            seen.shares += rows.share[:n].tolist()
+            seen.valid += rows.valid[:n].tolist()
             seen.missing -= 1
             if encoders and raw is not None:
-                features = features_of(encoders, pixels)
-                add(layout.blocks, raw, features, labels, valid, share)
-                seen.contributions += _contributions(layout, features, labels, valid, share, n)
+                features = features_of(encoders, rows.pixels)
+                add(layout.blocks, raw, features, rows)
+                seen.contributions += _contributions(layout, features, rows, n)
     lacking = images.num_images - len(seen.rows)  # rows of batches that did not come
     seen.rows += [b""] * lacking
     seen.shares += [1] * lacking
@@ -124,27 +124,23 @@ def _hash(array: np.ndarray) -> bytes:
 
 
 def _contributions(
-    layout: Layout,
-    features: Mapping[str, list[Tensor]],
-    labels: Tensor,
-    valid: Tensor,
-    share: Tensor,
-    n: int,
+    layout: Layout, features: Mapping[str, list[Tensor]], rows: Rows, n: int
 ) -> list[bytes]:
     """The hash of what each of the first n rows adds: with every row as a class of its own."""
-    told = zip(labels.tolist(), valid.tolist(), share.tolist(), strict=True)
-    hashes = [f"{k} {v} {s}".encode() for k, v, s in told][:n]
+    told = zip(*(t.tolist() for t in rows[1:]), strict=True)  # class, cell, validity, share
+    hashes = [" ".join(map(str, one)).encode() for one in told][:n]
     for part in map(_alone, layout.blocks.parts):
         width = part.width**2 if part.kind.products else part.dim
         for start in range(0, n, step := max(1, _ROWS_AT_ONCE // max(1, width))):
-            rows = slice(start, min(start + step, n))
-            alone = Blocks((part,), None, m := rows.stop - start)
+            some = slice(start, min(start + step, n))
+            alone = Blocks((part,), None, m := some.stop - start)
             raw = alone.zero(layout.device)
-            own = {name: [f[rows] for f in taps] for name, taps in features.items()}
+            own = {name: [f[some] for f in taps] for name, taps in features.items()}
             numbers = torch.arange(m, device=layout.device)
-            add(alone, raw, own, numbers, valid[rows], share[rows])
+            picked = Rows(*(t[some] for t in rows))._replace(labels=numbers, cells=numbers)
+            add(alone, raw, own, picked)
             vectors = raw.parts[0].take()[0].view(m, -1).numpy()
-            for row, vector in zip(range(*rows.indices(n)), vectors, strict=True):
+            for row, vector in zip(range(*some.indices(n)), vectors, strict=True):
                 hashes[row] += _hash(vector)
     return hashes
 

@@ -11,7 +11,8 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,13 @@ from torch import Tensor
 from dpmmd._warn import warn
 from dpmmd.files import expanded, write_atomically
 from dpmmd.privacy.checks import Checks
+from dpmmd.privacy.composition import epsilon_of, together
 from dpmmd.privacy.metadata import Metadata, PrivacyError
+from dpmmd.privacy.modes import Modes
 from dpmmd.privacy.printed import plain, up
+from dpmmd.privacy.rows import Rows
 
-FORMATS = (2, 3)  # that are read; what was added to 3 has the values of before in a file of 2
+FORMATS = (2, 3, 4)  # that are read; what was added later has the values of before in older files
 _UNREADABLE = (SafetensorError, ValueError, TypeError, LookupError, RuntimeError, AttributeError)
 
 
@@ -49,16 +53,20 @@ class Release:
 
     Attributes:
         sums: noised class sums R of every moment, float32 [M, K, D]; of a hybrid release (with
-            ``shared_taps``), of the taps that are not shared.
+            ``shared_taps``), of the taps that are not shared; with ``modes`` of every class and
+            mode, [M, K C, D]; [0, K, 0] of a release of moments of pixels alone.
         counts: images per class to divide by, float64 [K]: N where it is public and there is one
-            class, else the released noisy counts (at least 1).
+            class, else the released noisy counts (at least 1). With ``modes`` those of every class
+            and mode as they were noised, [K C], which may be below 1; `rows` has the divisors.
         metadata: privacy parameters, encoder and layout.
-        selection: noised class sums of the selection block, float32 [K, D'], or None.
+        selection: noised class sums of the selection block, float32 [K, D'], or None; with
+            ``modes`` [K C, D'].
         shared: of a hybrid release, noised sums of the shared taps, float32 [M, 1, D''], or None.
         pixels: noised sums of pixels, by class, float32 [K, d] (`dpmmd.encoders.pixels`), or None.
         products: noised sums of their products over all classes, float32 [d, d] and symmetric, or
             None. Their common scale is up to a percent below that of products of ``pixels``.
         class_products: the same class by class, float32 [K, d, d], or None.
+        modes: the rule by which its classes are split, or None.
     """
 
     sums: Tensor
@@ -69,18 +77,30 @@ class Release:
     pixels: Tensor | None = None
     products: Tensor | None = None
     class_products: Tensor | None = None
+    modes: Modes | None = None
+
+    @cached_property
+    def rows(self) -> Rows:
+        """The rows that generated images are matched with; without modes, the classes.
+
+        Modes that do not stand out from their noise are merged: they cost no privacy.
+        """
+        m, sd = self.metadata, 0.0
+        if self.modes is not None:
+            sd = m.sd / 2**m.grid_bits / m.blocks[-1].bound  # of counts, the last block
+        return Rows.of(self.counts, self.sums, self.selection, m.per_class, sd)
 
     @property
     def target(self) -> Tensor:
-        """The noised class means m~ = R / n, float32 [M, K, D]."""
-        return (self.sums.double() / self.counts[None, :, None]).float()
+        """The noised means m~ = R / n of the `rows`, float32 [M, A, D]; without modes A is K."""
+        return (self.rows.sums.double() / self.rows.counts[None, :, None]).float()
 
     @property
     def selection_target(self) -> Tensor | None:
-        """The noised class means of the selection block, float32 [K, D'], or None."""
-        if self.selection is None:
+        """The noised means of the selection block, float32 [A, D'], or None."""
+        if (selection := self.rows.selection) is None:
             return None
-        return (self.selection.double() / self.counts[:, None]).float()
+        return (selection.double() / self.rows.counts[:, None]).float()
 
     @property
     def shared_target(self) -> Tensor | None:
@@ -90,19 +110,40 @@ class Release:
         """
         if self.shared is None:
             return None
-        return (self.shared.double() / (self.metadata.num_units or self.counts.sum())).float()
+        whole = self.metadata.num_units or self.class_counts.sum()
+        return (self.shared.double() / whole).float()
+
+    @property
+    def class_counts(self) -> Tensor:
+        """Images of each class to divide by, float64 [K], at least 1."""
+        if self.modes is None:
+            return self.counts
+        return self.counts.view(self.num_classes, -1).sum(1).clamp(min=1.0)
 
     @property
     def num_classes(self) -> int:
+        """K."""
         return self.metadata.num_classes
+
+    @property
+    def num_rows(self) -> int:
+        """A, the rows of `target`; without modes K."""
+        return len(self.rows.classes)
 
     def __repr__(self) -> str:
         m = self.metadata
         stamp = "" if m.private else "NOT PRIVATE, "
+        encoder = None if m.encoder is None else m.encoder.get("name")
+        split = ""
+        if m.modes is not None:
+            split = f", modes={m.per_class} a class ({self.num_rows} rows)"
+            if m.modes.origin is not None:
+                both = epsilon_of(together(m), m.delta)
+                split += f", epsilon={up(both)} together with the release of its modes"
         return (
             f"Release({stamp}epsilon={up(m.epsilon)}, delta={up(m.delta)}, {m.adjacency}, "
             f"moments={m.moments}, classes={m.num_classes}, "
-            f"encoder={plain(repr(m.encoder.get('name')))}, D={self.sums.shape[2]})"
+            f"encoder={plain(repr(encoder))}, D={self.sums.shape[2]}{split})"
         )
 
     def report(self) -> str:
@@ -119,6 +160,9 @@ class Release:
         """
         path = expanded(path)
         tensors = {k: v.contiguous() for k, v in arrays_of(self).items() if v is not None}
+        if self.modes is not None:
+            rule = self.modes.directions, self.modes.thresholds
+            tensors |= dict(zip(RULE, rule, strict=True))
         text = self.metadata.model_dump_json()
         data = encode(tensors, metadata={"dpmmd": text, "sha256": _text_hash(text)})
         write_atomically(path, data, overwrite=overwrite)
@@ -144,7 +188,7 @@ class Release:
             with safe_open(str(path), framework="pt") as file:
                 kept = file.metadata() or {}
                 names = set(file.keys())
-                if "dpmmd" not in kept or names - set(FURTHER) != {"sums", "counts"}:
+                if "dpmmd" not in kept or names - {*FURTHER, *RULE} != {"sums", "counts"}:
                     raise PrivacyError(f"{path}: a safetensors file, but not a dpmmd release.")
                 tensors = {name: file.get_tensor(name).clone() for name in names}
             metadata = _metadata(kept, str(path))
@@ -162,12 +206,15 @@ class Release:
             metadata,
             *(tensors.get(further) for further in FURTHER),
         )
-        Checks(metadata, arrays_of(release), str(path)).run()
-        return release
+        rule = tensors.get(RULE[0]), tensors.get(RULE[1])
+        modes = Checks(metadata, arrays_of(release), rule, str(path)).run()
+        return replace(release, modes=modes)
 
 
 # Arrays that a release may have, in the order of its fields and of their hash.
-FURTHER = tuple(f.name for f in fields(Release) if f.name not in ("sums", "counts", "metadata"))
+_APART = ("sums", "counts", "metadata", "modes")
+FURTHER = tuple(f.name for f in fields(Release) if f.name not in _APART)
+RULE = ("mode_directions", "mode_thresholds")  # of modes, which have a hash of their own
 
 
 def arrays_of(release: Release) -> dict[str, Tensor | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -10,6 +11,8 @@ from scipy.special import ndtr, ndtri
 
 from dpmmd.data.classes import listed
 from dpmmd.privacy import accounting, evidence
+from dpmmd.privacy.blocks import KINDS
+from dpmmd.privacy.composition import epsilon_of, together
 from dpmmd.privacy.ledger import Ledger
 from dpmmd.privacy.metadata import BlockRecord, Metadata, Stated
 from dpmmd.privacy.printed import at_least, down, percent, plain, up
@@ -45,25 +48,20 @@ def meaning(adjacency: str, unit: str) -> str:
 def facts(release: Stated, ledger: Ledger | None = None) -> dict[str, Any]:
     """The report as a JSON-able dictionary; every number follows from ``mu`` and the metadata.
 
-    With a ledger it also has the total over all releases of the same population, and raises
-    PrivacyError if this release is not in it. Texts are as they were recorded, for JSON; `rows`
-    makes them harmless.
+    They are of this release alone but for "promise" and "together", which are of this release and
+    the one that its modes were fitted to. With a ledger it also has the total over all releases of
+    the same population, and raises PrivacyError if this release is not in it. Texts are as they
+    were recorded, for JSON; `rows` makes them harmless.
     """
-    m = release.metadata
+    m, encoder = release.metadata, release.metadata.encoder or {}
     result = {
         "private": m.private,
         "promise": promise(release),
         "mu": m.mu,
         "epsilon": m.epsilon,
         "delta": m.delta,
-        "epsilon_at": {
-            repr(d): accounting.epsilon(mu=m.mu, delta=d) for d in (m.delta, 1e-5, 1e-6)
-        },
-        "zcdp_rho": at_least(Fraction(m.mu) ** 2 / 2),
-        "attacker_advantage": accounting.delta(mu=m.mu, epsilon=0.0),
-        "attacker_true_positive_rate_at": {
-            repr(fpr): true_positives(m.mu, fpr) for fpr in (0.01, 0.001)
-        },
+        **_follows(m.mu, m.delta),
+        "together": _together(m),
         "adjacency": m.adjacency,
         "unit": m.unit,
         "by_adjacency": _by_adjacency(m),
@@ -71,6 +69,7 @@ def facts(release: Stated, ledger: Ledger | None = None) -> dict[str, Any]:
         "num_classes": m.num_classes,
         "class_names": None if m.class_names is None else list(m.class_names),
         "released_counts": [round(n, 1) for n in release.counts.tolist()],
+        "modes": _modes(release),
         "labels": "private" if m.labelled else "not read",
         "assumed_public": _public(release),
         "sensitivity": at_least(Fraction(m.sensitivity) / 2**m.grid_bits * Fraction(m.clip)),
@@ -80,8 +79,8 @@ def facts(release: Stated, ledger: Ledger | None = None) -> dict[str, Any]:
         **evidence.facts(m.version),  # "tested" and "evidence"
         "source": m.source,
         "decoding": m.decoding,
-        "encoder": m.encoder["name"],
-        "encoder_weights_sha256": m.encoder["weights_sha256"],
+        "encoder": encoder.get("name"),  # None: no features, moments of pixels alone
+        "encoder_weights_sha256": encoder.get("weights_sha256"),
         "version": m.version,
         "array_sha256": m.array_sha256,
     }
@@ -90,15 +89,67 @@ def facts(release: Stated, ledger: Ledger | None = None) -> dict[str, Any]:
     return result
 
 
+def _follows(mu: float, delta: float) -> dict[str, Any]:
+    """What a mu means, in other terms."""
+    return {
+        "epsilon_at": {repr(d): accounting.epsilon(mu=mu, delta=d) for d in (delta, 1e-5, 1e-6)},
+        "zcdp_rho": at_least(Fraction(mu) ** 2 / 2),
+        "attacker_advantage": accounting.delta(mu=mu, epsilon=0.0),
+        "attacker_true_positive_rate_at": {
+            repr(fpr): true_positives(mu, fpr) for fpr in (0.01, 0.001)
+        },
+    }
+
+
+def _together(m: Metadata) -> dict[str, Any] | None:
+    """Both releases, where the modes of this one were fitted to another; None where they were not.
+
+    Stated under the adjacency and for the unit of this release, at its delta.
+    """
+    if m.modes is None or m.modes.origin is None:
+        return None
+    mu = together(m)
+    return {
+        "mu": mu,
+        "epsilon": epsilon_of(mu, m.delta),
+        "delta": m.delta,
+        "adjacency": m.adjacency,
+        "unit": m.unit,
+        "origin": m.modes.origin.model_dump(),
+        **_follows(mu, m.delta),
+    }
+
+
+def _modes(release: Stated) -> dict[str, Any] | None:
+    record = release.metadata.modes
+    if record is None:
+        return None
+    rows = release.rows
+    return {
+        "per_class": record.per_class,
+        "side": record.side,
+        "sha256": record.sha256,
+        "public": record.origin is None,
+        "rows_by_class": rows.classes.bincount(minlength=release.metadata.num_classes).tolist(),
+        "row_counts": [round(n, 1) for n in rows.counts.tolist()],
+    }
+
+
 def _block(release: Stated, block: BlockRecord) -> dict[str, Any]:
     """What one block holds, and its noise."""
     m = release.metadata
     # phi blocks are released in units of the clip norm; selection and counts in their own
     norm = m.clip if block.name.startswith("phi") else 1.0
     noise_sd = m.sd / 2**m.grid_bits * norm / block.bound
-    noise_norm = noise_sd * math.sqrt((block.size - block.shared) / m.num_classes)
-    shared_norm = noise_sd * math.sqrt(block.shared) / (m.num_units or release.counts.sum())
-    by_class = [noise_norm / n for n in release.counts.tolist()]
+    by_mode = block.kind == "counts" or KINDS[block.name].encoder != "pixel_encoder"
+    counts, merged = release.class_counts.tolist(), [1] * m.num_classes
+    if by_mode:
+        counts, merged = release.rows.counts.tolist(), [len(own) for own in release.rows.cells]
+    sums = m.num_cells if by_mode else m.num_classes
+    noise_norm = noise_sd * math.sqrt((block.size - block.shared) / sums)
+    shared_norm = noise_sd * math.sqrt(block.shared) / (m.num_units or release.class_counts.sum())
+    norms = [noise_norm * math.sqrt(c) / n for c, n in zip(merged, counts, strict=True)]
+    per = "row" if by_mode and m.modes is not None else "class"
     return {
         "name": block.name,
         "kind": block.kind,
@@ -107,8 +158,8 @@ def _block(release: Stated, block: BlockRecord) -> dict[str, Any]:
         "nonnegative": block.nonnegative,
         "size": block.size,
         "noise_sd": noise_sd,  # of a class sum; of a count, in images
-        # of a class mean, with the released divisors
-        "expected_noise_norm_per_class": by_class if block.kind == "sums" else None,
+        # of a mean of a class, or of a row of class and mode, with the released divisors
+        f"expected_noise_norm_per_{per}": norms if block.kind == "sums" else None,
         "expected_noise_norm_shared": float(shared_norm) if block.shared else None,
     }
 
@@ -170,11 +221,25 @@ def promise(release: Stated) -> str:
     m = release.metadata
     if not m.private:
         return "NOT PRIVATE: made with test noise. It promises nothing; do not publish it."
+    what = "This release, and everything computed from it, is"
+    mu, epsilon, parts = m.mu, m.epsilon, ""
+    if m.modes is not None and (origin := m.modes.origin) is not None:
+        mu = together(m)
+        epsilon = epsilon_of(mu, m.delta)
+        what = (
+            f"This release, the release {origin.array_sha256[:12]}, which its modes were fitted to,"
+            " and everything computed from both are together"
+        )
+        parts = (
+            f" Of that the release by itself takes ({up(m.epsilon)}, {up(m.delta)}), and the other "
+            f"one ({up(origin.epsilon)}, {up(origin.delta)})"
+            f"{'' if origin.adjacency == m.adjacency else f' under {origin.adjacency}'}."
+        )
     return (
-        f"This release, and everything computed from it, is ({up(m.epsilon)}, {up(m.delta)})-"
+        f"{what} ({up(epsilon)}, {up(m.delta)})-"
         f"differentially private with respect to {m.adjacency} adjacency: two data sets that differ"
         f" in {meaning(m.adjacency, m.unit)}, cannot be told apart better than by "
-        f"{up(m.mu, 4)}-GDP."
+        f"{up(mu, 4)}-GDP.{parts}"
     )
 
 
@@ -195,26 +260,13 @@ def markdown(release: Stated, ledger: Ledger | None = None) -> str:
 
 def rows(f: dict[str, Any]) -> list[tuple[str, str]]:
     """The table of the report, from `facts`: bounds rounded outward, names made harmless."""
-    result = [
-        ("mu (Gaussian DP)", up(f["mu"])),
-        ("(epsilon, delta)", f"({up(f['epsilon'])}, {up(f['delta'])})"),
-    ]
+    both = f["together"]
+    result = []
+    if both is not None:
+        result += _level_rows(both, ", with the release of its modes")
+    result += _level_rows(f, ", this release alone" if both is not None else "")
     result += [
-        (f"epsilon at delta = {up(float(d))}", up(e, 4))
-        for d, e in f["epsilon_at"].items()
-        if float(d) != f["delta"]
-    ]
-    rates = f["attacker_true_positive_rate_at"]
-    result += [
-        ("zCDP rho", up(f["zcdp_rho"], 4)),
-        ("attacker's advantage", f"at most {percent(f['attacker_advantage'], 1)} over guessing"),
-        (
-            "attacker's true-positive rate",
-            ", ".join(
-                f"at most {percent(r, 2)} at {float(p):.1%} false positives"
-                for p, r in rates.items()
-            ),
-        ),
+        *([("modes", _modes_row(f))] if f["modes"] else []),
         ("adjacency", f"{f['adjacency']} ({meaning(f['adjacency'], f['unit'])})"),
         *(_adjacency_row(f, name) for name in f["by_adjacency"] if name != f["adjacency"]),
         (
@@ -227,7 +279,7 @@ def rows(f: dict[str, Any]) -> list[tuple[str, str]]:
         ("noise sd / sensitivity", down(f["sd_over_sensitivity"])),
         ("source", plain(f["source"])),
         *([("files to pixels", _decoding(f["decoding"]))] if f["decoding"] else []),
-        ("encoder", f"{plain(f['encoder'])} (weights {plain(f['encoder_weights_sha256'][:12])})"),
+        ("encoder", _encoder_row(f)),
         ("released array", f"sha256 {f['array_sha256']}"),
         ("dpmmd", plain(f["version"])),
     ]
@@ -243,6 +295,53 @@ def rows(f: dict[str, Any]) -> list[tuple[str, str]]:
     if "ledger" in f:
         result += _ledger_rows(f["ledger"])
     return result
+
+
+def _level_rows(f: dict[str, Any], of: str) -> list[tuple[str, str]]:
+    """The guarantee of `facts`, or of both releases together, in all its terms."""
+    rates = f["attacker_true_positive_rate_at"]
+    return [
+        (f"mu (Gaussian DP){of}", up(f["mu"])),
+        (f"(epsilon, delta){of}", f"({up(f['epsilon'])}, {up(f['delta'])})"),
+        *(
+            (f"epsilon at delta = {up(float(d))}{of}", up(e, 4))
+            for d, e in f["epsilon_at"].items()
+            if float(d) != f["delta"]
+        ),
+        (f"zCDP rho{of}", up(f["zcdp_rho"], 4)),
+        (
+            f"attacker's advantage{of}",
+            f"at most {percent(f['attacker_advantage'], 1)} over guessing",
+        ),
+        (
+            f"attacker's true-positive rate{of}",
+            ", ".join(
+                f"at most {percent(r, 2)} at {float(p):.1%} false positives"
+                for p, r in rates.items()
+            ),
+        ),
+    ]
+
+
+def _modes_row(f: dict[str, Any]) -> str:
+    rows = f["modes"]["rows_by_class"]
+    source = "a public rule"
+    if f["together"] is not None:
+        origin = f["together"]["origin"]
+        source = (
+            f"fitted to the release {plain(origin['array_sha256'][:12])}, which takes "
+            f"({up(origin['epsilon'])}, {up(origin['delta'])}) under {origin['adjacency']}"
+        )
+    return (
+        f"{f['modes']['per_class']} a class, of which {sum(rows)} rows stand out from the noise "
+        f"({_range(rows)} a class); {source}"
+    )
+
+
+def _encoder_row(f: dict[str, Any]) -> str:
+    if f["encoder"] is None:
+        return "none: moments of pixels alone"
+    return f"{plain(f['encoder'])} (weights {plain(f['encoder_weights_sha256'][:12])})"
 
 
 def _adjacency_row(f: dict[str, Any], adjacency: str) -> tuple[str, str]:
@@ -291,18 +390,21 @@ def utility(f: dict[str, Any]) -> list[str]:
     for block in f["blocks"]:
         if block["kind"] == "counts":
             lines.append(
-                f"class counts: noise sd {block['noise_sd']:.3g} images; together "
+                f"{'counts of modes' if f['modes'] else 'class counts'}: noise sd "
+                f"{block['noise_sd']:.3g} images; together "
                 f"{sum(f['released_counts']):.0f} usable images (far fewer than there are? then "
                 "they could not be decoded, or are floating-point images outside [0, 1])"
             )
             continue
-        norms = block["expected_noise_norm_per_class"]
+        per = "class" if "expected_noise_norm_per_class" in block else "row"
+        norms = block[f"expected_noise_norm_per_{per}"]
         squares = sum(n * n for n in norms)
         shared = ""
         if (norm := block["expected_noise_norm_shared"]) is not None:
             shared, squares = f", on the mean of the shared taps {norm:.3g}", squares + norm * norm
         lines.append(
-            f"{block['name']}: expected norm of the noise on a class mean "
+            f"{block['name']}: expected norm of the noise on a "
+            f"{'class mean' if per == 'class' else 'mean of a class and mode'} "
             f"{_range(norms)}{shared}, against means of norm at most "
             f"{up(block['bound'])}; the squared MMD to the noised target exceeds "
             f"that to the true one by {squares:.3g} in expectation, whatever "
@@ -311,7 +413,7 @@ def utility(f: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _range(values: list[float]) -> str:
+def _range(values: Sequence[float]) -> str:
     low, high = f"{min(values):.3g}", f"{max(values):.3g}"
     return low if low == high else f"{low} to {high}"
 
@@ -333,8 +435,11 @@ def _public(release: Stated) -> list[str]:
     public = [
         _classes(m) if m.labelled else "that there are no labels",
         "the shape {} x {} x {} that images are brought to".format(*m.image_shape),
-        f"the encoder {m.encoder['name']} and its training data",
     ]
+    if m.encoder is not None:
+        public.append(f"the encoder {m.encoder['name']} and its training data")
+    if m.modes is not None and m.modes.origin is None:
+        public.append(f"the rule by which each class is split into {m.per_class} modes")
     if m.num_units is not None:
         units = "images" if m.unit == "image" else f"units ({m.unit})"
         public.insert(0, f"the number of {units}, N = {m.num_units}")

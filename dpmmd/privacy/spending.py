@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from dpmmd._warn import warn
 from dpmmd.data.look import check_source
 from dpmmd.privacy.blocks import Raw
 from dpmmd.privacy.composition import check_population
@@ -116,6 +117,7 @@ def spend(
     if book is not None and not (line and book.is_open(line)):
         asked = _asked(opened, claim, booking)
         book.check(**asked)  # a release that is refused looks at no image
+        _warn_unwritten(claim, book)
     ranks.gather(None)
     check_source(images, layout.batch_size)  # the last that may speak of private records
     if book is not None and asked:
@@ -145,6 +147,19 @@ def _try_encoders(layout: Layout, image_shape: tuple[int, int, int]) -> None:
     with torch.inference_mode():
         for used in {id(used): used for used in layout.encoders.values()}.values():
             used(torch.zeros(layout.batch_size, *image_shape, device=layout.device))
+
+
+def _warn_unwritten(claim: Metadata, book: Ledger) -> None:
+    """Modes whose release is not in the ledger: its totals then lack that release."""
+    if claim.modes is None or (origin := claim.modes.origin) is None:
+        return
+    entries = book.entries() if book.path.exists() else []
+    if origin.array_sha256 not in {entry.array_sha256 for entry in entries}:
+        warn(
+            f"modes: fitted to the release {origin.array_sha256[:12]}, which is not in the ledger, "
+            "so that the ledger's totals and its budget leave it out. Keep both releases of the "
+            "same people in one ledger."
+        )
 
 
 def _one_line(

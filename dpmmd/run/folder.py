@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
@@ -15,6 +16,11 @@ from dpmmd.files import write_atomically
 from dpmmd.privacy import Release
 from dpmmd.recipe import Recipe
 from dpmmd.train import CHECKPOINT, load_checkpoint
+
+Say = Callable[[str], None]
+
+RELEASE = "release.safetensors"
+MOMENTS = "moments.safetensors"  # of pixels, where they are a release of their own
 
 
 def is_new(folder: Path, settings: Recipe) -> bool:
@@ -40,21 +46,43 @@ def is_new(folder: Path, settings: Recipe) -> bool:
     return True
 
 
-def release_of(checkpoint: Path, given: Path | None) -> Release | None:
-    """The release that a checkpoint was trained on: the file given, or the run folder's.
+@dataclass(frozen=True, eq=False)
+class Released:
+    """What a run has released.
+
+    Attributes:
+        release: of features: what a generator is trained on.
+        moments: of pixels, to which its modes were fitted; None: ``release`` has no modes, or
+            (of a folder that a run did not make) their file is not there.
+    """
+
+    release: Release
+    moments: Release | None = None
+
+
+def releases_of(checkpoint: Path, given: Path | None) -> Released | None:
+    """What a checkpoint was trained on: the file given, or the run folder's; None: neither.
+
+    The moments are looked for in the same folder.
 
     Raises:
         RunError: the file given is another release.
     """
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent.parent
-    path = given or folder / "release.safetensors"
+    path = given or folder / RELEASE
     if given is None and not path.exists():
         return None
     file = folder / "checkpoints" / CHECKPOINT if checkpoint.is_dir() else checkpoint
     released = Release.load(path)
     if released.metadata.array_sha256 != load_checkpoint(file)["array_sha256"]:
         raise RunError(f"{path}: is not the release that {file} was trained on.")
-    return released
+    beside = path.parent / MOMENTS
+    origin = None if released.modes is None else released.modes.origin
+    if origin is not None and beside.exists():
+        moments = Release.load(beside)
+        if moments.metadata.array_sha256 == origin.array_sha256:
+            return Released(released, moments)
+    return Released(released)
 
 
 def encoders_of(path: Path) -> tuple[str, ...]:

@@ -3,38 +3,29 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dpmmd import generators, precision, recipe, train
-from dpmmd.data import ImageSource, open_source
+from dpmmd import precision, recipe, train
 from dpmmd.devices import choose_device
 from dpmmd.encoders import Encoder
 from dpmmd.errors import RunError
 from dpmmd.evaluate import check_classifiers
 from dpmmd.files import expanded, write_atomically
 from dpmmd.metrics import Extractor
-from dpmmd.nn import check_encoder
-from dpmmd.privacy import Release
-from dpmmd.privacy import release as make_release
-from dpmmd.privacy.metadata import unit_of
-from dpmmd.privacy.printed import up
 from dpmmd.privacy.report import facts
 from dpmmd.recipe import Recipe
 from dpmmd.run import evaluation
-from dpmmd.run.folder import Measured, is_new
-from dpmmd.run.noiseless import NO_NOISE_EPSILON, no_noise, stated_epsilon
+from dpmmd.run.folder import MOMENTS, RELEASE, Measured, Released, Say, is_new
+from dpmmd.run.releases import Releasing
 from dpmmd.run.report import make_report
 from dpmmd.run.samples import write_samples
-from dpmmd.train import CHECKPOINT, Trained, plan
+from dpmmd.train import CHECKPOINT, Trained, ahead
 from dpmmd.train.plan import Plan
-
-Say = Callable[[str], None]
 
 
 def run(
@@ -79,7 +70,7 @@ def run(
         released = job.release()
     except Exception:
         # Nothing was released: leave no folder that a corrected recipe could not use.
-        if new and not job.release_path.exists():
+        if new and not job.has_released:
             (folder / "recipe.toml").unlink()
             folder.rmdir()
         raise
@@ -125,7 +116,7 @@ class Job:
             RunError, ValueError: settings that would only fail after privacy has been spent.
         """
         _check(settings, device)
-        encoder, selection = plan.loaded(settings, device)
+        encoder, selection = ahead.loaded(settings, device)
         finished = (folder / "report.json").exists()
         extractors = [] if finished else evaluation.extractors_of(settings, device)
         measured = Measured(folder / "measured.json")
@@ -137,38 +128,37 @@ class Job:
     def precision(self) -> str:
         """One line that says in which precision everything is computed."""
         trained = precision.of_generator(self.settings.train.precision, self.device)
-        released = self.release_path.exists()
+        released = (self.folder / RELEASE).exists()
         return precision.told(self.encoder.precision, trained, self.device, released=released)
 
     @property
-    def release_path(self) -> Path:
-        return self.folder / "release.safetensors"
+    def has_released(self) -> bool:
+        """Whether something was released."""
+        return any((self.folder / name).exists() for name in (MOMENTS, RELEASE))
 
-    def release(self) -> Release:
+    def release(self) -> Released:
         """The one stage that reads private images and spends privacy."""
-        data, wanted, path = self.settings.data, self.settings.release, self.release_path
-        if path.exists():
-            released = Release.load(path)
-            self._check_release(released)
-            self.say(f"release: found {path}, finished; re-used, no further privacy is spent")
-        else:
-            self.say(
-                f"release: {data.source} ({data.split}), encoder {self.encoder.name}, D = "
-                f"{self.encoder.dim}, epsilon = {up(wanted.epsilon)}, delta = {up(wanted.delta)}, "
-                f"{wanted.adjacency}"
-            )
-            if math.isinf(wanted.epsilon):
-                self.say("release: epsilon = inf adds NO NOISE: NOT PRIVATE, for comparison only")
-            with self.measured.stage("release"):
-                released = self._spend()
-        if not released.metadata.private:
-            stamp = f"{facts(released)['promise']}\n"
+        releasing = Releasing(
+            self.settings,
+            self.folder,
+            self.device,
+            self.encoder,
+            self.selection,
+            self.measured,
+            self.say,
+            self.progress,
+        )
+        released = releasing()
+        self.plan = releasing.plan
+        told = facts(released.release)
+        if not told["private"]:
+            stamp = f"{told['promise']}\n"
             write_atomically(self.folder / "NOT_PRIVATE", stamp.encode(), overwrite=True)
-        privacy = json.dumps(facts(released), indent=2) + "\n"
+        privacy = json.dumps(told, indent=2) + "\n"
         write_atomically(self.folder / "privacy.json", privacy.encode(), overwrite=True)
         return released
 
-    def train(self, released: Release) -> Trained:
+    def train(self, released: Released) -> Trained:
         """A generator; costs no privacy."""
         checkpoint = self.folder / "checkpoints" / CHECKPOINT
         step = int(train.load_checkpoint(checkpoint)["step"]) if checkpoint.exists() else 0
@@ -179,7 +169,7 @@ class Job:
             origin = f"resumes at step {step} of" if step else "starts:"
             self.say(f"train: {origin} {wanted.steps} steps, batch {wanted.batch_size}")
         trained = train.train(
-            released,
+            released.release,
             self.encoder,
             settings=wanted,
             generator_settings=self.settings.generator,
@@ -192,7 +182,7 @@ class Job:
         self.measured.write()
         return trained
 
-    def sample(self, released: Release, trained: Trained) -> None:
+    def sample(self, released: Released, trained: Trained) -> None:
         """The synthetic set, its card and a picture; costs no privacy."""
         path = self.folder / "synthetic.npz"
         if path.exists():
@@ -206,11 +196,12 @@ class Job:
                 self.settings.sample,
                 picture=self.folder / "samples.png",
                 card=self.folder / "README.md",
-                release=released,
+                release=released.release,
+                moments=released.moments,
                 progress=self.progress,
             )
 
-    def evaluate(self, released: Release) -> dict[str, Any]:
+    def evaluate(self, released: Released) -> dict[str, Any]:
         """The content of ``report.json``. Reads real images, which the release does not cover."""
         path = self.folder / "report.json"
         if path.exists():
@@ -223,7 +214,7 @@ class Job:
         if self._compares:
             with self.measured.stage("evaluate"):
                 accuracy, figures, told = self._compared()
-        report = make_report(released, accuracy, self.measured, figures, told)
+        report = make_report(released.release, accuracy, self.measured, figures, told)
         write_atomically(path, (json.dumps(report, indent=2) + "\n").encode())
         return report
 
@@ -231,81 +222,6 @@ class Job:
     def _compares(self) -> bool:
         """Whether the synthetic set is compared with real images."""
         return self.settings.evaluate is not None or self.settings.metrics is not None
-
-    def _spend(self) -> Release:
-        data, wanted = self.settings.data, self.settings.release
-        source = open_source(
-            data.source,
-            split=data.split,
-            num_classes=data.num_classes,
-            group_by=data.group_by,
-            allow_empty=wanted.adjacency == "add-remove",
-            **data.options(),
-        )
-        self._check_source(source)
-        return make_release(
-            source,
-            self.encoder,
-            **{**wanted.arguments(), "epsilon": min(wanted.epsilon, NO_NOISE_EPSILON)},
-            insecure_test_noise=no_noise if math.isinf(wanted.epsilon) else None,
-            num_classes=data.num_classes,
-            selection=self.selection,
-            out=self.release_path,
-            progress=self.progress,
-        )
-
-    def _check_source(self, source: ImageSource) -> None:
-        """Refuses what would only fail after privacy has been spent; makes the memory plan."""
-        settings, data, channels = self.settings, self.settings.data, source.image_shape[0]
-        if data.num_images is not None and source.num_images != data.num_images:
-            raise RunError(
-                f"data.num_images = {data.num_images}: {data.source} ({data.split}) holds "
-                f"{source.num_images} images; is it the right one, and whole? If so, correct "
-                "the key or leave it out."
-            )
-        look = settings.generator.completed(source.image_shape)
-        model = generators.build(**look.arguments(), num_classes=data.num_classes)
-        if (budget := settings.train.memory) is not None:
-            model = model.to(self.device)
-            self.plan = plan.before_release(settings, budget, self.encoder, model, channels)
-        if settings.release.pixel_moments is not None and look.channels != channels:
-            raise RunError(
-                f"release.pixel_moments: {data.source} has {channels} channels, "
-                f"the generator makes {look.channels}; alignment needs them equal. Set "
-                "channels in [generator] or [data], or leave pixel_moments out."
-            )
-        if not self._compares:
-            return
-        made = (look.channels, look.image_size, look.image_size)
-        if source.image_shape != made:
-            raise RunError(
-                f"generator: makes images (C, H, W) = {made}, those of {data.source} are "
-                f"{source.image_shape}; evaluation needs them equal. Set image_size and "
-                "channels in [generator] or [data]."
-            )
-        evaluation.check_test(settings, source)
-
-    def _check_release(self, released: Release) -> None:
-        """Refuses a release that the recipe would not have made."""
-        m, data, wanted = released.metadata, self.settings.data, self.settings.release
-        side = None if m.pixel_encoder is None else int(m.pixel_encoder["image_size"][0])
-        same = ("delta", "adjacency", "moments", "bound", "clip", "joint_weight", "shared_taps")
-        pairs = {
-            "epsilon": (stated_epsilon(released), wanted.epsilon),
-            **{key: (getattr(m, key), getattr(wanted, key)) for key in same},
-            "pixel_moments": (side, wanted.pixel_moments),
-            "unit": (m.unit, unit_of(data.group_by)),
-            "num_classes": (m.num_classes, data.num_classes or 1),
-        }
-        for name, (found, asked) in pairs.items():
-            if found != asked:
-                raise RunError(
-                    f"{self.release_path}: made with {name} = {found!r}, the recipe asks for "
-                    f"{asked!r}. Choose another folder with --out."
-                )
-        check_encoder(released, self.encoder)
-        if self.selection is not None:
-            check_encoder(released, self.selection, selection=True)
 
     def _compared(self) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         """Accuracies, metrics, and what is said of the sets."""

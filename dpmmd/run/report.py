@@ -12,6 +12,7 @@ from typing import Any
 from dpmmd.errors import RunError
 from dpmmd.files import expanded
 from dpmmd.privacy import Release
+from dpmmd.privacy.composition import epsilon_of, together
 from dpmmd.run.folder import Measured
 from dpmmd.run.noiseless import stated_epsilon
 
@@ -30,12 +31,9 @@ def make_report(
     told: dict[str, Any],
 ) -> dict[str, Any]:
     m = released.metadata
-    privacy = {key: getattr(m, key) for key in ("epsilon", "delta", "mu", "adjacency", "unit")}
-    if math.isinf(stated_epsilon(released)):
-        privacy |= {"epsilon": None, "mu": None}  # no noise: there is no number
     return {
         "private": m.private,
-        "privacy": privacy,
+        "privacy": _privacy(released),
         "accuracy": accuracy,
         "metrics": figures,
         **told,
@@ -44,6 +42,24 @@ def make_report(
         "peak_rss_bytes": measured.peak(),
         "version": m.version,
     }
+
+
+def _privacy(released: Release) -> dict[str, Any]:
+    """What a run promises: with modes both releases together, and each of them."""
+    m = released.metadata
+    origin = None if m.modes is None else m.modes.origin
+    parts = [m.statement] if origin is None else [origin, m.statement]
+    told: list[dict[str, float | None]] = [
+        {"epsilon": part.epsilon, "delta": part.delta, "mu": part.mu} for part in parts
+    ]
+    whole = told[0]
+    if len(parts) > 1:
+        mu = together(m)
+        whole = {"epsilon": epsilon_of(mu, m.delta), "delta": m.delta, "mu": mu}
+    if math.isinf(stated_epsilon(released)):  # no noise: there is no number
+        whole, *told = ({**each, "epsilon": None, "mu": None} for each in (whole, *told))
+    of = {"adjacency": m.adjacency, "unit": m.unit}
+    return {**whole, **of, **({"releases": told} if len(parts) > 1 else {})}
 
 
 def metric_rows(figures: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:

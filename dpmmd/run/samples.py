@@ -23,16 +23,18 @@ def write_samples(
     picture: Path,
     card: Path | None = None,
     release: Release | None = None,
+    moments: Release | None = None,
     format: str = "npz",
     overwrite: bool = False,
     progress: bool = True,
 ) -> None:
     """Writes a synthetic set (`dpmmd.export.write`), a grid of samples (PNG) and a card (Markdown).
 
-    The card says what ``release`` promises; without it there is none. If it holds moments of
-    pixels, the images are aligned with them.
+    The card says what ``release`` promises; without it there is none. Images are aligned with the
+    moments of pixels that ``moments``, if there is one, or else ``release`` holds.
 
     Args:
+        moments: the release that the modes of ``release`` were fitted to.
         settings: how many images, and how; a plan that was trained by sets how many at a time at
             most.
     """
@@ -42,6 +44,7 @@ def write_samples(
         sample,
         trained.generator,
         num_classes=trained.num_classes,
+        modes=trained.modes,
         batch_size=at_once,
         temperature=temperature,
     )
@@ -49,9 +52,9 @@ def write_samples(
     classes = trained.class_names
     if classes is None and release is not None:  # trained by a version that kept no names
         classes = release.metadata.class_names
-    alignment = None
-    if release is not None and release.pixels is not None:
-        alignment = align.fit(release, *draw(_FITTED, seed=seed + 1)).to(device)
+    alignment, origin = None, moments or release
+    if origin is not None and origin.pixels is not None:
+        alignment = align.fit(origin, *draw(_FITTED, seed=seed + 1)).to(device)
     images, labels = draw(settings.num_images, alignment=alignment, seed=seed, progress=progress)
     grid = sample_grid(
         trained.generator,
@@ -59,9 +62,13 @@ def write_samples(
         device,
         at_once,
         temperature=temperature,
+        modes=trained.modes,
         alignment=alignment,
     )
     save_png(picture, grid)
+    modes = None
+    if settings.modes and trained.modes is not None:
+        modes = trained.modes.modes()[trained.modes.drawn(len(images))].numpy()
     if release is not None and card is not None:
         told = export.card(
             release,
@@ -71,6 +78,16 @@ def write_samples(
             step=trained.selected_step,
             temperature=temperature,
             seed=seed,
+            aligned=alignment is not None,
+            modes=modes is not None,
         )
         write_atomically(card, told.encode(), overwrite=True)
-    export.write(path, images, labels, format=format, classes=classes, overwrite=overwrite)
+    export.write(
+        path,
+        images,
+        labels,
+        format=format,
+        classes=classes,
+        modes=modes,
+        overwrite=overwrite,
+    )

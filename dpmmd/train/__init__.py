@@ -9,14 +9,16 @@ from dpmmd.train.checkpoint import (
 from dpmmd.train.graph import is_graphed
 from dpmmd.train.loop import train
 from dpmmd.train.pictures import sample_grid, save_png, tile
-from dpmmd.train.sampling import balanced_labels, sample
+from dpmmd.train.sampling import Mixture, balanced_labels, batch_labels, sample
 from dpmmd.train.state import Trained
 
 __all__ = [
     "CHECKPOINT",
     "CheckpointError",
+    "Mixture",
     "Trained",
     "balanced_labels",
+    "batch_labels",
     "is_graphed",
     "load_checkpoint",
     "load_generator",

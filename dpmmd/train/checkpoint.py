@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from dpmmd.errors import first_line
 from dpmmd.files import expanded
 from dpmmd.generators import build
 from dpmmd.recipe import GeneratorSection
+from dpmmd.train.sampling import Mixture
 from dpmmd.train.state import State, Task, Trained, take_over
 
 CHECKPOINT = "last.pt"
@@ -111,6 +112,13 @@ _FIELDS: dict[str, _Field] = {
     ),
     "num_classes": _Field(lambda task, _: task.num_classes),
     "class_names": _Field(lambda task, _: task.release.metadata.class_names),
+    "modes": _fixed(
+        lambda task: None if task.modes is None else asdict(task.modes),
+        lambda *_: (
+            "its labels are other rows than those of the release, whose modes another version "
+            "of dpmmd merged; go on with that one, or train in another folder."
+        ),
+    ),
     "selection": _fixed(
         lambda task: task.selection,
         lambda found, _: (
@@ -152,7 +160,7 @@ _FIELDS: dict[str, _Field] = {
     "global_rng": _attribute("global_rng"),
 }
 # What older checkpoints lack.
-_ABSENT = {"processes": 1, "class_names": None}
+_ABSENT = {"processes": 1, "class_names": None, "modes": None}
 
 
 def save(folder: Path, task: Task, state: State) -> None:
@@ -225,6 +233,7 @@ def load_generator(path: str | Path, generator: nn.Module | None = None) -> Trai
     if path.is_dir():
         path = path / "checkpoints" / CHECKPOINT
     state = {**_ABSENT, **load_checkpoint(path)}
+    modes = None if (rows := state["modes"]) is None else Mixture(**rows)
     if generator is None:
         record = state["generator_settings"]
         if set(record) != set(GeneratorSection.model_fields):
@@ -233,7 +242,8 @@ def load_generator(path: str | Path, generator: nn.Module | None = None) -> Trai
                 "pass an instance as generator=..."
             )
         look = GeneratorSection(**record)
-        generator = build(**look.arguments(), num_classes=state["num_classes"])
+        labels = state["num_classes"] if modes is None else len(modes.classes)
+        generator = build(**look.arguments(), num_classes=labels)
     averaged = AveragedModel(generator, use_buffers=True)
     kept = state["best"] or {"step": state["step"], "averaged": state["averaged"]}
     _load(averaged, kept["averaged"])
@@ -245,4 +255,5 @@ def load_generator(path: str | Path, generator: nn.Module | None = None) -> Trai
         float(state["seconds"]),
         int(kept["step"]),
         None if (names := state["class_names"]) is None else tuple(names),
+        modes=modes,
     )

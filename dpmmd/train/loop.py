@@ -63,7 +63,8 @@ def train(
         encoder: the encoder it was made with.
         generator: any nn.Module called as ``generator(z, y)``, z float32 [n, z_dim], y int64 [n] or
             None, that returns images [n, C, H, W] in [0, 1] and has an attribute ``z_dim``.
-            None: one built from ``generator_settings``.
+            None: one built from ``generator_settings``. Of a release with modes, y are rows
+            (`dpmmd.nn.MMDLoss`), ``release.num_rows`` of them.
         settings: steps, batch size, rates, estimator, seed.
         generator_settings: which generator to build where ``generator`` is None.
         selection_encoder: the encoder of the release's selection block. The weights kept are then
@@ -88,7 +89,8 @@ def train(
         CheckpointError: the checkpoint in ``out`` cannot be used.
         ValueError: ``settings.graph=True`` elsewhere than on a CUDA device, over several processes
             or with a memory budget, ``settings.precision="bfloat16"`` on a device without it, a
-            batch of fewer images than processes, or processes that were not started alike.
+            batch of fewer images than processes, processes that were not started alike, or, with
+            modes, a generator for classes, shared taps or batches without two images of a row.
         TypeError: ``generator`` has no attribute ``z_dim``.
         PrivacyError: release and encoder do not belong together.
         PlanError: ``settings.memory`` is not enough for a step, or ``plan`` is one for another
@@ -102,6 +104,7 @@ def train(
     team = Team(process_group, device_of(encoder))
     _check_team(team, release, encoder, settings, look, selection_encoder)
     graphed = is_graphed(settings, team.device, team, generator, planned=plan is not None)
+    _check_rows(release, settings, generator)
     generator, record = _made(generator, look, release, settings.seed)
     generator = generator.to(team.device).train()
     plan = _planned(plan, team, release, encoder, generator, settings)
@@ -121,6 +124,7 @@ def train(
         inject=settings.inject,
         process_group=process_group,
     ).train()
+    loss._rows_known = True
     optimizer = adam(generator, settings, team.device, graphed)
     selection = None
     if selection_encoder is not None:
@@ -145,15 +149,42 @@ def _made(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The caller's generator, or one built by its settings; and the record of it."""
     if generator is None:
-        num_classes = release.num_classes if release.metadata.labelled else None
+        labelled = release.metadata.labelled or release.modes is not None
+        rows = release.num_rows if labelled else None
         with seeded(seed):
-            return build(**look.arguments(), num_classes=num_classes), look.model_dump(mode="json")
+            return build(**look.arguments(), num_classes=rows), look.model_dump(mode="json")
     if not isinstance(getattr(generator, "z_dim", None), int):
         raise TypeError(
             f"generator: {type(generator).__qualname__} has no integer attribute z_dim, the "
             "size of the latent vectors that it takes; set it."
         )
     return generator, {"name": type(generator).__qualname__}
+
+
+def _check_rows(release: Release, settings: TrainSection, generator: nn.Module | None) -> None:
+    """Refuses what does not go with the rows of a release with modes."""
+    if release.modes is None:
+        return
+    rows, built = release.num_rows, getattr(generator, "num_classes", None)
+    if isinstance(built, int) and built != rows:
+        raise ValueError(
+            f"generator: it has num_classes={built}; the release has modes, {rows} rows of "
+            f"{release.num_classes} classes, and rows are the labels. Build it with "
+            f"num_classes=release.num_rows ({rows})."
+        )
+    if release.shared is not None:
+        raise ValueError(
+            f"release: it has both modes and shared_taps={release.metadata.shared_taps}; those are "
+            "matched by the mean over a batch, and a batch has some of the rows alone, in equal "
+            "parts. Make one with shared_taps=0, or train in a loop of your own with rows in "
+            "proportion to release.rows.counts."
+        )
+    if settings.estimator == "unbiased" and settings.batch_size < 2:
+        raise ValueError(
+            f"settings.batch_size={settings.batch_size} with settings.estimator='unbiased': it "
+            "takes pairs of images of a row; use batches of at least 2 images, better 100, or the "
+            "estimator 'batch'."
+        )
 
 
 def _planned(
@@ -171,7 +202,7 @@ def _planned(
         return given
     if settings.memory is None:
         return None
-    budget, target = settings.memory, Target.of(release.metadata)
+    budget, target = settings.memory, Target.of(release)
     return team.each(lambda: planning.make(budget, encoder, generator, target, own))
 
 
@@ -269,7 +300,9 @@ def _loop(
                 bar.set_postfix(loss=f"{number:.4f}", refresh=False)
                 logs.scalars(state.step, loss=number, lr=rate(settings, state.step - 1))
             if state.step % settings.grid_every == 0 and logs.active:
-                grid = sample_grid(generator, task.num_classes, team.device, limits.generated)
+                grid = sample_grid(
+                    generator, task.num_classes, team.device, limits.generated, modes=task.modes
+                )
                 logs.grid(state.step, grid)
             state.seconds = before + perf_counter() - started
             if due and selection is not None:

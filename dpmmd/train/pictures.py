@@ -10,7 +10,7 @@ from torch import nn
 
 from dpmmd.export import png
 from dpmmd.files import expanded, write_atomically
-from dpmmd.train.sampling import seeded
+from dpmmd.train.sampling import Mixture, labels_of, seeded
 
 
 def sample_grid(
@@ -19,22 +19,25 @@ def sample_grid(
     device: torch.device,
     at_once: int | None = None,
     columns: int = 10,
+    modes: Mixture | None = None,
     temperature: float = 1.0,
     alignment: nn.Module | None = None,
 ) -> np.ndarray:
     """uint8 [C, H', W']: a row per class (or ten rows), the same latent points on every call.
 
     ``at_once`` images go through the generator together; None: all. ``temperature`` is the latent
-    points' standard deviation, ``alignment`` as in `sample`. The generator's mode and torch's
-    global random state stay as they are.
+    points' standard deviation, ``modes`` and ``alignment`` as in `sample`. Whether the generator is
+    in training and torch's global random state stay as they are.
     """
     rows = num_classes or 10
     rng = torch.Generator().manual_seed(0)
     z = torch.randn(rows * columns, int(generator.z_dim), generator=rng)  # type: ignore[arg-type]
     z = z.mul_(temperature).to(device)
-    y = None
-    if num_classes is not None:
-        y = torch.arange(rows).repeat_interleave(columns).to(device)
+    turns = torch.arange(rows * columns).view(columns, rows).T.flatten()  # classes come in turn
+    y, labels = (
+        None if t is None else t[turns].to(device)
+        for t in labels_of(rows * columns, num_classes, modes)
+    )
     training = generator.training
     generator.eval()
     with torch.no_grad(), seeded(0):
@@ -45,7 +48,7 @@ def sample_grid(
         ]
         made = torch.cat(parts).clamp(0, 1)
         if alignment is not None:
-            made = alignment(made, y)
+            made = alignment(made, labels)
         images = made.mul(255).round().to(torch.uint8).cpu().numpy()
     generator.train(training)
     return tile(images, columns)

@@ -18,16 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpmmd import encoders, generators, precision
+from dpmmd import precision
 from dpmmd._memory import Meter, return_memory_at_once
 from dpmmd.bounds import Bound
-from dpmmd.data.named import NAMED
 from dpmmd.devices import device_of
 from dpmmd.encoders import Encoder
 from dpmmd.nn import MMDLoss
 from dpmmd.privacy.metadata import Metadata
 from dpmmd.privacy.release_file import Release
-from dpmmd.recipe import Recipe, TrainSection
+from dpmmd.recipe import TrainSection
+from dpmmd.train.sampling import IMAGES_PER_ROW
 
 _PROBE_BYTES = 96 << 20  # of a measurement: far above the pages that come and go by themselves
 _PROBE_NUMBERS = 8 << 20
@@ -44,14 +44,24 @@ class Target:
     """What of a release decides how much a step needs."""
 
     bound: Bound
-    num_classes: int
+    num_classes: int  # with modes: rows, of which a class has several
     labelled: bool
     shared_taps: int
+    modes: bool = False
 
     @classmethod
-    def of(cls, metadata: Metadata) -> Target:
-        m = metadata
-        return cls(Bound.of(m), m.num_classes, m.labelled, m.shared_taps)
+    def of(cls, release: Release | Metadata) -> Target:
+        """That of a release, or of its metadata, which do not say how its modes are merged."""
+        m = release if isinstance(release, Metadata) else release.metadata
+        rows = m.num_cells if isinstance(release, Metadata) else release.num_rows
+        modes = m.modes is not None
+        return cls(Bound.of(m), rows, m.labelled or modes, m.shared_taps, modes)
+
+    def rows_of(self, settings: TrainSection) -> int:
+        """How many rows a batch has."""
+        each = settings.images_per_row or (IMAGES_PER_ROW if self.modes else None)
+        n = settings.batch_size
+        return self.num_classes if each is None else min(self.num_classes, max(1, n // each))
 
     def numbers(self, encoder: Encoder) -> int:
         """How many there are in the release's mean embedding."""
@@ -260,71 +270,6 @@ def make(
     )
 
 
-def of_recipe(settings: Recipe, memory: str, device: torch.device) -> Plan:
-    """The plan of a recipe's training, without a look at its data.
-
-    Args:
-        settings: the recipe.
-        memory: see `parse`.
-        device: where it would train.
-
-    Raises:
-        PlanError: as `make`, or the recipe does not say which size the images have.
-    """
-    data = settings.data
-    known = NAMED[data.source].shape if data.source in NAMED else None
-    side = data.image_size if data.image_size is not None else known and known[1:]
-    if settings.generator.image_size is None and side is None:
-        raise PlanError(
-            f"recipe: it does not say which size the images of {data.source!r} have, and a plan "
-            "does not open them; set image_size in [generator] or [data]."
-        )
-    height, width = (side, side) if isinstance(side, int) else (side or (0, 0))
-    shape = (data.channels or (known[0] if known else 3), height, width)
-    encoder, selection = loaded(settings, device)
-    look = settings.generator.completed(shape)
-    generator = generators.build(**look.arguments(), num_classes=data.num_classes).to(device)
-    plan = before_release(settings, memory, encoder, generator, shape[0])
-    del selection  # it is held beside the other while training runs
-    return plan
-
-
-def loaded(settings: Recipe, device: torch.device) -> tuple[Encoder, Encoder | None]:
-    """A recipe's encoder and that of its selection block, if there is to be one."""
-    encoder = encoders.load(**settings.encoder.arguments()).to(device)
-    if settings.selection is None:
-        return encoder, None
-    return encoder, encoders.load(**settings.selection.arguments()).to(device)
-
-
-def before_release(
-    settings: Recipe, memory: str, encoder: Encoder, generator: nn.Module, channels: int
-) -> Plan:
-    """The plan of a recipe's training, beside a release that is not made yet.
-
-    Args:
-        settings: the recipe.
-        memory: see `parse`.
-        encoder, generator: on their device.
-        channels: of the private images.
-
-    Raises:
-        PlanError: as `make`.
-    """
-    wanted, labels = settings.release, settings.data.num_classes
-    target = Target(Bound.of(wanted), labels or 1, labels is not None, wanted.shared_taps)
-    numbers = target.numbers(encoder)
-    if (small := wanted.pixel_moments) is not None:
-        pixels = channels * small**2 + 1
-        weights = wanted.weights or {}
-        squares = (weights.get("products") != 0) + target.num_classes * bool(
-            weights.get("class_products")
-        )
-        numbers += (target.num_classes + squares * pixels) * pixels
-    held = 4 * numbers if device_of(generator).type == "cpu" else 0  # the release
-    return make(memory, encoder, generator, target, settings.train, held=held)
-
-
 @dataclass(frozen=True)
 class _Choice:
     micro_batch: int
@@ -381,9 +326,10 @@ class _Model:
         self.meter, self.device = meter, meter.device
         self.encoder, self.target, self.settings = encoder, target, settings
         self.precision = precision.of_generator(settings.precision, self.device)
-        self.n, self.classes = settings.batch_size, target.num_classes
-        self.row = 4 * len(target.bound.moments) * encoder.dim  # of one class
-        self.means_bytes = self.classes * self.row
+        self.n, self.rows = settings.batch_size, target.num_classes
+        self.rows_in_batch = target.rows_of(settings)
+        self.row = 4 * len(target.bound.moments) * encoder.dim  # bytes of one
+        self.means_bytes = self.rows * self.row
         self.numbers = target.numbers(encoder)
         self.weights = sum(p.numel() * p.element_size() for p in generator.parameters())
         buffers = sum(b.numel() * b.element_size() for b in generator.buffers())
@@ -405,7 +351,7 @@ class _Model:
         made, chunk, m = self.generator[choice.recompute], self.chunk, choice.micro_batch
         one = m == self.n
         images = self.image_bytes * self.n
-        rows = (self._classes_of(m) - 1) * self.row  # a chunk was measured with one class
+        rows = (self._rows_of(m) - 1) * self.row  # a chunk was measured with one
         means = 0 if one else self.means_bytes
         value, _ = self.estimator[choice.state]
         loss = max(
@@ -432,9 +378,10 @@ class _Model:
         )
         return time + self.estimator[choice.state][1] * self.means_bytes / 4
 
-    def _classes_of(self, m: int) -> int:
-        """The most classes that a chunk of a batch with classes in turn has."""
-        return min(self.classes, m, math.ceil((m - 1) / max(1.0, self.n / self.classes)) + 1)
+    def _rows_of(self, m: int) -> int:
+        """The most rows that a chunk of a batch with rows in turn has."""
+        rows = self.rows_in_batch
+        return min(rows, m, math.ceil((m - 1) / max(1.0, self.n / rows)) + 1)
 
     def _measure_generator(self, generator: nn.Module) -> list[int]:
         """Returns (C, H, W) of its images."""
@@ -447,7 +394,7 @@ class _Model:
             z = torch.randn(n, latent, device=self.device)
             y = None
             if self.target.labelled:
-                y = torch.arange(n, device=self.device) % self.classes
+                y = torch.arange(n, device=self.device) % self.rows
 
             def forward() -> Tensor:
                 out = precision.generated(probe, z, y, self.precision, self.device)
@@ -548,8 +495,8 @@ class _Model:
         loss = self._loss(state, part)
         blocks = [loss.by_class, *([] if loss.shared is None else [loss.shared])]
         dim = sum(block.target.shape[2] for block in blocks)
-        means = torch.rand(blocks[0].target.shape[0], self.classes, dim, device=self.device)
-        counts = torch.full((self.classes,), 10.0, device=self.device)
+        means = torch.rand(blocks[0].target.shape[0], self.rows, dim, device=self.device)
+        counts = torch.full((self.rows,), 10.0, device=self.device)
 
         def value() -> Tensor:
             leaf = means.detach().requires_grad_()
@@ -571,7 +518,7 @@ class _Model:
             bound=bound.kind,
             clip=bound.clip,
             joint_weight=bound.joint_weight,
-            num_classes=self.classes,
+            num_classes=self.rows,
             labelled=target.labelled,
             shared_taps=shared,
             encoder=self.encoder.spec(),
@@ -579,8 +526,8 @@ class _Model:
             num_units=1,
         )
         release = Release(
-            torch.rand(moments, self.classes, sum(taps[shared:])),
-            torch.ones(self.classes, dtype=torch.float64),
+            torch.rand(moments, self.rows, sum(taps[shared:])),
+            torch.ones(self.rows, dtype=torch.float64),
             metadata,
             None,
             torch.rand(moments, 1, sum(taps[:shared])) if shared else None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from dpmmd.nn import MMDLoss
 from dpmmd.privacy.release_file import Release
 from dpmmd.recipe import TrainSection
 from dpmmd.train.plan import Limits
-from dpmmd.train.sampling import seeded
+from dpmmd.train.sampling import IMAGES_PER_ROW, Mixture, mark, seeded
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +26,7 @@ class Trained:
 
     Attributes:
         generator: in eval mode, with averaged weights if the settings ask for them.
-        num_classes: K, or None if it takes no labels.
+        num_classes: K, or None if it knows no classes.
         selected_step: the step whose weights these are: the last, or the best by the release's
             selection block.
         private: False if the release was stamped NOT PRIVATE.
@@ -33,6 +34,7 @@ class Trained:
         seconds: spent on training, over all resumptions.
         class_names: of the classes 0..K-1, or None where the release has none.
         limits: of the plan that it was trained by.
+        modes: which labels of the generator make up each class; None: labels are classes.
     """
 
     generator: nn.Module
@@ -43,6 +45,11 @@ class Trained:
     selected_step: int
     class_names: tuple[str, ...] | None = None
     limits: Limits = field(default_factory=Limits)
+    modes: Mixture | None = None
+
+    def __post_init__(self) -> None:
+        if self.modes is not None:
+            mark(self.generator, self.modes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +75,23 @@ class Task:
         """K; None without labels."""
         m = self.release.metadata
         return m.num_classes if m.labelled else None
+
+    @cached_property
+    def modes(self) -> Mixture | None:
+        return Mixture.of(self.release)
+
+    @property
+    def num_rows(self) -> int | None:
+        """How many labels the generator has; None: it takes none."""
+        return self.num_classes if self.modes is None else len(self.modes.classes)
+
+    @property
+    def images_per_row(self) -> int | None:
+        """Of the rows that are in a batch; None: all rows are, image by image in turn."""
+        wanted = self.settings.images_per_row
+        if wanted is None and self.modes is not None:
+            wanted = min(IMAGES_PER_ROW, self.settings.batch_size)
+        return wanted
 
 
 class Average(AveragedModel):
@@ -168,6 +192,7 @@ class State:
             self.step if self.best is None else self.best["step"],
             task.release.metadata.class_names,
             limits,
+            task.modes,
         )
 
 

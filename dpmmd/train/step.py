@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dpmmd import precision
 from dpmmd.recipe import TrainSection
-from dpmmd.train.sampling import balanced_labels
+from dpmmd.train.sampling import batch_labels
 from dpmmd.train.state import State, Task
 
 
@@ -43,21 +43,21 @@ class Stepper:
         self.whole = whole.shape
         self.z = task.team.share(whole).to(device)
         self.y = None
-        if task.num_classes is not None:
-            self.y = task.team.share(balanced_labels(n, task.num_classes)).to(device)
+        if (labels := self._labels(0)) is not None:
+            self.y = task.team.share(labels).to(device)
         self.value = torch.zeros((), device=device)
 
     def advance(self) -> Tensor:
         """One step; returns the loss, on its device."""
-        state, n = self.state, self.task.settings.batch_size
+        state = self.state
         for group in state.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate(self.task.settings, state.step))
             else:
                 group["lr"] = rate(self.task.settings, state.step)
         self._fill(self.z, torch.randn(self.whole, generator=state.rng))
-        if self.y is not None and self.task.num_classes is not None:
-            self._fill(self.y, balanced_labels(n, self.task.num_classes, offset=state.step * n))
+        if self.y is not None and (labels := self._labels(state.step)) is not None:
+            self._fill(self.y, labels)
         state.averaged.begin(state.step)
         self._run()
         state.step += 1
@@ -66,6 +66,13 @@ class Stepper:
 
     def check(self) -> None:
         """Raises a ValueError if the last step's images are none; here every step has looked."""
+
+    def _labels(self, step: int) -> Tensor | None:
+        """Of the whole batch of a step."""
+        task = self.task
+        if task.num_rows is None:
+            return None
+        return batch_labels(task.settings.batch_size, task.num_rows, task.images_per_row, step)
 
     def _fill(self, place: Tensor, whole: Tensor) -> None:
         """Copies from the host without waiting: pinned memory is not reused before it is read."""

@@ -657,6 +657,39 @@ def test_release_refuses(
     assert files(folder) == before
 
 
+def test_a_release_of_pixels_and_one_with_its_modes(call: Call, folder: Path) -> None:
+    first, second = folder / "first.safetensors", folder / "second.safetensors"
+    made = call(
+        *release_arguments(folder, out=first, encoder="none", pixel_moments=4, num_classes=3),
+        "--json",
+    ).json
+    assert made["encoder"] is None
+    told = call("privacy", first)
+    assert "none: moments of pixels alone" in told.out
+    arguments = release_arguments(folder, out=second, num_classes=3)
+    both = call(*arguments, "--modes", first, "--per-class", 2, "--json").json
+    assert both["together"]["origin"]["array_sha256"] == made["array_sha256"]
+    assert both["together"]["epsilon"] > both["epsilon"]
+    assert both["modes"]["per_class"] == 2
+    refused(call("train", first, "--out", folder / "run"), "moments of pixels alone")
+
+
+@pytest.mark.parametrize(
+    ("options", "phrases"),
+    [
+        (["--per-class", 8], ("--per-class 8: needs --modes FIRST.safetensors",)),
+        (["--modes", "first.safetensors"], ("--modes first.safetensors: needs --per-class C",)),
+        (["--modes", "absent.st", "--per-class", 2], ("absent.st: no such release",)),
+        (["--encoder", "none"], ("needs pixel_moments=SIDE (--pixel-moments SIDE)",)),
+    ],
+)
+def test_modes_are_asked_for_whole(
+    call: Call, folder: Path, options: list[object], phrases: tuple[str, ...]
+) -> None:
+    refused(call(*release_arguments(folder), *options), *phrases)
+    assert not (folder / "r.safetensors").exists()
+
+
 def test_weights_of_another_hash_are_refused(call: Call, folder: Path) -> None:
     (folder / "w.pkl").write_bytes(b"other weights")
     before = files(folder)
@@ -892,7 +925,7 @@ def test_bad_input_is_refused_before_private_data_are_opened(
     def opened(*_: object, **__: object) -> None:
         raise AssertionError("private data were opened")
 
-    monkeypatch.setattr(runs.job, "open_source", opened)
+    monkeypatch.setattr(runs.releases, "open_source", opened)
     text = (folder / "mine.toml").read_text()
     assert old in text
     if "'unbiased'" in phrases[0]:

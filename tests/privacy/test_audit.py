@@ -103,6 +103,23 @@ def test_every_bound(bound: str) -> None:
     assert result.epsilon_lower >= 0.85
 
 
+@pytest.mark.filterwarnings("ignore:modes")
+@pytest.mark.parametrize("adjacency", ADJACENCIES)
+def test_rows_of_modes_keep_the_claim_and_nearly_reach_it(adjacency: str) -> None:
+    """All canaries are of the first mode of their class; the second has noise alone."""
+
+    def make(source: object, encoder: Any, **options: Any) -> Release:
+        thresholds = torch.zeros(options["num_classes"], 1, dtype=torch.int64)
+        modes = dpmmd.Modes(1, 3, torch.zeros(1, 1, 3, dtype=torch.int64), thresholds)
+        released = dpmmd.release(source, encoder, modes=modes, **options)
+        return dataclasses.replace(released, sums=released.sums[:, ::2].contiguous())
+
+    result = audited(make, adjacency=adjacency)
+    assert result.verdict == "consistent"
+    assert result.epsilon_lower >= 0.85
+    assert result.sensitivity_reached > 0.99
+
+
 # ----------------------------------------------------------------------------- broken releases
 
 

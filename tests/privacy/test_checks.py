@@ -12,19 +12,30 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import dpmmd
 from dpmmd.privacy import PrivacyError, Release, accounting
-from dpmmd.privacy.metadata import array_hash
-from dpmmd.privacy.release_file import FURTHER
-from tests.conftest import images, nonnegative_encoder, small_encoder
+from dpmmd.privacy.metadata import Statement, array_hash
+from dpmmd.privacy.release_file import FURTHER, RULE
+from tests.conftest import images, nonnegative_encoder, small_encoder, small_modes
 
 Tensors = dict[str, Tensor]
 Edit = Callable[[dict[str, Any], Tensors], None]
+
+
+@cache
+def origin() -> Statement:
+    """Of the release that the modes of another were fitted to."""
+    made = dpmmd.release(
+        images(40), None, pixel_moments=3, epsilon=1.0, delta=1e-3, adjacency="replace-one",
+        progress=False,
+    )  # fmt: skip
+    return made.metadata.statement
 
 
 @cache
@@ -39,6 +50,9 @@ def made(kind: str) -> Release:
         "selection": {"selection": nonnegative_encoder()},
         "shared": {"shared_taps": 1, "moments": (1, 2), "joint_weight": 2.0},
         "pooled": {},
+        "modes": {"modes": small_modes(origin=origin()), "selection": nonnegative_encoder()},
+        "public modes": {"modes": small_modes(classes=1), "num_classes": None, "pixel_moments": 3},
+        "alone": {"pixel_moments": 3, "weights": {"class_products": 0.5}},
     }[kind]
     source: Any = images(40)
     if kind == "grouped":
@@ -47,6 +61,7 @@ def made(kind: str) -> Release:
         source.patients = [i // 2 for i in range(40)]
         options |= {"group_by": "patients"}
     encoder = small_encoder(pool=2) if kind == "pooled" else small_encoder()
+    encoder = None if kind == "alone" else encoder
     given = {"epsilon": 2.0, "delta": 1e-3, "adjacency": "replace-one", "num_classes": 3}
     return dpmmd.release(source, encoder, **{**given, **options}, progress=False)
 
@@ -60,6 +75,9 @@ def forged(path: Path, kind: str, edit: Edit, *, rehash: bool = True) -> Path:
         for name in ("sums", "counts", *FURTHER)
         if (tensor := getattr(release, name)) is not None
     }
+    if release.modes is not None:
+        rule = release.modes.directions, release.modes.thresholds
+        tensors |= {name: array.clone() for name, array in zip(RULE, rule, strict=True)}
     edit(fields, tensors)
     if rehash:
         arrays = [tensors.get(name) for name in ("sums", "counts", *FURTHER)]
@@ -133,6 +151,25 @@ def asymmetric(name: str) -> Edit:
         tensors[name][..., 0, 1] += 1
 
     return edit
+
+
+def with_rule(fields: dict[str, Any], tensors: Tensors) -> None:
+    """A release without modes whose file has their arrays."""
+    rule = made("modes").modes
+    assert rule is not None
+    tensors |= dict(zip(RULE, (rule.directions, rule.thresholds), strict=True))
+
+
+def nudged(name: str) -> Edit:
+    def edit(fields: dict[str, Any], tensors: Tensors) -> None:
+        tensors[name].view(-1)[0] += 1
+
+    return edit
+
+
+def with_encoder(fields: dict[str, Any], tensors: Tensors) -> None:
+    """Moments of pixels alone that are said to stand beside features."""
+    fields["encoder"] = json.loads(made("plain").metadata.model_dump_json())["encoder"]
 
 
 def decoded(orientation: str, background: str) -> dict[str, str]:
@@ -247,6 +284,57 @@ EDITS: list[tuple[str, str, Edit, str]] = [
     ("plain", "N", put("num_units", value=10**30), r"num_units = 10+, expected .* at most"),
     ("plain", "shape", put("image_shape", value=[3, 10**15, 8]), r"image_shape = .*at most"),
     ("plain", "format", put("format", value=3.0), r"format 3\.0"),
+    # modes
+    ("modes", "sha", put("modes", "sha256", value="0" * 64), r"modes\.sha256 = '000"),
+    ("modes", "C", put("modes", "per_class", value=8), r"modes\.per_class = 8, expected 4"),
+    ("modes", "C", put("modes", "per_class", value=0), r"modes\.per_class = 0, expected 4"),
+    ("modes", "C", put("modes", "per_class", value=4.0), r"modes\.per_class: .*integer"),
+    ("modes", "side", put("modes", "side", value=9), r"modes = 'directions: \[1, 2, 64\]"),
+    ("modes", "side", put("modes", "side", value=-8), "modes = 'side=-8"),
+    ("modes", "side", put("modes", "side", value=10**30), "modes = 'side="),
+    ("modes", "channels", put("modes", "channels", value=3), "modes = 'directions"),
+    ("modes", "more", put("modes", "more", value=1), r"modes\.more: extra"),
+    ("modes", "none", put("modes", value=None), "modes = None, expected null, and no arrays"),
+    ("plain", "arrays", with_rule, "modes = None, expected null, and no arrays of modes"),
+    ("modes", "arrays", dropped("mode_thresholds"), "modes = 'without arrays'"),
+    ("modes", "arrays", dropped(*RULE), "modes = 'without arrays'"),
+    ("modes", "rule", nudged("mode_directions"), r"modes\.sha256"),
+    ("modes", "rule", nudged("mode_thresholds"), r"modes\.sha256"),
+    ("modes", "rule", put("mode_directions", ..., value=2**21, array=True), "whole numbers"),
+    ("modes", "rule", put("mode_thresholds", value=torch.ones(3, 2), array=True), "int64 tensor"),
+    ("modes", "classes", put("mode_thresholds", value=torch.ones(4, 2).long(), array=True),
+     r"modes\.num_classes = 4, expected 3"),
+    ("modes", "bits", put("mode_thresholds", value=torch.ones(3, 1).long(), array=True), "modes ="),
+    ("modes", "classes", put("num_classes", value=4), r"modes\.num_classes = 3, expected 4"),
+    ("modes", "shape", put("image_shape", value=[3, 8, 8]), r"modes\.channels = 1, expected 3"),
+    ("modes", "format", put("format", value=3), r"modes = .*expected null"),
+    ("modes", "origin", put("modes", "origin", value=None), r"modes\.sha256"),
+    ("modes", "origin", put("modes", "origin", "array_sha256", value="z"), r"origin\.array_sha256"),
+    ("modes", "origin", put("modes", "origin", "array_sha256", value="0" * 64), r"modes\.sha256"),
+    ("modes", "origin", put("modes", "origin", "mu", value=0.01), r"modes\.origin\.mu = 0\.01"),
+    ("modes", "origin", put("modes", "origin", "epsilon", value=0.5), r"modes\.origin\.mu"),
+    ("modes", "origin", put("modes", "origin", "epsilon", value=-1.0), r"modes\.origin = \(-1"),
+    ("modes", "origin", put("modes", "origin", "delta", value=1e-9), r"modes\.origin\.mu"),
+    ("modes", "origin", put("modes", "origin", "adjacency", value="x"), r"origin\.adjacency = 'x'"),
+    ("modes", "origin", put("modes", "origin", "adjacency", value="zero-out"), r"modes\.sha256"),
+    ("modes", "origin", put("modes", "origin", "private", value=False), r"modes\.origin = .*noise"),
+    ("modes", "origin", put("modes", "origin", "more", value=1), r"modes\.origin\.more: extra"),
+    ("modes", "counts", put("counts", 0, value=1e6, array=True), "counts = .*expected at most"),
+    ("modes", "counts", put("counts", 0, value=-9.123456789, array=True), "counts = -9.*multiple"),
+    ("modes", "counts", put("counts", value=torch.ones(3).double(), array=True), r"counts is .*3"),
+    ("modes", "sums", put("sums", value=torch.ones(1, 3, 88), array=True), r"\[1, 12, 88\]"),
+    ("modes", "size", put("blocks", 0, "size", value=264), r"blocks\.phi1\.size = 264, .* 1056"),
+    ("public modes", "spread", put("blocks", 1, "spread", value=False), r"pixels\.spread = False"),
+    # moments of pixels alone
+    ("alone", "encoder", with_encoder, r"moments = \(\)"),
+    ("alone", "moments", put("moments", value=[1]), r"moments = \(1,\), expected \(\)"),
+    ("alone", "bound", put("bound", value="ball"), "bound = 'ball', expected 'sphere'"),
+    ("alone", "clip", put("clip", value=2.0), r"clip = 2\.0, expected 1\.0"),
+    ("alone", "none", put("pixel_encoder", value=None), "encoder = None"),
+    ("alone", "format", put("format", value=3), "encoder = None"),
+    ("alone", "shared", put("shared_taps", value=1), "shared_taps = 1"),
+    ("alone", "sums", put("sums", value=torch.ones(1, 3, 1), array=True), "sums is .*1, 3, 1"),
+    ("plain", "encoder", put("encoder", value=None), r"moments = \(1,\), expected \(\)"),
     # arrays
     *(
         (kind, name, put(name, ..., value=value, array=True), f"{name} = .*expected at most")
@@ -298,10 +386,11 @@ def test_a_contradiction_is_refused_by_its_field(
         Release.load(path)
 
 
-KINDS = (
+BEFORE_MODES = (
     "plain", "unlabelled", "add-remove", "zero-out", "grouped", "pixels", "selection", "shared",
     "pooled",
 )  # fmt: skip
+KINDS = (*BEFORE_MODES, "modes", "public modes", "alone")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -309,12 +398,23 @@ def test_what_is_released_contradicts_nothing(tmp_path: Path, kind: str) -> None
     release = made(kind)
     again = Release.load(release.save(tmp_path / "r.safetensors"))
     assert again.metadata == release.metadata
-    assert again.metadata.format == 3
+    assert again.metadata.format == 4
     forged(tmp_path / "same.safetensors", kind, lambda *_: None)
     Release.load(tmp_path / "same.safetensors")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", BEFORE_MODES)
+def test_files_of_format_3_are_read(tmp_path: Path, kind: str) -> None:
+    def earlier(fields: dict[str, Any], tensors: Tensors) -> None:
+        del fields["modes"]
+        fields["format"] = 3
+
+    again = Release.load(forged(tmp_path / "r.safetensors", kind, earlier))
+    assert again.metadata == made(kind).metadata.model_copy(update={"format": 3})
+    assert torch.equal(again.target, made(kind).target)
+
+
+@pytest.mark.parametrize("kind", BEFORE_MODES)
 def test_files_of_format_2_are_read(tmp_path: Path, kind: str) -> None:
     """What was added since then has the value of before; mu was rounded less carefully."""
 
@@ -361,6 +461,25 @@ def test_arrays_do_not_change_with_the_file(tmp_path: Path) -> None:
         ours, theirs = getattr(release, name), getattr(made("pixels"), name)
         assert (ours is None) == (theirs is None)
         assert ours is None or torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize("kind", ["modes", "alone"])
+def test_a_damaged_byte_is_found(tmp_path: Path, kind: str) -> None:
+    """Wherever it is: the file is refused, or holds the same."""
+    path = made(kind).save(tmp_path / "r.safetensors")
+    data = path.read_bytes()
+    begin = len(data) - sum(t.nbytes for t in load_file(path).values())
+    places = np.random.default_rng(0).integers(0, len(data), 40).tolist()
+    places += np.random.default_rng(1).integers(0, begin, 20).tolist()
+    for place in places:
+        path.write_bytes(data[:place] + bytes([data[place] ^ 0x10]) + data[place + 1 :])
+        try:
+            again = Release.load(path)
+        except PrivacyError:
+            continue
+        assert place < begin
+        assert again.metadata == made(kind).metadata
+        assert torch.equal(again.counts, made(kind).counts)
 
 
 @pytest.mark.parametrize("key", ['"epsilon": ', '"sign": '])

@@ -20,7 +20,7 @@ import torch
 import dpmmd
 from dpmmd.data import ArraySource, Batch
 from dpmmd.privacy import Ledger, PrivacyError, Release, partial
-from tests.conftest import images, no_noise, small_encoder
+from tests.conftest import images, no_noise, small_encoder, small_modes
 
 BATCH, N = 8, 60
 WARNING = "ignore:partial_sums=.* raw private statistics:UserWarning"
@@ -51,7 +51,11 @@ def release(source: Any, folder: Path | None, **options: Any) -> Release:
     return dpmmd.release(source, small_encoder(), **arguments)
 
 
-@pytest.mark.parametrize("options", [{}, {"moments": (1, 2), "shared_taps": 1}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"moments": (1, 2), "shared_taps": 1}, {"modes": small_modes()}],
+    ids=["plain", "shared", "modes"],
+)
 @pytest.mark.parametrize("at", [0, 1, 5])
 def test_it_goes_on_to_the_same_bits(tmp_path: Path, at: int, options: dict[str, Any]) -> None:
     folder = tmp_path / "sums"
@@ -72,6 +76,7 @@ def test_it_goes_on_to_the_same_bits(tmp_path: Path, at: int, options: dict[str,
         resumed = release(Stops(None), folder, **options)
     assert summed[0] == N - at * BATCH  # the others were not summed again
     whole = release(Stops(None), None, **options)
+    assert whole.modes is resumed.modes
     for name in ("sums", "counts", "shared"):
         a, b = getattr(resumed, name), getattr(whole, name)
         assert (a is b is None) or torch.equal(a, b)
@@ -148,6 +153,15 @@ def test_sums_of_another_release_are_not_mixed_in(tmp_path: Path, change: dict[s
     with pytest.raises(PrivacyError, match="partial sums of another release"):
         release(Stops(None), folder, **change)
     assert (folder / partial.FILE).read_bytes() == before
+
+
+def test_sums_of_other_modes_are_not_mixed_in(tmp_path: Path) -> None:
+    first = small_modes()
+    other = dpmmd.Modes(8, 1, first.directions, first.thresholds + 1)
+    with pytest.raises(KeyboardInterrupt):
+        release(Stops(3), tmp_path / "sums", modes=first)
+    with pytest.raises(PrivacyError, match="partial sums of another release"):
+        release(Stops(None), tmp_path / "sums", modes=other)
 
 
 def test_other_data_are_not_mixed_in(tmp_path: Path) -> None:
@@ -254,7 +268,7 @@ sys.path.insert(0, {root!r})
 import dpmmd
 from dpmmd.data import ArraySource
 from dpmmd.privacy import partial
-from tests.conftest import images, no_noise, small_encoder
+from tests.conftest import images, no_noise, small_encoder, small_modes
 partial.SECONDS = 0.0
 class Slow(ArraySource):
     def batches(self, batch_size):

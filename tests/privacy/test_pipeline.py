@@ -26,7 +26,7 @@ from dpmmd.data import ArraySource, Batch, ImageSource, open_source
 from dpmmd.encoders import Encoder
 from dpmmd.privacy import SourceAudit, audit_source, mechanism, noising, probes, readings, spending
 from dpmmd.privacy.layout import Asked, bound_of
-from tests.conftest import TwoTaps, images, no_noise, small_encoder
+from tests.conftest import TwoTaps, images, no_noise, small_encoder, small_modes
 
 N = 22
 X, Y = images(N)
@@ -240,11 +240,12 @@ def test_the_sums_are_those_of_a_release(group_by: str | None) -> None:
     asked = Asked(
         encoder=encoder,
         **options,
-        bound=bound_of(1, "sphere", 1.0, None),
+        bound=bound_of(encoder, 1, "sphere", 1.0, None),
         pixel_moments=None,
         selection=None,
         weights=None,
         shared_taps=0,
+        modes=None,
     )
     plan = readings.Plan.of(asked, opened)
     seen = readings.read(opened, plan, plan.encoders())
@@ -281,6 +282,37 @@ def test_no_ledger_noise_or_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(module, name, never)
     audited()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("adjacency", ["replace-one", "add-remove"])
+def test_releases_with_modes_are_consistent(adjacency: str) -> None:
+    modes = small_modes(side=5)
+    result = audited(adjacency=adjacency, modes=modes, pixel_moments=4)
+    assert_healthy(result)
+    assert result.encoder == "two-taps"
+
+
+def test_moments_of_pixels_alone_are_consistent() -> None:
+    result = audit_source(
+        (X, Y), None, adjacency="replace-one", num_classes=3, pixel_moments=4, batch_size=8,
+        progress=False,
+    )  # fmt: skip
+    assert_healthy(result)
+    assert result.encoder == "none"
+
+
+@pytest.mark.usefixtures("two_units")
+def test_modes_that_depend_on_the_batch_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they would if thresholds were the medians of what is read."""
+
+    def by_rank(modes: Any, pixels: Tensor, labels: Tensor) -> Tensor:
+        grey = pixels.flatten(1).mean(1)
+        return labels * modes.per_class + (grey > grey.median()).long()
+
+    monkeypatch.setattr("dpmmd.privacy.collecting.rows_of", by_rank)
+    result = audited(modes=small_modes())
+    assert result.verdict == "VIOLATED"
+    assert any(check.moved for check in result.checks)
 
 
 # ----------------------------------------------------------------------------- faults of data sets

@@ -27,7 +27,7 @@ from dpmmd.data import ArraySource, Batch, write_npz
 from dpmmd.privacy import Ledger, PrivacyError, Release, mechanism, partial, ranks
 from dpmmd.privacy.release_file import FURTHER
 from dpmmd.privacy.sums import PrivateSums
-from tests.conftest import images, nonnegative_encoder, small_encoder
+from tests.conftest import images, nonnegative_encoder, small_encoder, small_modes
 
 N, BATCH = 61, 4  # 16 batches: not as many for each of 3 ranks, and the last one is not full
 ARGUMENTS: dict[str, Any] = {
@@ -44,6 +44,7 @@ RELEASES: dict[str, dict[str, Any]] = {
     "selection, add-remove": {"selection": nonnegative_encoder(), "adjacency": "add-remove"},
     "groups": {"group_by": "patient"},
     "moments of pixels": {"pixel_moments": 4},
+    "modes": {"modes": small_modes(), "pixel_moments": 4},
 }
 
 
@@ -132,6 +133,7 @@ def same_bits(rank: int, folder: Path) -> None:
         )
         assert together.metadata == alone.metadata
         assert torch.equal(together.sums, alone.sums)
+        assert together.modes is alone.modes
         for name in ("counts", *FURTHER):
             a, b = getattr(together, name), getattr(alone, name)
             assert (a is b is None) or torch.equal(a, b)

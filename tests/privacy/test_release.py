@@ -860,7 +860,8 @@ def test_the_file_holds_released_numbers_and_public_facts_only(released: Release
         "format", "version", "private", "adjacency", "unit", "epsilon", "delta", "mu", "sd",
         "sensitivity", "noise_sd", "grid_bits", "moments", "bound", "clip", "joint_weight",
         "blocks", "num_classes", "labelled", "class_names", "num_units", "image_shape", "source",
-        "encoder", "pixel_encoder", "selection_encoder", "decoding", "shared_taps", "array_sha256",
+        "encoder", "pixel_encoder", "selection_encoder", "decoding", "shared_taps", "modes",
+        "array_sha256",
     }  # fmt: skip
 
 

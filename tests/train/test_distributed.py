@@ -29,6 +29,7 @@ from dpmmd.recipe import GeneratorSection, TrainSection
 from dpmmd.train import CheckpointError, plan
 from dpmmd.train.plan import PlanError
 from tests.conftest import images, small_encoder
+from tests.train.test_modes import releases
 
 RELEASES: dict[str, dict[str, Any]] = {
     "phi1": {"num_classes": 3},
@@ -230,11 +231,13 @@ class Double(nn.Module):
 
     z_dim = 5
 
-    def __init__(self) -> None:
+    def __init__(self, labels: int = 3) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            inner = ConvGenerator(num_classes=3, image_size=8, channels=1, z_dim=5, base_channels=2)
+            inner = ConvGenerator(
+                num_classes=labels, image_size=8, channels=1, z_dim=5, base_channels=2
+            )
         self.inner = inner.double()
 
     def forward(self, z: Tensor, y: Tensor | None) -> Tensor:
@@ -288,8 +291,28 @@ def training_is_that_of_one_process(rank: int, world: int, folder: Path) -> None
         torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-9, msg=name)
 
 
+def training_by_rows_is_that_of_one_process(rank: int, world: int, folder: Path) -> None:
+    """A process has few of the rows of a batch, and one has some images of a row alone."""
+    release = dpmmd.Release.load(folder / "modes.safetensors")
+    settings = TrainSection(
+        steps=4, batch_size=11, images_per_row=5, lr=1e-2, estimator="unbiased", schedule="constant"
+    )
+
+    def trained(**options: Any) -> training.Trained:
+        encoder, generator = small_encoder().double(), Double(release.num_rows)
+        return training.train(release, encoder, generator, settings, progress=False, **options)
+
+    expected = trained()
+    found = trained(process_group=dist.group.WORLD)
+    assert found.modes == expected.modes is not None
+    for name, value in found.generator.state_dict().items():
+        own = expected.generator.state_dict()[name]
+        torch.testing.assert_close(value, own, rtol=1e-6, atol=1e-9, msg=name)
+
+
 def everything(rank: int, world: int, folder: Path) -> None:
     training_is_that_of_one_process(rank, world, folder)
+    training_by_rows_is_that_of_one_process(rank, world, folder)
     loss_is_that_of_the_whole_batch(rank, world)
     generator_is_that_of_the_whole_batch(rank, world)
     what_differs_is_refused_everywhere(rank, world)
@@ -310,6 +333,7 @@ def test_ranks_together_are_one_process(world: int, tmp_path: Path) -> None:
         progress=False,
         out=tmp_path / "release.safetensors",
     )
+    releases(double=True)[1].save(tmp_path / "modes.safetensors")
     run(world, everything, tmp_path)
 
 

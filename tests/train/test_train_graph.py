@@ -30,6 +30,7 @@ from dpmmd.train.step import Stepper
 from tests.conftest import images, small_encoder
 from tests.played import Played
 from tests.played import played as played
+from tests.train.test_modes import releases
 from tests.train.test_train import GENERATOR, assert_same, make_release, quick, run, state_of
 
 
@@ -62,6 +63,18 @@ def test_graphed_steps_are_ordinary_steps(played: Played, estimator: str, tmp_pa
     for key, value in plain["loss"].items():
         torch.testing.assert_close(graphed["loss"][key], value, rtol=1e-3, atol=1e-4)
     assert int(graphed["averaged"]["n_averaged"]) == quick().steps
+
+
+def test_graphed_steps_have_the_rows_of_their_batches(played: Played, tmp_path: Path) -> None:
+    """Labels change from step to step, and the graph reads those that the host filled in."""
+    _, second = releases()
+    settings = {"batch_size": 20, "steps": 4, "estimator": "unbiased"}
+    for name, graph in (("plain", False), ("graph", None)):
+        run(second, quick(**settings, graph=graph), out=tmp_path / name)
+    assert played.replays == 4
+    plain, graphed = (weights(state_of(tmp_path / name)) for name in ("plain", "graph"))
+    for key, value in plain.items():
+        torch.testing.assert_close(graphed[key], value, rtol=1e-3, atol=2e-4, msg=key)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

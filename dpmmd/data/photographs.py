@@ -1,9 +1,9 @@
 """Patches of photographs that come with scikit-image, which is not imported.
 
-The label of a patch is its photograph. Patches of the train split are cut from the left half of each
-photograph, those of the test split from the right half: no pixel is in both. The patches of a split
-overlap: a pixel lies in dozens of them, so they prove the colour path and its looks, and make no
-claim of privacy for anyone.
+The label of a patch is its photograph. Patches of the train split are cut from the left half of
+each photograph, those of the test split from the right half: no pixel is in both. The patches of a
+split overlap, and a pixel lies in dozens of them: they prove the colour path and its looks, and
+make no claim of privacy for anyone.
 """
 
 from __future__ import annotations

@@ -61,6 +61,7 @@ def test_the_photographs_make_their_data_by_themselves(side: int) -> None:
     assert settings.release.delta < 1 / 12_100
     # Classes in turn: every class has its two images in a batch, which "unbiased" asks for.
     assert settings.train.batch_size >= 2 * len(photographs.NAMES)
+    assert settings.encoder.constant is not None  # or contrast is lost
     # A covariance of each class: one for all gives grey classes the colour of the others.
     assert settings.release.weights is not None
     assert settings.release.weights["class_products"] > 0

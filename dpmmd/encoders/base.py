@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -25,6 +26,7 @@ PRECISIONS = {
     "float16": torch.float16,
 }
 _HALF = (torch.bfloat16, torch.float16)
+_CONSTANT = "constant"  # the tap's name, and the key of its value in what a release records
 
 # Interpolation may overshoot [0, 1] by a rounding error; a forgotten division by 255 or a tanh
 # output is outside by far more.
@@ -141,11 +143,15 @@ class Encoder(nn.Module):
             matrix units, which round factors to 11 bits; "float32" is IEEE's, also where PyTorch's
             settings allow TF32 (in convolutions they do by default). This holds for the features;
             their gradient follows PyTorch's settings.
+        constant: None, or the value of one more feature, a tap "constant", alike for all images.
+            A bound that is a sphere norms features, and with them the contrast of an image is
+            lost: at twice the contrast they point nearly the same way. Beside a constant of about
+            the size of their norm they do not.
 
     Raises:
         ValueError: an unknown tap, a tap without a sign, an image too small for the backbone, a
-            precision that this machine cannot compute in, or a backbone that does not keep to the
-            rules above.
+            precision that this machine cannot compute in, a ``constant`` that is not above 0, or a
+            backbone that does not keep to the rules above.
     """
 
     _range_known = False  # whether images come from where none can be outside [0, 1]
@@ -163,9 +169,11 @@ class Encoder(nn.Module):
         taps: Sequence[str] | None = None,
         pool: int | None = None,
         precision: str | None = None,
+        constant: float | None = None,
     ) -> None:
         super().__init__()
         self.name = name
+        self.constant = _constant(constant, tap_signs)
         self.weights_sha256 = weights_sha256
         self.image_size = _image_size(image_size)
         self.pool = _pool(pool)
@@ -186,6 +194,8 @@ class Encoder(nn.Module):
         self._modules_kept_in_eval = tuple(self.modules())
         self._names = names
         self.taps = self._probe({tap: tap_signs[tap] for tap in names})
+        if self.constant is not None:
+            self.taps += (Tap(_CONSTANT, (1, 1, 1), "nonnegative"),)
 
     @property
     def dim(self) -> int:
@@ -201,7 +211,8 @@ class Encoder(nn.Module):
 
     def spec(self) -> dict[str, Any]:
         """What a release records of this encoder: JSON-able, and enough for `from_spec`."""
-        return {
+        constant = {} if self.constant is None else {_CONSTANT: self.constant}
+        return constant | {
             "name": self.name,
             "weights_sha256": self.weights_sha256,
             "image_size": list(self.image_size),
@@ -253,7 +264,10 @@ class Encoder(nn.Module):
             )
         x = x.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
         maps = self.backbone(x, rectify) if rectify else self.backbone(x)
-        return [self._pooled(maps[name]) for name in self._names]
+        handed = [self._pooled(maps[name]) for name in self._names]
+        if self.constant is not None:
+            handed.append(handed[0].new_full((len(x), 1, 1, 1), self.constant))
+        return handed
 
     def _pooled(self, fmap: Tensor) -> Tensor:
         height, width = fmap.shape[-2:]
@@ -395,6 +409,16 @@ def _pool(value: int | None) -> int | None:
     if value is not None and (type(value) is not int or value < 1):
         raise ValueError(f"pool={value!r}: expected None or a positive int")
     return value
+
+
+def _constant(value: float | None, tap_signs: Mapping[str, str]) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"constant={value!r}: expected None or a number above 0, try 8000.0")
+    if _CONSTANT in tap_signs:
+        raise ValueError(f"constant={value!r}: the backbone has a tap {_CONSTANT!r} of its own")
+    return float(value)
 
 
 def _tap_names(

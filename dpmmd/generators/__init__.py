@@ -11,6 +11,7 @@ Any module with that call and an attribute ``z_dim`` can be trained instead:
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import nn
 
@@ -23,6 +24,7 @@ __all__ = ["NAMES", "ConvGenerator", "DCGANGenerator", "ResNetGenerator", "build
 
 _REGISTRY: dict[str, Callable[..., nn.Module]] = {
     "conv": ConvGenerator,
+    "conv-by-class": partial(ConvGenerator, by_class=True),
     "dcgan": DCGANGenerator,
     "resnet": ResNetGenerator,
 }
@@ -41,8 +43,9 @@ def build(
     """A generator by name.
 
     Args:
-        name: ``"conv"`` (small, 28 or 32 px and other multiples of 4), ``"dcgan"`` (32, 64 or 128
-            px) or ``"resnet"`` (the paper's, 32 to 512 px).
+        name: ``"conv"`` (small, 28 or 32 px and other multiples of 4), ``"conv-by-class"`` (the
+            same with a scale and a shift of each class in its batch norms), ``"dcgan"`` (32, 64 or
+            128 px) or ``"resnet"`` (the paper's, 32 to 512 px).
         num_classes: K for a class-conditional generator, None for an unconditional one.
         image_size: side of the images in pixels.
         channels: 1 or 3.

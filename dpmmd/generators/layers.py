@@ -91,8 +91,29 @@ class _Gather(torch.autograd.Function):
         return _Spread.apply(grad)
 
 
-def norm_relu(norm: nn.Module, x: Tensor) -> Tensor:
-    """relu(norm(x)) of a batch norm."""
+class ClassNorm(nn.Module):
+    """Batch norm whose scale and shift are those of the image's class (Dumoulin et al. 2017).
+
+    What varies between images is normalised over all classes; how much of it a class shows, and of
+    which sign, is its own. Without that classes share whatever varies: grey ones are coloured.
+    """
+
+    def __init__(self, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels, affine=False)
+        self.scale = nn.Parameter(torch.ones(num_classes, channels))
+        self.shift = nn.Parameter(torch.zeros(num_classes, channels))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """x [n, channels, H, W] and y int64 [n] to the shape of x."""
+        scale, shift = self.scale[y], self.shift[y]
+        return torch.addcmul(shift[:, :, None, None], self.norm(x), scale[:, :, None, None])
+
+
+def norm_relu(norm: nn.Module, x: Tensor, y: Tensor | None = None) -> Tensor:
+    """relu(norm(x)) of a batch norm, relu(norm(x, y)) of a `ClassNorm`."""
+    if isinstance(norm, ClassNorm):
+        return F.relu(norm(x, y))
     if CHOICES.fused_norms and fused.takes_norm(norm, x):
         return fused.NormRelu.apply(x, norm.weight, norm.bias, norm)
     return F.relu(norm(x))

@@ -41,7 +41,7 @@ _GUESS = 1e-6  # mu of another version of the accounting, of which this one is t
 _EARLIER = 2e-8  # delta of files of format 2, whose mu was rounded less carefully
 _SDS = 12  # of noise that no number passes: one in 10^32
 _KEYS = {"name", "weights_sha256", "image_size", "taps", "pool", "layout", "resize", "pixel_range"}
-_KEYS |= {"precision"}
+_KEYS |= {"precision", "constant"}
 _RECORDED = {  # what every encoder says of itself, and has no choice in
     "layout": ("NHWC-per-tap",),
     "resize": ("bilinear",),
@@ -238,6 +238,17 @@ class Checks:
                 self.refuse(f"{where}.shape", shape, f"[C, H, W], pooled to {pool}")
         if len({tap["name"] for tap in taps}) < len(taps):
             self.refuse(f"{field}.taps", [tap["name"] for tap in taps], "every name once")
+        self._constant(field, spec)
+
+    def _constant(self, field: str, spec: Mapping[str, Any]) -> None:
+        """The last tap, where there is one; most encoders have none."""
+        if "constant" not in spec:
+            return
+        value, tap = spec["constant"], spec["taps"][-1]
+        if type(value) is not float or not 0 < value < math.inf:
+            self.refuse(f"{field}.constant", value, "no such field, or a number above 0")
+        if tap != {"name": "constant", "shape": [1, 1, 1], "sign": "nonnegative"}:
+            self.refuse(f"{field}.taps", tap, "the constant as the last of them")
 
     def _pixel_encoder(self, spec: Mapping[str, Any]) -> None:
         """As `dpmmd.encoders.pixels.pixel_moments` makes it, of some side."""
@@ -251,6 +262,7 @@ class Checks:
             "image_size": [side, side],
             "taps": [tap],
             "pool": None,
+            "constant": None,
         }
         for key, value in expected.items():
             if spec.get(key) != value:

@@ -4,12 +4,13 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import dpmmd
 from benches.quality import __main__ as quality
-from benches.quality import rounded, statistics
+from benches.quality import colour, rounded, statistics
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -87,6 +88,21 @@ def test_rows_are_measured_once_and_while_there_is_time(
     assert (results.parent / "samples-epsilon-1.png").exists()
     quality.measure(None, quality.Where(results=results))
     assert len(measured) == len(wanted)
+
+
+def test_the_measures_of_colour_are_those_of_images_known_to_the_last_digit() -> None:
+    red = np.zeros((2, 3, 4, 6), np.uint8)  # one image black, one pure red
+    red[1, 0] = 255
+    stripes = np.zeros((1, 3, 4, 6), np.uint8)  # columns black and white
+    stripes[..., ::2] = 255
+    found = colour.measures(np.concatenate([red, stripes]), np.array([0, 0, 1]))
+    assert found == {
+        "saturation": [0.5, 0.0],
+        "brightness": [round(1 / 6, 5), 0.0],
+        "contrast": [0.0, 0.5],
+        "across": [0.0, 1.0],
+        "down": [0.0, 0.0],
+    }
 
 
 def test_the_docs_show_the_results() -> None:

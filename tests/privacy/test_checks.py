@@ -53,6 +53,7 @@ def made(kind: str) -> Release:
         "modes": {"modes": small_modes(origin=origin()), "selection": nonnegative_encoder()},
         "public modes": {"modes": small_modes(classes=1), "num_classes": None, "pixel_moments": 3},
         "alone": {"pixel_moments": 3, "weights": {"class_products": 0.5}},
+        "constant": {},
     }[kind]
     source: Any = images(40)
     if kind == "grouped":
@@ -60,7 +61,9 @@ def made(kind: str) -> Release:
         source = torch.utils.data.TensorDataset(torch.tensor(x), torch.tensor(y))
         source.patients = [i // 2 for i in range(40)]
         options |= {"group_by": "patients"}
-    encoder = small_encoder(pool=2) if kind == "pooled" else small_encoder()
+    encoder = small_encoder(
+        pool=2 if kind == "pooled" else None, constant=3.0 if kind == "constant" else None
+    )
     encoder = None if kind == "alone" else encoder
     given = {"epsilon": 2.0, "delta": 1e-3, "adjacency": "replace-one", "num_classes": 3}
     return dpmmd.release(source, encoder, **{**given, **options}, progress=False)
@@ -256,6 +259,11 @@ EDITS: list[tuple[str, str, Edit, str]] = [
     ("plain", "taps", put("encoder", "taps", 0, "shape", value=[4, True, 4]), r"taps\[0\]\.shape"),
     ("plain", "taps", put("encoder", "taps", 0, "shape", value=[5, 4, 4]), r"phi1\.size"),
     ("pooled", "taps", put("encoder", "pool", value=1), r"encoder\.taps\[0\]\.shape"),
+    ("constant", "constant", put("encoder", "constant", value=0.0), r"encoder\.constant = 0\.0"),
+    ("constant", "constant", put("encoder", "constant", value="3"), r"encoder\.constant = '3'"),
+    ("constant", "taps", put("encoder", "taps", 2, "name", value="c"), r"encoder\.taps = .*'c'"),
+    ("plain", "constant", put("encoder", "constant", value=3.0), r"encoder\.taps = .*constant"),
+    ("pixels", "constant", put("pixel_encoder", "constant", value=3.0), r"encoder\.taps = "),
     ("plain", "pool", put("encoder", "pool", value=0), r"encoder\.pool = 0"),
     ("plain", "size", put("encoder", "image_size", value=[8]), r"encoder\.image_size = \[8\]"),
     ("plain", "layout", put("encoder", "layout", value="NCHW"), r"encoder\.layout = 'NCHW'"),
@@ -390,7 +398,7 @@ BEFORE_MODES = (
     "plain", "unlabelled", "add-remove", "zero-out", "grouped", "pixels", "selection", "shared",
     "pooled",
 )  # fmt: skip
-KINDS = (*BEFORE_MODES, "modes", "public modes", "alone")
+KINDS = (*BEFORE_MODES, "constant", "modes", "public modes", "alone")
 
 
 @pytest.mark.parametrize("kind", KINDS)

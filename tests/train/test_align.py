@@ -94,6 +94,54 @@ def test_classes_have_covariances_of_their_own(pooled: float) -> None:
         assert own < 0.7 * common
 
 
+def lit(grey: float, others: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """A grey class, the brightness of whose images varies by ``grey``, and coloured ones.
+
+    The brightness of each channel varies by ``others`` in these, whatever the other two do.
+    """
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, CLASSES, N)
+    own = np.where(
+        (y == 0)[:, None], grey * rng.normal(size=(N, 1)), others * rng.normal(size=(N, 3))
+    )
+    x = 0.5 + own[:, :, None, None] + 0.01 * rng.normal(size=(N, 1, SIDE, SIDE))
+    return (255 * x).clip(0, 255).round().astype(np.uint8), y
+
+
+def brightness(x: Tensor, y: np.ndarray, k: int) -> float:
+    """Its standard deviation over the images of a class."""
+    return float(x[torch.from_numpy(y == k)].flatten(1).mean(1).std())
+
+
+@pytest.mark.parametrize("own", [0, 0.7])
+def test_brightness_varies_as_is_released(own: float) -> None:
+    """The bound norms images: a bright one weighs less in products, and a mean must weigh alike."""
+    data, made = lit(0.15, 0.15, 1), lit(0.05, 0.05)
+    weights = {"phi1": 2.0**-20, "class_products": own}
+    release = released(data, 100.0, insecure_test_noise=seeded(0), weights=weights)
+    after = applied(align.fit(release, *made), made)
+    for k in range(CLASSES):
+        true = brightness(torch.from_numpy(data[0]) / 255, data[1], k)
+        generated = brightness(torch.from_numpy(made[0]) / 255, made[1], k)
+        assert generated < 0.5 * true
+        if own or k:  # one covariance for all classes is not that of the grey one
+            assert brightness(after, made[1], k) == pytest.approx(true, rel=0.15)
+
+
+def test_a_class_that_varies_little_is_not_moved_as_the_others_are() -> None:
+    data, made = lit(0.02, 0.15, 1), lit(0.02, 0.05)
+    spread = {}
+    for own in (0, 0.7):
+        weights = {"phi1": 2.0**-20, "class_products": own}
+        release = released(data, 20.0, insecure_test_noise=seeded(0), weights=weights)
+        after = applied(align.fit(release, *made), made)
+        spread[own] = brightness(after, made[1], 0)
+    assert spread[0] > 0.04
+    assert spread[0.7] < 1.25 * brightness(torch.from_numpy(data[0]) / 255, data[1], 0)
+    saturation = (after.amax(1) - after.amin(1))[torch.from_numpy(made[1] == 0)]
+    assert float(saturation.mean()) < 0.005
+
+
 def of_class(data: tuple[np.ndarray, np.ndarray], k: int) -> Tensor:
     return torch.from_numpy(data[0][data[1] == k]).flatten(1).double() / 255
 
@@ -175,14 +223,19 @@ def test_the_noise_is_what_it_takes_it_for() -> None:
     ]
     directions = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, generator=_rng()))[0]
     means = torch.stack([(r.means - exact.means) @ directions for r in noisy])
-    second = torch.stack([directions.T @ (r.second - exact.second) @ directions for r in noisy])
-    # the noise of the weight of a mean is told for the released mean; of the exact one here
+    assert exact.products is not None
     ratio = means.square() / exact.mean_noise(directions)
     assert float(ratio.mean()) == pytest.approx(1, abs=0.1)
-    assert exact.second is not None
-    ratio = second.square() / exact.product_noise(directions, exact.second, exact.variance)
+    found = torch.stack([_covariance(r) - _covariance(exact) for r in noisy])
+    ratio = (directions.T @ found @ directions).square()
+    ratio = ratio / exact.noise(exact.products, directions)
     assert float(ratio.mean()) == pytest.approx(1, abs=0.1)
     assert float(torch.diagonal(ratio, dim1=1, dim2=2).mean()) == pytest.approx(1, abs=0.2)
+
+
+def _covariance(released: align._Released) -> Tensor:
+    assert released.products is not None
+    return released.products.covariance()
 
 
 def _rng() -> torch.Generator:

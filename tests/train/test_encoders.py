@@ -34,6 +34,7 @@ from dpmmd.encoders import (
     torchvision_models,
     weights,
 )
+from dpmmd.functional import mean_embedding
 from dpmmd.precision import bfloat16_hindrance
 
 NAMES = encoders.available()
@@ -238,6 +239,39 @@ def test_spec_round_trip(name):
     x = images(2, size=32)
     with torch.no_grad():
         assert torch.equal(encoder(x)[0], rebuilt(x)[0])
+
+
+def test_a_constant_keeps_contrast_apart_that_the_sphere_does_not():
+    plain, beside = (load("squeezenet1.1", constant=c) for c in (None, 8000.0))
+    assert beside.dim == plain.dim + 1
+    assert beside.taps[-1] == encoders.Tap("constant", (1, 1, 1), "nonnegative")
+    x = 0.5 + 0.4 * (images(4) - 0.5)
+    twice = 0.5 + 2 * (x - 0.5)
+    moved = []
+    for encoder in (plain, beside):
+        means = [mean_embedding(encoder(part), None, 1)[0] for part in (x, twice)]
+        moved.append(float((means[0] - means[1]).norm()))
+    assert moved[1] > 1.5 * moved[0]
+    spec = json.loads(json.dumps(beside.spec()))
+    assert "constant" not in plain.spec()  # releases of before keep their encoder
+    rebuilt = encoders.from_spec(spec)
+    assert rebuilt.spec() == spec
+    assert float(rebuilt(x)[-1].unique()) == 8000.0
+    with pytest.raises(ValueError, match="recorded"):
+        encoders.from_spec({**spec, "taps": spec["taps"][:-1]})
+
+
+@pytest.mark.parametrize("estimator", ["unbiased", "adam"])
+def test_a_loss_trains_against_features_with_a_constant(estimator):
+    options = {"epsilon": 5.0, "delta": 1e-3, "adjacency": "replace-one", "num_classes": 2}
+    encoder = load("squeezenet1.1", taps=["conv1"], constant=500.0)
+    data = ((images(12) * 255).byte().numpy(), np.arange(12) % 2)
+    release = dpmmd.release(data, encoder, progress=False, **options)
+    x, y = images(4).requires_grad_(), torch.arange(4) % 2
+    dpmmd.nn.MMDLoss(release, encoder, estimator=estimator)(x, y).backward()
+    assert x.grad.any()
+    with pytest.raises(dpmmd.privacy.PrivacyError):
+        dpmmd.nn.MMDLoss(release, load("squeezenet1.1", taps=["conv1"]))
 
 
 # ---- nothing is computed, and nothing kept, that no tap needs
@@ -738,6 +772,9 @@ def test_one_bad_value_is_found():
         ({"taps": ["fire2", "fire2"]}, "named twice"),
         ({"pool": 0}, "pool=0"),
         ({"pool": 2.0}, "pool=2.0"),
+        ({"constant": 0}, "constant=0: .*above 0"),
+        ({"constant": True}, "constant=True: .*above 0"),
+        ({"constant": float("nan")}, "constant=nan: .*above 0"),
         ({"image_size": 0}, "image_size=0"),
         ({"image_size": (32, 32, 3)}, "image_size="),
         ({"image_size": 32.0}, "image_size=32.0"),

@@ -11,7 +11,7 @@ from torch import nn
 
 from dpmmd import generators
 from dpmmd.generators import NAMES, build
-from dpmmd.generators.layers import UpsampledConv, to_pixels
+from dpmmd.generators.layers import ClassNorm, UpsampledConv, to_pixels
 
 
 def small(name: str, num_classes: int | None = 3, **options: object) -> nn.Module:
@@ -30,6 +30,7 @@ def latents(n: int, seed: int = 0) -> torch.Tensor:
         ("conv", 8, 1),
         ("conv", 28, 1),
         ("conv", 32, 3),
+        ("conv-by-class", 32, 3),
         ("dcgan", 32, 3),
         ("dcgan", 64, 1),
         ("dcgan", 128, 3),
@@ -105,6 +106,20 @@ def test_it_can_learn_an_image_for_each_class(name: str) -> None:
         loss.backward()
         optimizer.step()
     assert loss < 0.02  # a constant image has 0.22
+
+
+def test_by_class_one_class_may_vary_less_than_another() -> None:
+    generator = small("conv-by-class", 2)
+    norms = [m for m in generator.modules() if isinstance(m, ClassNorm)]
+    assert len(norms) == 3
+    with torch.no_grad():
+        norms[0].scale[0] = 0
+        norms[0].shift[0] = 1
+    images = generator(latents(8), torch.arange(8) % 2).detach()
+    torch.testing.assert_close(images[::2], images[:1].expand(4, -1, -1, -1))
+    assert float(images[1::2].std(0).mean()) > 0.01
+    unlabelled = small("conv-by-class", None)
+    assert not any(isinstance(m, ClassNorm) for m in unlabelled.modules())
 
 
 @pytest.mark.parametrize("name", NAMES)

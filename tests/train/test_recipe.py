@@ -12,6 +12,7 @@ import pytest
 import dpmmd
 from dpmmd import recipe
 from dpmmd.bounds import BOUNDS
+from dpmmd.data import photographs
 from dpmmd.evaluate import CLASSIFIERS
 from dpmmd.nn import ESTIMATORS
 from dpmmd.privacy.sensitivity import ADJACENCIES
@@ -48,6 +49,22 @@ def test_packaged_recipes(name: str) -> None:
 
 def test_there_is_a_demo() -> None:
     assert "fashion-demo" in recipe.names()
+
+
+@pytest.mark.parametrize("side", [32, 64])
+def test_the_photographs_make_their_data_by_themselves(side: int) -> None:
+    settings, _ = read(f"photos{side}")
+    assert settings.data.source == "photographs"
+    assert settings.data.image_size == side  # one of the sizes that patches are cut in
+    assert side in photographs.SIZES
+    assert settings.data.num_classes == len(photographs.NAMES)
+    assert settings.release.delta < 1 / 12_100
+    # Classes in turn: every class has its two images in a batch, which "unbiased" asks for.
+    assert settings.train.batch_size >= 2 * len(photographs.NAMES)
+    assert settings.encoder.constant is not None  # or contrast is lost
+    # A covariance of each class: one for all gives grey classes the colour of the others.
+    assert settings.release.weights is not None
+    assert settings.release.weights["class_products"] > 0
 
 
 def test_a_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

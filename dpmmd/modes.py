@@ -32,8 +32,11 @@ from dpmmd.privacy.sensitivity import check_adjacency
 
 _WEIGHT = 1 << 20  # that the largest entry of a direction becomes
 _MOST = 1 << 49
-# The norm of the noise on a row's mean, relative to its bound, up to which modes are suggested.
-NOISE = 0.5
+# Modes are suggested up to this norm of the noise on a row's mean, relative to its bound. A split
+# pays while the offsets between the halves, from the mean of both, are above what noise it adds: on
+# Fashion-MNIST up to norms of 0.8 to 1.8 (`benches.quality.modes`); above 16 modes they add little.
+NOISE = 1.0
+SUGGESTED = 16
 
 
 def fit(release: Release, per_class: int) -> Modes:
@@ -134,7 +137,7 @@ def suggest(
 
     The rule reads the first release and what is public. Of the powers of two it takes the largest
     with which the noise on the mean of a row, were all classes and modes of one size, has a norm of
-    at most `NOISE` times the bound on that mean.
+    at most `NOISE` times the bound on that mean; at most `SUGGESTED`.
 
     Args:
         first: a release of pixel moments of the same data.
@@ -186,7 +189,7 @@ def by_rule(
     sd *= calibrate(epsilon=epsilon, delta=delta).sd_over_sensitivity
     square = sum(part.dim * (sd * part.unit) ** 2 for part in blocks.parts if part.is_phi)
     fitting = NOISE * float(counts.mean()) / math.sqrt(square)
-    return largest(min(fitting, float(counts.max()) / LEAST))
+    return min(SUGGESTED, largest(min(fitting, float(counts.max()) / LEAST)))
 
 
 def largest(parts: float) -> int:

@@ -49,7 +49,7 @@ from dpmmd.privacy.opening import Public, open_images
 from dpmmd.privacy.partial import PartialSums
 from dpmmd.privacy.ranks import Ranks, in_all
 from dpmmd.privacy.release_file import FURTHER, Release, UnsavedRelease, arrays_of, save_spent
-from dpmmd.privacy.rows import LEAST, STANDS_OUT
+from dpmmd.privacy.rows import LEAST
 from dpmmd.privacy.sensitivity import check_adjacency, sensitivity
 from dpmmd.privacy.spending import Booking, refuse_unbooked, spend
 from dpmmd.privacy.sums import GRID_BITS
@@ -389,7 +389,7 @@ def _warn_crowded(claim: Metadata) -> None:
     """Says before the spend that most modes will be merged, where N is public."""
     if claim.modes is None or claim.num_units is None:
         return
-    least = max(LEAST, STANDS_OUT * claim.sd / (claim.blocks[-1].bound * GRID))
+    least = max(LEAST, claim.needed)
     by_class = claim.num_units / claim.num_classes
     if by_class / claim.per_class < least:
         fitting = 1 << max(0, math.floor(math.log2(max(1.0, by_class / least))))

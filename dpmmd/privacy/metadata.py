@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from dpmmd.privacy.rows import Rows
+from dpmmd.privacy.rows import Rows, needed
 from dpmmd.privacy.sensitivity import Block, sensitivity
 
 LARGEST = 1 << 40  # units, and values of an image
@@ -132,6 +132,17 @@ class Metadata(BaseModel):
     def num_cells(self) -> int:
         """K C, the rows of features, counts and selection as they were released."""
         return self.num_classes * self.per_class
+
+    @property
+    def needed(self) -> float:
+        """How many images a mode must have to stand out from its noise (`rows.needed`)."""
+        one = self.sd / 2**self.grid_bits  # noise, where an image adds a vector of norm 1
+        square = sum(
+            (b.size - b.shared) / self.num_cells / b.bound**2
+            for b in self.blocks
+            if b.name.startswith("phi")
+        )
+        return needed(one / self.blocks[-1].bound, one * math.sqrt(square))
 
     @property
     def statement(self) -> Statement:

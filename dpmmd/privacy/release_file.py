@@ -85,10 +85,8 @@ class Release:
 
         Modes that do not stand out from their noise are merged: they cost no privacy.
         """
-        m, sd = self.metadata, 0.0
-        if self.modes is not None:
-            sd = m.sd / 2**m.grid_bits / m.blocks[-1].bound  # of counts, the last block
-        return Rows.of(self.counts, self.sums, self.selection, m.per_class, sd)
+        needed = 0.0 if self.modes is None else self.metadata.needed
+        return Rows.of(self.counts, self.sums, self.selection, self.metadata.per_class, needed)
 
     @property
     def target(self) -> Tensor:

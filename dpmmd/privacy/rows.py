@@ -1,11 +1,11 @@
 """The rows of a release, as those see them who use it: modes that stand out from their noise.
 
 A release with modes holds noised sums of K C cells. A cell that few images are in has a count that
-its noise hides, and a mean that is noise. So cells are merged: within a class, along the binary
-tree of the modes' bits, the last bit first. A group that does not stand out joins its sibling; if
-the sibling is several groups, the smallest of them. In the end every group of a class stands out,
-or the class is one group. The merged sums and counts are sums of what was released, so that all of
-this costs no privacy.
+its noise hides, or a mean that is mostly noise. So cells are merged: within a class, along the
+binary tree of the modes' bits, the last bit first. A group that does not stand out joins its
+sibling; if the sibling is several groups, the smallest of them. In the end every group of a class
+stands out, or the class is one group. The merged sums and counts are sums of what was released, so
+that all of this costs no privacy.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 
 STANDS_OUT = 4.0  # a group's count, in standard deviations of its noise
 LEAST = 30.0  # images that a group has at least
+MOST_NOISE = 2.0  # norm of the noise on a group's mean, relative to the bound on that mean
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +45,7 @@ class Rows:
 
     @classmethod
     def of(
-        cls, counts: Tensor, sums: Tensor, selection: Tensor | None, per_class: int, sd: float
+        cls, counts: Tensor, sums: Tensor, selection: Tensor | None, per_class: int, needed: float
     ) -> Rows:
         """The rows of released numbers.
 
@@ -53,13 +54,13 @@ class Rows:
             sums: float32 [M, K C, D].
             selection: float32 [K C, D'], or None.
             per_class: C; 1 without modes: then every class is a row.
-            sd: of the noise of a count, in images.
+            needed: images that a cell must have to stand out from its noise.
         """
         if per_class == 1:
             classes = torch.arange(len(counts))
             return cls(classes, tuple((k,) for k in classes.tolist()), counts, sums, selection)
         by_class = [
-            [tuple(k * per_class + cell for cell in group) for group in groups(own, sd)]
+            [tuple(k * per_class + cell for cell in group) for group in groups(own, needed)]
             for k, own in enumerate(counts.view(-1, per_class).tolist())
         ]
         cells = tuple(
@@ -74,17 +75,28 @@ class Rows:
         )
 
 
-def stands_out(count: float, cells: int, sd: float) -> bool:
-    """Whether the released count of so many cells is more than noise."""
-    return count >= max(LEAST, STANDS_OUT * sd * math.sqrt(cells))
+def needed(count_sd: float, noise_norm: float) -> float:
+    """How many images a cell must have to stand out from its noise.
+
+    Args:
+        count_sd: standard deviation of the noise on a cell's count, in images.
+        noise_norm: expected norm of the noise on a cell's sum of features, where an image adds a
+            vector of norm 1.
+    """
+    return max(STANDS_OUT * count_sd, noise_norm / MOST_NOISE)
 
 
-def groups(counts: list[float], sd: float) -> list[tuple[int, ...]]:
+def stands_out(count: float, cells: int, needed: float) -> bool:
+    """Whether the released count of so many cells, whose noises add up, is more than noise."""
+    return count >= max(LEAST, needed * math.sqrt(cells))
+
+
+def groups(counts: list[float], needed: float) -> list[tuple[int, ...]]:
     """Cells of one class, merged until every group stands out or there is one group.
 
     Args:
         counts: as released, one a cell, 2^J of them.
-        sd: of the noise of each.
+        needed: images that one of them must have.
 
     Returns:
         Disjoint groups of cells 0..2^J - 1, each in ascending order, by their first cells.
@@ -94,7 +106,7 @@ def groups(counts: list[float], sd: float) -> list[tuple[int, ...]]:
         return sum(counts[cell] for cell in group)
 
     def hidden(group: tuple[int, ...]) -> bool:
-        return not stands_out(size(group), len(group), sd)
+        return not stands_out(size(group), len(group), needed)
 
     def below(cells: range) -> list[tuple[int, ...]]:
         """The groups of a node; several only if each of them stands out."""

@@ -21,7 +21,7 @@ from dpmmd import Modes
 from dpmmd.privacy import Ledger, PrivacyError, Release, accounting, report, split_epsilon
 from dpmmd.privacy.metadata import Statement
 from dpmmd.privacy.modes import _integers, rows_of
-from dpmmd.privacy.rows import LEAST, STANDS_OUT, Rows, groups, stands_out
+from dpmmd.privacy.rows import LEAST, MOST_NOISE, STANDS_OUT, Rows, groups, needed, stands_out
 from tests.conftest import images, no_noise, nonnegative_encoder, small_encoder, small_modes
 from tests.privacy.test_release import Rows as Source
 from tests.privacy.test_release import exact, rows
@@ -462,39 +462,40 @@ def test_pixels_alone_refuse_what_is_of_features(
     counts=st.integers(0, 4).flatmap(
         lambda bits: st.lists(st.floats(-200, 3000), min_size=2**bits, max_size=2**bits)
     ),
-    sd=st.floats(0, 80),
+    needed=st.floats(0, 320),
 )
 @settings(max_examples=300, deadline=None)
-def test_groups_are_a_partition_that_stands_out(counts: list[float], sd: float) -> None:
-    found = groups(counts, sd)
+def test_groups_are_a_partition_that_stands_out(counts: list[float], needed: float) -> None:
+    found = groups(counts, needed)
     assert sorted(itertools.chain(*found)) == list(range(len(counts)))
     assert found == sorted(tuple(sorted(group)) for group in found)
     if len(found) > 1:
         for group in found:
-            assert stands_out(sum(counts[cell] for cell in group), len(group), sd)
-    assert groups(counts, sd) == found
-    if all(stands_out(count, 1, sd) for count in counts):
+            assert stands_out(sum(counts[cell] for cell in group), len(group), needed)
+    assert groups(counts, needed) == found
+    if all(stands_out(count, 1, needed) for count in counts):
         assert len(found) == len(counts)  # nothing is merged without need
 
 
 def test_a_hidden_mode_joins_its_sibling() -> None:
-    assert stands_out(40, 1, 10) and not stands_out(39.9, 1, 10)  # noqa: PT018
-    assert stands_out(80, 4, 10) and not stands_out(79.9, 4, 10)  # noqa: PT018
+    assert stands_out(40, 1, 40) and not stands_out(39.9, 1, 40)  # noqa: PT018
+    assert stands_out(80, 4, 40) and not stands_out(79.9, 4, 40)  # noqa: PT018
     assert not stands_out(LEAST - 1, 1, 0)
-    assert STANDS_OUT == 4
-    assert groups([100, 100, 100, 3], 10) == [(0,), (1,), (2, 3)]
-    assert groups([100, 3, 100, 3], 10) == [(0, 1), (2, 3)]
-    assert groups([100, 90, 3, 3], 10) == [(0,), (1, 2, 3)]  # the sibling's smallest
-    assert groups([3, 3, 3, 3], 10) == [(0, 1, 2, 3)]
-    assert groups([50, -49, 100, 100], 10) == [(0, 1, 2), (3,)]
-    assert groups([20.0], 10) == [(0,)]
+    assert needed(count_sd=10.0, noise_norm=0.0) == 40  # 4 standard deviations of a count
+    assert needed(count_sd=10.0, noise_norm=200.0) == 100  # the mean's noise has norm 2 at most
+    assert groups([100, 100, 100, 3], 40) == [(0,), (1,), (2, 3)]
+    assert groups([100, 3, 100, 3], 40) == [(0, 1), (2, 3)]
+    assert groups([100, 90, 3, 3], 40) == [(0,), (1, 2, 3)]  # the sibling's smallest
+    assert groups([3, 3, 3, 3], 40) == [(0, 1, 2, 3)]
+    assert groups([50, -49, 100, 100], 40) == [(0, 1, 2), (3,)]
+    assert groups([20.0], 40) == [(0,)]
 
 
 def test_rows_hold_every_image_and_sum_once() -> None:
     rng = torch.Generator().manual_seed(0)
     counts = torch.randn(3 * 8, generator=rng, dtype=torch.float64) * 100 + 120
     sums, selection = torch.randn(2, 24, 5, generator=rng), torch.randn(24, 3, generator=rng)
-    found = Rows.of(counts, sums, selection, 8, 20.0)
+    found = Rows.of(counts, sums, selection, 8, 80.0)
     assert sorted(itertools.chain(*found.cells)) == list(range(24))
     assert all({cell // 8 for cell in group} == {k} for group, k in zip(
         found.cells, found.classes.tolist(), strict=True))  # fmt: skip
@@ -539,10 +540,11 @@ def test_targets_are_finite_whatever_the_noise(epsilon: float) -> None:
     if epsilon < 1:
         assert released.num_rows == 3
         assert float(released.counts.min()) < 1  # as noised
-    noise = released.metadata.sd / 2**30 / 0.1
+    noise = released.metadata.sd / 2**30
     for k in range(3):
         own = released.rows.counts[released.rows.classes == k]
-        assert len(own) == 1 or float(own.min()) >= max(LEAST, STANDS_OUT * noise)
+        assert len(own) == 1 or float(own.min()) >= max(LEAST, STANDS_OUT * noise / 0.1)
+        assert len(own) == 1 or noise * math.sqrt(88) / float(own.min()) <= MOST_NOISE
 
 
 # ----------------------------------------------------------------------------- fitting
@@ -643,8 +645,10 @@ def test_fewer_modes_are_suggested_for_more_noise() -> None:
         dpmmd.modes.suggest(first, small_encoder(), epsilon=e, delta=1e-5) for e in (0.1, 1, 5, 100)
     ]
     assert found == sorted(found)
-    assert found[0] == 1 < found[-1] == 32  # of 1,000 images, at least 30 a mode
+    assert found[0] == 1 < found[-1] == dpmmd.modes.SUGGESTED
     assert all(c & (c - 1) == 0 for c in found)
+    few = first_of(structured(600), insecure_test_noise=no_noise)  # of 200 images, 30 a mode
+    assert dpmmd.modes.suggest(few, small_encoder(), epsilon=100, delta=1e-5) == 4
 
 
 # ----------------------------------------------------------------------------- two releases

@@ -123,7 +123,7 @@ class ModesSection(_Section):
     """
 
     per_class: int | None = Field(default=None, ge=2)
-    share: float = Field(default=0.3, gt=0, lt=1)
+    share: float = Field(default=0.5, gt=0, lt=1)
 
     @field_validator("per_class")
     @classmethod

@@ -100,7 +100,7 @@ def test_a_run_makes_two_releases_with_one_total(
     mu = together(second.metadata)
     total = epsilon_of(mu, 1e-3)
     assert 50 * (1 - 1e-4) < total <= 50
-    assert first.metadata.mu**2 == pytest.approx(0.3 * mu**2, rel=1e-3)
+    assert first.metadata.mu**2 == pytest.approx(0.5 * mu**2, rel=1e-3)
     privacy = result.json["privacy"]
     assert (privacy["epsilon"], privacy["mu"]) == (total, mu)
     assert [part["epsilon"] for part in privacy["releases"]] == [

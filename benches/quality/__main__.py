@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benches.quality import rounded
+from benches.quality import ideas, rounded
 from benches.rows import between
 
 ROOT = Path(__file__).parents[2]
@@ -338,6 +338,7 @@ def update(path: Path) -> None:
     text = path.read_text()
     tables = {"claims": claims(), "tried": tried(), "ablations": ablations()}
     tables["rounded"] = rounded.table(rounded.read())
+    tables["ideas"] = ideas.table(ideas.read())
     for name, table in tables.items():
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
         if table:

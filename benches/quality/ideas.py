@@ -64,6 +64,28 @@ def pictured(path: Path) -> Tensor:
     return grid[::scale, ::scale].view(10, 28, 10, 28).transpose(1, 2).reshape(100, 28, 28)
 
 
+def blurred(x: Tensor) -> Tensor:
+    """Images [n, 1, H, W] without their detail."""
+    kernel = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], dtype=x.dtype) / 16
+    padded = F.pad(x, (2,) * 4, mode="replicate")
+    return F.conv2d(padded, torch.outer(kernel, kernel)[None, None])
+
+
+def cored(images: Tensor, power: float = 1.8) -> Tensor:
+    """Images [n, 1, H, W] in [0, 1], weak detail made weaker and strong detail stronger.
+
+    Detail is multiplied by (its local size / that of all images)^(power - 1), at most 1.5, and then
+    by one number, so that its mean square over all images stays.
+    """
+    coarse = blurred(images)
+    fine = images - coarse
+    size = blurred(blurred(fine.square())).clamp(min=1e-8).sqrt()
+    typical = size[size > 0.01].square().mean().sqrt()
+    changed = fine * (size / typical).pow(power - 1).clamp(max=1.5)
+    changed *= (fine.square().mean() / changed.square().mean()).sqrt()
+    return (coarse + changed).clamp(0, 1)
+
+
 def spread() -> list[dict[str, Any]]:
     """Roughness over images, of real ones and of pictures in docs/: low, middle and high."""
     sets = {"real": public("test", 200, FULL).view(-1, 28, 28)}
@@ -111,12 +133,9 @@ def penalty() -> list[dict[str, Any]]:
     an image's features within its class.
     """
     x = public("train", 60, FULL).view(-1, 1, 28, 28)
-    kernel = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
-    padded = F.pad(x, (2,) * 4, mode="replicate")
-    coarse = F.conv2d(padded, torch.outer(kernel, kernel)[None, None])
     middle = torch.zeros(28, 28)
     middle[MIDDLE, MIDDLE] = 1
-    fine = (x - coarse) * middle
+    fine = (x - blurred(x)) * middle
     size = fine.flatten(1).norm(dim=1)
     level = size.view(len(FULL), -1).mean(1, keepdim=True).expand(-1, 60).flatten()
     factors = {"levelled": (level / size).clamp(max=8), "rougher": 1.5, "smoother": 0.5}
@@ -260,7 +279,7 @@ def trained(options: argparse.Namespace) -> dict[str, Any]:
         adjacency="replace-one",
         num_classes=10,
         pixel_moments=28,
-        weights={"pixels": 0.5, "products": 0},
+        weights=None if options.products else {"pixels": 0.5, "products": 0},
         insecure_test_noise=no_noise if noiseless else None,
         progress=False,
     )
@@ -280,9 +299,15 @@ def trained(options: argparse.Namespace) -> dict[str, Any]:
     seconds = round(perf_counter() - started)
     test = open_source("fashion-mnist", split="test", num_classes=10).arrays()
     alignment = align.fit(released, *sample(generator, options.images, 10, seed=1))
+    sets = {
+        "as generated": sample(generator, options.images, 10),
+        "aligned": sample(generator, options.images, 10, alignment=alignment),
+    }
+    images, labels = sets["aligned"]
+    weaker = cored(torch.from_numpy(images).float() / 255).mul(255).round().to(torch.uint8)
+    sets["aligned, detail cored"] = weaker.numpy(), labels
     found = {}
-    for name, given in (("aligned", alignment), ("as generated", None)):
-        made = sample(generator, options.images, 10, alignment=given)
+    for name, made in sets.items():
         scores = evaluate(made, test)  # type: ignore[arg-type]
         found[name] = [round(100 * each["synthetic"], 1) for each in scores.values()]
     what = (
@@ -329,6 +354,7 @@ def main() -> None:
     parser.add_argument("--epsilon", type=float, default=math.inf)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--images", type=int, default=20_000)
+    parser.add_argument("--products", action="store_true", help="align with a covariance, too")
     parser.add_argument("--predicted", default="")
     options = parser.parse_args()
     torch.set_num_threads(1)

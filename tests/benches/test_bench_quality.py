@@ -110,3 +110,15 @@ def test_a_histogram_tells_a_spread_from_its_mean() -> None:
     spread, grey = light[:2].mean(0), light[2:].mean(0)
     torch.testing.assert_close(light.sum((1, 2, 3)), torch.full((4,), 7.0))
     assert float((spread - grey).norm()) > 0.5 * float(grey.norm())
+
+
+def test_coring_spreads_detail_and_keeps_its_mean_square() -> None:
+    rng = torch.Generator().manual_seed(0)
+    noise = torch.randn(2, 1, 28, 28, generator=rng)
+    images = 0.5 + noise * torch.tensor([0.02, 0.06]).view(2, 1, 1, 1)
+    before, after = (ideas.roughness(x[:, 0])[0] for x in (images, ideas.cored(images)))
+    assert float(after[0]) < 0.7 * float(before[0])
+    assert float(after[1]) > float(before[1])
+    fine, cored = (x - ideas.blurred(x) for x in (images, ideas.cored(images)))
+    assert float(cored.square().mean()) == pytest.approx(float(fine.square().mean()), rel=0.15)
+    torch.testing.assert_close(ideas.cored(images, power=1), images)  # power 1 changes nothing

@@ -86,6 +86,36 @@ def cored(images: Tensor, power: float = 1.8) -> Tensor:
     return (coarse + changed).clamp(0, 1)
 
 
+def enclosed(images: Tensor) -> Tensor:
+    """Of images [n, 28, 28]: dark area that the object encloses [n], in percent of the object."""
+    from scipy.ndimage import binary_fill_holes
+
+    found = []
+    for image in images.numpy():
+        bright = image > 0.15
+        whole = binary_fill_holes(bright)
+        found.append(100 * (whole & ~bright).sum() / max(1, whole.sum()))
+    return torch.tensor(found)
+
+
+def holes() -> list[dict[str, Any]]:
+    """Dark area that shirts, pullovers and coats enclose, of real ones and of pictures in docs/."""
+    tops = FULL[:4]
+    rows = []
+    for what, name in (("real", ""), ("the demo's (docs/demo.png)", "demo.png")):
+        images = public("test", 200, tops)
+        if name:
+            images = pictured(ROOT / "docs" / name).view(10, 10, 28, 28)[list(tops)]
+        area = enclosed(images.reshape(-1, 28, 28))
+        many = 100 * float((area > 2).float().mean())
+        found = {"mean": float(area.mean()), "percent of images with more than 2": many}
+        what = f"dark area that tops enclose, in percent of the object: {what}"
+        rows.append(
+            {"what": what, "predicted": "more in the demo's" if name else "", **_rounded(found, 1)}
+        )
+    return rows
+
+
 def spread() -> list[dict[str, Any]]:
     """Roughness over images, of real ones and of pictures in docs/: low, middle and high."""
     sets = {"real": public("test", 200, FULL).view(-1, 28, 28)}
@@ -322,7 +352,7 @@ def trained(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-CHECKS = {check.__name__: check for check in (spread, penalty, sight, modes, nearest)}
+CHECKS = {check.__name__: check for check in (spread, holes, penalty, sight, modes, nearest)}
 
 
 def read() -> list[dict[str, Any]]:

@@ -122,3 +122,11 @@ def test_coring_spreads_detail_and_keeps_its_mean_square() -> None:
     fine, cored = (x - ideas.blurred(x) for x in (images, ideas.cored(images)))
     assert float(cored.square().mean()) == pytest.approx(float(fine.square().mean()), rel=0.15)
     torch.testing.assert_close(ideas.cored(images, power=1), images)  # power 1 changes nothing
+
+
+def test_a_hole_is_dark_and_enclosed() -> None:
+    images = torch.zeros(2, 28, 28)
+    images[:, 4:24, 4:24] = 1  # 400 px
+    images[0, 10:14, 10:14] = 0  # a hole
+    images[1, 4:8, 10:14] = 0  # a bay
+    assert ideas.enclosed(images).tolist() == [4.0, 0.0]

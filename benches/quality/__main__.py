@@ -29,7 +29,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from benches.quality import rounded
+from benches.quality import ideas, rounded
 from benches.rows import between
 
 ROOT = Path(__file__).parents[2]
@@ -409,6 +409,7 @@ def update(path: Path) -> None:
     text = path.read_text()
     tables = {"claims": claims(), "tried": tried(), "ablations": ablations()}
     tables["rounded"] = rounded.table(rounded.read())
+    tables["ideas"] = ideas.table(ideas.read())
     for name, table in tables.items():
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
         if table:

@@ -10,7 +10,7 @@ import torch
 
 import dpmmd
 from benches.quality import __main__ as quality
-from benches.quality import colour, rounded, statistics
+from benches.quality import colour, ideas, rounded, statistics, structure
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -111,5 +111,66 @@ def test_the_docs_show_the_results() -> None:
     assert quality.tried() in text
     assert quality.ablations() in text
     assert rounded.table(rounded.read()) in text
+    assert ideas.table(ideas.read()) in text
     names = {row.name for row in (*quality.CLAIMS, *quality.TRIED, *quality.ABLATIONS)}
     assert {each["row"] for each in quality._read()} <= names
+
+
+def test_roughness_is_of_single_pixels_and_its_spread_of_images() -> None:
+    stripes = (0.5 + 0.06 * (-1.0) ** torch.arange(28)).expand(28, 28)
+    rows, flat = stripes.T, torch.full((28, 28), 0.5)
+    checkers = 0.5 + 0.06 * torch.outer(*[(-1.0) ** torch.arange(28)] * 2)
+    found = ideas.roughness(torch.stack([stripes, rows, checkers, flat]))
+    expected = torch.tensor([[6.0, 0, 6, 0], [0, 6, 6, 0], [0, 0, 6, 0]])
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+
+
+def test_variance_between_groups_is_a_share() -> None:
+    values, groups = torch.tensor([1.0, 1, 5, 5]), torch.tensor([0, 0, 1, 1])
+    assert ideas.between(values, groups, 2) == pytest.approx(1)
+    assert ideas.between(values, torch.tensor([0, 1, 0, 1]), 2) == pytest.approx(0)
+
+
+@pytest.mark.parametrize("name", ["gradients", "histograms"])
+def test_structure_is_nonnegative_smooth_and_of_one_image(name: str) -> None:
+    encoder = structure.load(name)
+    images = torch.rand(3, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    images[1] = 0  # flat: no gradient, and no root of 0
+    images.requires_grad_()
+    taps = encoder(images)
+    assert all(bool((tap >= 0).all()) for tap in taps)
+    for alone, tap in zip(encoder(images[:1]), taps, strict=True):
+        torch.testing.assert_close(alone, tap[:1])
+    (gradient,) = torch.autograd.grad(sum(tap.square().sum() for tap in taps), images)
+    assert bool(gradient.isfinite().all())
+    assert float(gradient[0].norm()) > 0
+
+
+def test_a_histogram_tells_a_spread_from_its_mean() -> None:
+    """Half black and half white is as bright as grey, and is told apart by bins alone."""
+    encoder = structure.load("histograms")
+    levels = torch.tensor([0.0, 1.0, 0.4, 0.6]).view(4, 1, 1, 1).expand(4, 1, 28, 28)
+    light, _ = encoder(levels)
+    spread, grey = light[:2].mean(0), light[2:].mean(0)
+    torch.testing.assert_close(light.sum((1, 2, 3)), torch.full((4,), 7.0))
+    assert float((spread - grey).norm()) > 0.5 * float(grey.norm())
+
+
+def test_coring_spreads_detail_and_keeps_its_mean_square() -> None:
+    rng = torch.Generator().manual_seed(0)
+    noise = torch.randn(2, 1, 28, 28, generator=rng)
+    images = 0.5 + noise * torch.tensor([0.02, 0.06]).view(2, 1, 1, 1)
+    before, after = (ideas.roughness(x[:, 0])[0] for x in (images, ideas.cored(images)))
+    assert float(after[0]) < 0.7 * float(before[0])
+    assert float(after[1]) > float(before[1])
+    fine, cored = (x - ideas.blurred(x) for x in (images, ideas.cored(images)))
+    assert float(cored.square().mean()) == pytest.approx(float(fine.square().mean()), rel=0.15)
+    torch.testing.assert_close(ideas.cored(images, power=1), images)  # power 1 changes nothing
+
+
+def test_a_hole_is_dark_and_enclosed() -> None:
+    images = torch.zeros(2, 28, 28)
+    images[:, 4:24, 4:24] = 1  # 400 px
+    images[0, 10:14, 10:14] = 0  # a hole
+    images[1, 4:8, 10:14] = 0  # a bay
+    assert ideas.enclosed(images).tolist() == [4.0, 0.0]

@@ -119,7 +119,7 @@ def grouped(counts: Tensor, least: float) -> list[list[int]]:
         sides = [of(cells[:half]), of(cells[half:])]
         for own, other in ((0, 1), (1, 0)):
             size = [float(counts[group].sum()) for group in sides[other]]
-            if sides[own] and float(counts[sides[own][0]].sum()) < least:
+            if all(sides) and float(counts[sides[own][0]].sum()) < least:
                 sides[other][int(np.argmin(size))].extend(sides[own].pop(0))
         return sides[0] + sides[1]
 

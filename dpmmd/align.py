@@ -18,7 +18,8 @@ The released numbers are noisy, and how noisy is known. Their differences from g
 taken along the directions of the generated covariance, relative to its standard deviations there.
 Each is multiplied by t / (t + s), s being the variance of its noise, and t that of the true
 differences in the same groups of directions: what the squares have beyond s, less two standard
-errors. A group in which nothing stands out from the noise is left as it is.
+errors. A group in which nothing stands out from the noise is left as it is, but for numbers that
+are beyond five standard deviations of their own noise.
 
 Moments are weighted means, since the bound norms images: weights are 1 / |(u, c)| for class means
 and 1 / |(u, c)|^2 for products (`dpmmd.encoders.pixels`), for released and generated images alike.
@@ -50,7 +51,8 @@ from dpmmd.encoders.pixels import augmented, constant, transform
 from dpmmd.privacy import PrivacyError, Release
 
 _ERRORS = 2.0  # standard errors taken off an estimated variance, and within which changes fade
-_MOST = 0.1  # of a relative difference: the variance that is believed
+_MOST = 0.1  # of a relative difference: the variance that is believed of a group
+_ALONE = 5.0  # standard deviations of its noise, at which a number is believed by itself
 _LEAST = 0.02  # of the variance that is left of a direction
 _ROUNDS = 10  # of finding offsets
 _STEP = 0.05  # the most that an offset changes in one
@@ -171,7 +173,7 @@ def fit(release: Release, images: NDArray[np.uint8], labels: NDArray[np.int64] |
     error = torch.zeros_like(gap)  # variance of the noise that is left
     for group in groups:
         signal = _signal(gap[:, group], noise[:, group])
-        believed = signal / (signal + noise[:, group])
+        believed = _believed(gap[:, group], noise[:, group], signal)
         gap[:, group] *= believed
         error[:, group] = believed.square() * noise[:, group]
     shift = (gap * spread.sqrt()) @ directions.T
@@ -276,14 +278,14 @@ def _shrunk(gap: Tensor, noise: Tensor, spread: Tensor, groups: list[NDArray[np.
             part = np.ix_(one, other)
             off = ~torch.eye(len(gap), dtype=torch.bool)[part]
             signal = _signal(gap[part][off], noise[part][off], times=2)
-            gap[part] *= signal / (signal + noise[part])
+            gap[part] *= _believed(gap[part], noise[part], signal)
         own, error = diagonal[one], noise.diagonal()[one]
         of_mean = 1 / (1 / error).sum()
         mean = (own / error).sum() * of_mean
         signal = (mean.square() - _ERRORS**2 * of_mean).clamp(0, _MOST)
         mean *= signal / (signal + of_mean)
         signal = _signal(own - mean, error)
-        diagonal[one] = mean + signal / (signal + error) * (own - mean)
+        diagonal[one] = mean + _believed(own - mean, error, signal) * (own - mean)
     gap.diagonal().copy_(diagonal)
     return torch.eye(len(gap), dtype=gap.dtype) + gap
 
@@ -428,6 +430,16 @@ def _groups(d: int) -> Iterator[NDArray[np.int64]]:
     while begin < d:
         yield order[begin : root * root].copy()
         begin, root = root * root, root * 2 if root < 8 else root + 4
+
+
+def _believed(values: Tensor, noise: Tensor, signal: Tensor) -> Tensor:
+    """The share of each value that is believed, where its group has true values of this variance.
+
+    A value far beyond its own noise is no matter of its group, and of more than _MOST at that.
+    """
+    share = signal / (signal + noise)
+    alone = 1 - noise / values.square()
+    return torch.where(values.square() > _ALONE**2 * noise, torch.maximum(share, alone), share)
 
 
 def _signal(values: Tensor, noise: Tensor, times: int = 1) -> Tensor:

@@ -112,6 +112,9 @@ def test_the_docs_show_the_results() -> None:
     assert quality.ablations() in text
     assert rounded.table(rounded.read()) in text
     assert ideas.table(ideas.read()) in text
+    assert colour.read()
+    assert colour.accuracies(colour.read()) in text
+    assert colour.looks(colour.read()) in text
     names = {row.name for row in (*quality.CLAIMS, *quality.TRIED, *quality.ABLATIONS)}
     assert {each["row"] for each in quality._read()} <= names
 

@@ -128,6 +128,19 @@ def test_brightness_varies_as_is_released(own: float) -> None:
             assert brightness(after, made[1], k) == pytest.approx(true, rel=0.15)
 
 
+def test_what_is_far_off_and_far_beyond_its_noise_is_believed() -> None:
+    """A generator that hardly varies: noise is large beside its variance, and the data's larger."""
+    data, made = lit(0.1, 0.1, 1), lit(0.01, 0.01)
+    weights = {"phi1": 2.0**-20, "class_products": 0.7}
+    release = released(data, 10.0, insecure_test_noise=seeded(0), weights=weights)
+    after = applied(align.fit(release, *made), made)
+    true = brightness(torch.from_numpy(data[0]) / 255, data[1], 0)
+    assert brightness(after, made[1], 0) > 0.7 * true
+    values, noise = torch.tensor([10.0, 3.0, 0.1]), torch.ones(3)
+    found = align._believed(values, noise, torch.tensor(0.1))
+    torch.testing.assert_close(found, torch.tensor([0.99, 1 / 11, 1 / 11]))
+
+
 def test_a_class_that_varies_little_is_not_moved_as_the_others_are() -> None:
     data, made = lit(0.02, 0.15, 1), lit(0.02, 0.05)
     spread = {}

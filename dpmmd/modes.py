@@ -73,7 +73,16 @@ def fit(release: Release, per_class: int) -> Modes:
             "release: it holds no moments of pixels, or no products of them; make one with "
             "dpmmd.release(source, None, pixel_moments=SIDE, ...), without weights of 0."
         )
-    bits = _bits(release, per_class)
+    return along(release, _bits(release, per_class))
+
+
+def along(release: Release, bits: int) -> Modes:
+    """The modes of `fit`, 2^``bits`` a class, whether they would stand out from the noise or not.
+
+    Those that do not are merged where the next release is used. It is for whoever has made the
+    first release already, and goes on with whatever its noise left.
+    """
+    assert release.pixels is not None
     channels = release.metadata.image_shape[0]
     side = math.isqrt((release.pixels.shape[1] - 1) // channels)
     means = means_of(release.pixels, channels, side).nan_to_num(0.5).clamp(0, 1)  # [K, d]
@@ -101,8 +110,15 @@ def _bits(release: Release, per_class: int) -> int:
         )
     assert release.pixels is not None
     most = float(release.class_counts.max())
+    values = release.pixels.shape[1] - 1
+    if per_class > 1 << min(values, MOST_BITS):
+        raise ValueError(
+            f"per_class={per_class}: each direction halves a class, and images of {values} values "
+            f"have at most {min(values, MOST_BITS)} of them; at most {1 << min(values, MOST_BITS)} "
+            "modes can be."
+        )
     bits = int(math.log2(max(1.0, most / LEAST)))
-    bits = min(bits, MOST_BITS, release.pixels.shape[1] - 1)
+    bits = min(bits, MOST_BITS, values)
     if per_class > 1 << bits:
         largest = f"at most {1 << bits}" if bits else "no modes"
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,10 +56,10 @@ class MMDLoss(nn.Module):
 
     Of a release with modes every row of `Release.rows`, a group of modes of a class, is matched
     by itself. Labels are then rows, 0..A-1, and not classes: ``release.rows.classes[labels]`` are
-    the classes. A, and not K, is the number of labels that a generator is to be built for. Where A
-    batches have no label but classes, they are refused. Rows that are not in a batch are left out
-    of its loss, and their estimates stay. ``"unbiased"`` needs at least two images of a row that is
-    in the batch.
+    the classes. A, and not K, is the number of labels that a generator is to be built for. Where so
+    many batches have no label but classes that no draw of rows explains it, they are refused. Rows
+    that are not in a batch are left out of its loss, and their estimates stay. ``"unbiased"`` needs
+    at least two images of a row that is in the batch.
 
     Args:
         release: what to match.
@@ -163,7 +164,8 @@ class MMDLoss(nn.Module):
         self._rows_known = False  # set where labels are made from the release's rows
         # Batches whose labels are looked at: a process of several may never have some of the rows.
         alone = not (dist.is_available() and dist.is_initialized())
-        self._unseen = self.num_rows if alone else 0
+        self._unseen = _until_sure(release) if alone else 0
+        self._watched = self._unseen
         self._largest: Tensor | None = None
         self._chunk = None if micro_batch is None else Chunk(micro_batch)
         self._graphs = Graphs() if graph else None
@@ -212,8 +214,7 @@ class MMDLoss(nn.Module):
     def _check_rows(self, labels: Tensor) -> None:
         """Refuses labels that are no rows, and labels that never are but classes.
 
-        Rows in turn, or drawn, have all come up in as many batches as there are rows. On a GPU the
-        host waits for it once, and labels out of range are left to the device.
+        On a GPU the host waits for it once, and labels out of range are left to the device.
         """
         if self._rows_known or torch.compiler.is_compiling() or not labels.numel():
             return
@@ -232,7 +233,7 @@ class MMDLoss(nn.Module):
         self._unseen -= 1
         if self._unseen == 0 and int(self._largest) < self.num_classes < self.num_rows:
             raise ValueError(
-                f"labels: none above {int(self._largest)} in {self.num_rows} batches, so that they "
+                f"labels: none above {int(self._largest)} in {self._watched} batches, so that they "
                 f"seem to be the {self.num_classes} classes; expected {rows}. Build the generator "
                 f"with num_classes={self.num_rows}, and give both of them rows."
             )
@@ -482,3 +483,19 @@ def _brief(value: Any) -> str:
 
 def _is_taps(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(t, dict) and "name" in t for t in value)
+
+
+def _until_sure(release: Release) -> int:
+    """In how many batches labels 0..K-1 alone cannot be rows; 0: they may be.
+
+    Rows in turn have all come up in A batches. Of rows that are drawn, at least one a batch,
+    uniformly, by their counts, or by their shares of a class, others have come up too, but for one
+    training in a million.
+    """
+    rows, k = release.rows, release.num_classes
+    if release.modes is None or len(rows.counts) <= k:
+        return 0
+    of_class = rows.classes.bincount(rows.counts, minlength=k)
+    weights = (torch.ones_like(rows.counts), rows.counts, rows.counts / of_class[rows.classes])
+    others = min(float(each[k:].sum() / each.sum()) for each in weights)
+    return max(len(rows.counts), math.ceil(math.log(1e-6) / math.log1p(-others)))

@@ -304,6 +304,11 @@ class Recipe(_Section):
     @model_validator(mode="after")
     def _modes_suit_the_release(self) -> Recipe:
         if self.modes is None:
+            if self.sample.modes:
+                raise ValueError(
+                    "sample.modes = true: there are none without a section [modes]; add one, or "
+                    "leave the key out"
+                )
             return self
         wanted, per_class = self.release, self.modes.per_class
         if wanted.pixel_moments is None:

@@ -224,7 +224,7 @@ def sample(
             f"wrote {out} and {picture}; no card, and not aligned with moments of pixels that its "
             "release may hold: give the release with --release"
         )
-    elif origin.release.modes is not None and origin.moments is None:
+    elif origin.unaligned:
         say(
             f"wrote {out}, {picture} and {card}; not aligned, since {runs.MOMENTS}, to which the "
             "modes were fitted, does not lie beside the release"

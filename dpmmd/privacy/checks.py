@@ -8,7 +8,6 @@ does not follow from anything (the name of the source, say) is not signed and ma
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -21,7 +20,7 @@ from dpmmd.encoders.pixels import LARGEST
 from dpmmd.privacy.accounting import calibrate
 from dpmmd.privacy.accounting import delta as delta_of
 from dpmmd.privacy.blocks import GRID, KINDS, Blocks, Features
-from dpmmd.privacy.composition import refuse_unfounded
+from dpmmd.privacy.composition import EARLIER, GUESS, refuse_unfounded, unsound
 from dpmmd.privacy.metadata import (
     BlockRecord,
     Metadata,
@@ -37,8 +36,6 @@ from dpmmd.privacy.sensitivity import ADJACENCIES
 from dpmmd.privacy.sums import GRID_BITS
 
 _CLOSE = 1e-12  # relative: numbers that were computed from each other in doubles
-_GUESS = 1e-6  # mu of another version of the accounting, of which this one is tight
-_EARLIER = 2e-8  # delta of files of format 2, whose mu was rounded less carefully
 _SDS = 12  # of noise that no number passes: one in 10^32
 _KEYS = {"name", "weights_sha256", "image_size", "taps", "pool", "layout", "resize", "pixel_range"}
 _KEYS |= {"precision", "constant"}
@@ -192,18 +189,8 @@ class Checks:
     def _origin(self, origin: Statement) -> None:
         """The statement of another release: what follows of it alone, and that both compose."""
         where = "modes.origin"
-        if not re.fullmatch("[0-9a-f]{64}", origin.array_sha256):
-            self.refuse(f"{where}.array_sha256", origin.array_sha256, "64 hexadecimal digits")
-        if origin.adjacency not in ADJACENCIES:
-            self.refuse(f"{where}.adjacency", origin.adjacency, f"one of {', '.join(ADJACENCIES)}")
-        try:
-            least = calibrate(epsilon=origin.epsilon, delta=origin.delta).mu
-        except ValueError:
-            self.refuse(where, (origin.epsilon, origin.delta), "an epsilon and a delta")
-        if not math.isclose(origin.mu, least, rel_tol=_GUESS):
-            self.refuse(f"{where}.mu", origin.mu, f"{least!r}, which (epsilon, delta) allow")
-        if delta_of(mu=origin.mu, epsilon=origin.epsilon) > origin.delta * (1 + _EARLIER):
-            self.refuse(f"{where}.delta", origin.delta, "what mu and epsilon allow")
+        for field, value, expected in unsound(origin):
+            self.refuse(f"{where}.{field}", value, expected)
         try:
             refuse_unfounded(self.m)
         except PrivacyError as error:
@@ -315,10 +302,10 @@ class Checks:
     def _claim(self) -> None:
         """(epsilon, delta) follow from mu, mu from sd and sensitivity, that from the blocks."""
         m = self.m
-        allowed = m.delta * (1 + (_EARLIER if m.format == 2 else 0))
+        allowed = m.delta * (1 + (EARLIER if m.format == 2 else 0))
         for field, expected, tolerance in (
             ("sensitivity", m.sensitivity_under(m.adjacency), _CLOSE),
-            ("mu", calibrate(epsilon=m.epsilon, delta=m.delta).mu, _GUESS),
+            ("mu", calibrate(epsilon=m.epsilon, delta=m.delta).mu, GUESS),
             ("sd", m.sensitivity / m.mu, _CLOSE),
             ("noise_sd", m.sd / GRID * m.clip, _CLOSE),
         ):

@@ -51,17 +51,19 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 from dpmmd.data.identifiers import folded, unmarked, without_zeros
 from dpmmd.privacy import accounting
-from dpmmd.privacy.metadata import Metadata, PrivacyError
+from dpmmd.privacy.metadata import Metadata, PrivacyError, Statement, unit_of
 from dpmmd.privacy.printed import LONGEST, down, plain, up
 from dpmmd.privacy.sensitivity import ADJACENCIES, check_adjacency
 
+GUESS = 1e-6  # mu of another version of the accounting, of which this one is tight
+EARLIER = 2e-8  # delta of files of format 2, whose mu was rounded less carefully
 FACTORS = {  # FACTORS[stated under][made under]: see the proofs above
     "replace-one": {"replace-one": 1.0, "zero-out": 2.0, "add-remove": 2.0},
     "zero-out": {"replace-one": 1.0, "zero-out": 1.0, "add-remove": 1.0},
@@ -274,10 +276,41 @@ def split_epsilon(epsilon: float, delta: float, share: float) -> tuple[float, fl
         less *= 2
 
 
+def unsound(origin: Statement) -> Iterator[tuple[str, object, str]]:
+    """What a statement says that does not follow from the rest of it.
+
+    Yields:
+        The field, its value, and what was expected.
+    """
+    if not re.fullmatch("[0-9a-f]{64}", origin.array_sha256):
+        yield "array_sha256", origin.array_sha256, "64 hexadecimal digits"
+    if origin.adjacency not in ADJACENCIES:
+        yield "adjacency", origin.adjacency, f"one of {', '.join(ADJACENCIES)}"
+    start = unit_of("")
+    if origin.unit != unit_of(None) and not (
+        origin.unit.startswith(start) and origin.unit != start
+    ):
+        yield "unit", origin.unit, f"{unit_of(None)!r} or {unit_of('...')!r}"
+    try:
+        least = accounting.calibrate(epsilon=origin.epsilon, delta=origin.delta).mu
+    except ValueError:
+        yield "epsilon", (origin.epsilon, origin.delta), "an epsilon and a delta"
+        return
+    if not math.isclose(origin.mu, least, rel_tol=GUESS):
+        yield "mu", origin.mu, f"{least!r}, which (epsilon, delta) allow"
+    elif accounting.delta(mu=origin.mu, epsilon=origin.epsilon) > origin.delta * (1 + EARLIER):
+        yield "delta", origin.delta, "what mu and epsilon allow"
+
+
 def refuse_unfounded(m: Metadata) -> None:
     """Raises a PrivacyError where a release and the origin of its modes have no total together."""
     if m.modes is None or (origin := m.modes.origin) is None:
         return
+    for field, value, expected in unsound(origin):
+        raise PrivacyError(
+            f"modes.origin.{field} = {plain(repr(value))}: expected {expected}. Take the statement "
+            "of a release, release.metadata.statement. Nothing was spent."
+        )
     if m.private and not origin.private:
         raise PrivacyError(
             "modes: fitted to a release with test noise, which promises nothing, so that this one "

@@ -59,6 +59,13 @@ class Released:
     release: Release
     moments: Release | None = None
 
+    @property
+    def unaligned(self) -> bool:
+        """Whether images could be aligned if the file of moments were there."""
+        modes = self.release.modes
+        fitted = modes is not None and modes.origin is not None
+        return fitted and self.moments is None and self.release.pixels is None
+
 
 def releases_of(checkpoint: Path, given: Path | None) -> Released | None:
     """What a checkpoint was trained on: the file given, or the run folder's; None: neither.

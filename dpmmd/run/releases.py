@@ -19,12 +19,14 @@ from dpmmd import generators, modes
 from dpmmd.data import ImageSource, open_source
 from dpmmd.encoders import Encoder
 from dpmmd.errors import RunError
+from dpmmd.files import expanded
 from dpmmd.nn import check_encoder
 from dpmmd.privacy import Ledger, Release, calibrate, split_epsilon
 from dpmmd.privacy import release as make_release
 from dpmmd.privacy.blocks import KINDS
 from dpmmd.privacy.layout import Asked, bound_of, lay_out
 from dpmmd.privacy.metadata import Metadata, unit_of
+from dpmmd.privacy.modes import MOST_BITS
 from dpmmd.privacy.printed import up
 from dpmmd.privacy.rows import LEAST
 from dpmmd.recipe import ModesSection, Recipe
@@ -85,7 +87,6 @@ class Releasing:
         wanted = self.settings.modes
         if wanted is None:
             return Released(self._made(self._whole()))
-        self._check_files()
         per_class = self._per_class(wanted)
         if per_class == 1:
             self.say(
@@ -93,6 +94,7 @@ class Releasing:
                 "large. One release, with moments of pixels"
             )
             return Released(self._made(self._whole()))
+        self._check_files()
         one, other = self._parts(wanted)
         if not one.path.exists():
             self._check_both(other, per_class)
@@ -146,7 +148,9 @@ class Releasing:
         with self.measured.stage(part.stage):
             source = self._source()
             self._make_plan(source, per_class)
-            rule = None if first is None else modes.fit(first, per_class)
+            rule = None
+            if first is not None:  # it is spent: modes are merged, rather than refused
+                rule = modes.along(first, per_class.bit_length() - 1)
             return make_release(
                 source,
                 **part.arguments,
@@ -205,7 +209,7 @@ class Releasing:
         n, shape = self._public()
         asked, classes = self.settings.release, self.settings.data.num_classes
         assert n is not None  # else the recipe says how many
-        return modes.by_rule(
+        found = modes.by_rule(
             torch.full((classes or 1,), n / (classes or 1)),
             shape,
             self.encoder,
@@ -217,6 +221,13 @@ class Releasing:
             moments=asked.moments,
             selection=self.selection,
         )
+        return min(found, self._directions(shape))
+
+    def _directions(self, shape: tuple[int, int, int]) -> int:
+        """The modes that there are directions for: each halves a class."""
+        side = self.settings.release.pixel_moments
+        assert side is not None  # the recipe was checked
+        return 1 << min(MOST_BITS, shape[0] * side**2)
 
     def _public(self) -> tuple[int | None, tuple[int, int, int]]:
         """N, where it is public, and the shape of images: of a release, or else of the source."""
@@ -231,7 +242,12 @@ class Releasing:
     def _check_files(self) -> None:
         """Refuses a folder whose second release is there without the first."""
         moments, path = self.folder / MOMENTS, self.folder / RELEASE
-        if path.exists() and not moments.exists() and Release.load(path).modes is not None:
+        if path.exists() and not moments.exists():
+            if Release.load(path).modes is None:
+                raise RunError(
+                    f"{path}: made without modes, the recipe asks for some. Choose another folder "
+                    "with --out."
+                )
             raise RunError(
                 f"{moments}: is not there, and the modes of {path} were fitted to it; restore it "
                 "from a copy. Releasing the data again costs privacy again."
@@ -241,6 +257,12 @@ class Releasing:
         """Refuses, before the first release, what the second or both together would fail at."""
         data, asked, source = self.settings.data, self.settings.release, self._source()
         n, shape = self._public()
+        if per_class > (most := self._directions(shape)):
+            raise RunError(
+                f"modes.per_class = {per_class}: images of {asked.pixel_moments} x "
+                f"{asked.pixel_moments} (release.pixel_moments) have directions for {most} modes "
+                "of a class at most; lower the one or raise the other."
+            )
         if n is not None:
             most = modes.largest(n / (data.num_classes or 1) / LEAST)
             if per_class > most:
@@ -270,7 +292,8 @@ class Releasing:
         )
         if asked.ledger is None:
             return
-        epsilon = min(asked.epsilon, NO_NOISE_EPSILON)
+        # Where the first release was interrupted and left its sums, its part is spent already.
+        epsilon = min(other.epsilon if self._begun else asked.epsilon, NO_NOISE_EPSILON)
         Ledger(asked.ledger, budget=asked.budget).check(
             identity=source.identity,
             source=source.name,
@@ -282,6 +305,13 @@ class Releasing:
             unit=unit_of(data.group_by),
             population=asked.population,
         )
+
+    @property
+    def _begun(self) -> bool:
+        """Whether the first release was interrupted, and will go on from its partial sums."""
+        named = self.settings.release.partial_sums
+        folder = None if named is None else expanded(named)
+        return folder is not None and folder.is_dir() and any(folder.iterdir())
 
     def _check_release(self, released: Release, part: _Part, split: str | None) -> None:
         """Refuses a release that the recipe would not have made; ``split``: how into modes."""

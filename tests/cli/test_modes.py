@@ -13,7 +13,7 @@ import torch
 
 import dpmmd
 from dpmmd import run as runs
-from dpmmd.privacy import Ledger, Release
+from dpmmd.privacy import Ledger, Release, collecting
 from dpmmd.privacy.composition import epsilon_of, together
 from dpmmd.train import Mixture
 from dpmmd.train.plan import PlanError, Target
@@ -55,7 +55,7 @@ num_images = 90
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """An encoder that needs no weights, and an alignment that is fitted to few images."""
-    monkeypatch.setattr("dpmmd.encoders.load", lambda **_: small_encoder())
+    monkeypatch.setattr("dpmmd.encoders.load", lambda *_, **__: small_encoder())
     monkeypatch.setattr("dpmmd.encoders.from_spec", lambda _, **__: small_encoder())
     monkeypatch.setattr("dpmmd.run.samples._FITTED", 300)
 
@@ -119,7 +119,7 @@ def test_a_run_makes_two_releases_with_one_total(
         assert "modes" not in synthetic
 
     before = {p: (out / p).read_bytes() for p in files(out) if (out / p).is_file()}
-    monkeypatch.setattr("dpmmd.modes.fit", None)  # on another machine its last bits may differ
+    monkeypatch.setattr("dpmmd.modes.along", None)  # on another machine its last bits may differ
     again = call("run", folder / "mine.toml", "--out", out, "--json")
     assert again.json == result.json
     for stage in ("moments", "release", "train", "sample"):
@@ -235,6 +235,11 @@ WRONG = {
     "no products": (("pixel_moments = 8", "pixel_moments = 8\nweights = {products = 0}"), "leaves"),
     "shared taps": (("pixel_moments = 8", "pixel_moments = 8\nshared_taps = 1"), "use one of the"),
     "no pairs": (("batch_size = 12", "batch_size = 1\nestimator = 'unbiased'"), "takes pairs"),
+    "too few values": (
+        ("pixel_moments = 8\n\n[modes]\nper_class = 2",
+         "pixel_moments = 1\n\n[modes]\nper_class = 4"),
+        "1 x 1 (release.pixel_moments) have directions for 2",
+    ),
     "private number": (
         ('"replace-one"\npixel_moments = 8\n\n[modes]\nper_class = 2',
          '"add-remove"\npixel_moments = 8\n\n[modes]'),
@@ -324,6 +329,90 @@ def test_where_noise_makes_classes_small_there_are_fewer_modes(
     assert Release.load(folder / "run" / "release.safetensors").metadata.per_class == 2
 
 
+@pytest.mark.parametrize("adjacency", ["replace-one", "add-remove"])
+def test_a_first_release_that_has_no_classes_is_gone_on_from(
+    call: Call, folder: Path, adjacency: str
+) -> None:
+    """Noise, or a private number of images, may leave none that are as large as two modes."""
+    if adjacency == "add-remove":
+        empty = np.zeros((0, 1, 8, 8), np.uint8), np.zeros(0, np.int64)
+        np.savez(folder / "train.npz", x=empty[0], y=empty[1])
+    recipe = changed(
+        folder, of=('"replace-one"', f'"{adjacency}"'), e=("epsilon = 50.0", "epsilon = 0.01")
+    )
+    result = call("run", recipe, "--out", folder / "run")
+    assert result.code == 0, result.err
+    second = Release.load(folder / "run" / "release.safetensors")
+    assert epsilon_of(together(second.metadata), 1e-3) == pytest.approx(0.01, rel=1e-3)
+    assert second.num_rows == 3
+
+
+@pytest.mark.parametrize("which", [1, 2])
+def test_partial_sums_go_on_within_the_budget_of_both(
+    call: Call, folder: Path, monkeypatch: pytest.MonkeyPatch, which: int
+) -> None:
+    """What was spent for the sums that are there is not asked for again."""
+    ledger, out, sums = folder / "ledger.jsonl", folder / "run", folder / "sums"
+    keys = f'ledger = "{ledger}"\nbudget = [50.0, 1e-3]\npartial_sums = "{sums}"\nbatch_size = 40'
+    recipe = changed(folder, ledger=("[modes]", f"{keys}\n[modes]"))
+    read, batches = collecting.harmless, 0
+
+    def stops(*arguments: Any) -> Any:
+        nonlocal batches
+        batches += 1
+        if batches == 10 * (which - 1) + 3:
+            raise KeyboardInterrupt
+        return read(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(collecting, "harmless", stops)
+        assert call("run", recipe, "--out", out).code == 130
+    assert len(list(sums.iterdir())) == 1
+    again = call("run", recipe, "--out", out)
+    assert again.code == 0, again.err
+    assert [e.array_sha256 is not None for e in Ledger(ledger).entries()] == [True, True]
+
+
+def test_a_release_without_modes_is_refused_before_moments_are_released(
+    call: Call, folder: Path
+) -> None:
+    out = folder / "run"
+    assert call("run", folder / "mine.toml", "--out", out).code == 0
+    for name in ("moments", "release"):
+        (out / f"{name}.safetensors").unlink()
+    options: dict[str, Any] = {"epsilon": 50.0, "delta": 1e-3, "adjacency": "replace-one"}
+    other = dpmmd.release(folder / "train.npz", small_encoder(), num_classes=3, **options)
+    other.save(out / "release.safetensors")
+    refused(call("run", folder / "mine.toml", "--out", out), "made without modes")
+    assert not (out / "moments.safetensors").exists()
+
+
+def test_the_public_rule_knows_how_many_directions_there_are(call: Call, folder: Path) -> None:
+    recipe = changed(
+        folder, rule=("per_class = 2\n", ""), side=("pixel_moments = 8", "pixel_moments = 1")
+    )
+    result = call("run", recipe, "--out", folder / "run")
+    assert result.code == 0, result.err
+    assert "modes: 2 a class" in result.err
+
+
+def test_a_release_with_moments_of_its_own_is_aligned_with_them(call: Call, folder: Path) -> None:
+    """And it is said so."""
+    first, second = folder / "first.safetensors", folder / "second.safetensors"
+    release = ["release", folder / "train.npz", "--epsilon", 20, "--delta", 1e-3, "--num-classes"]
+    release += [3, "--adjacency", "replace-one", "--pixel-moments", 8, "--out"]
+    assert call(*release, first, "--encoder", "none").code == 0
+    assert call(*release, second, "--modes", first, "--per-class", 2).code == 0
+    train = ["train", second, "--out", folder / "t", "--recipe", folder / "mine.toml"]
+    assert call(*train).code == 0
+    result = call(
+        "sample", folder / "t", "--release", second, "--num-images", 9, "--out", folder / "s.npz"
+    )
+    assert result.code == 0, result.err
+    assert "not aligned" not in result.err
+    assert "aligned with released moments" in (folder / "s.md").read_text()
+
+
 def test_an_encoder_that_fails_does_so_before_the_first_release(
     call: Call, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -357,6 +446,14 @@ def test_without_noise_nothing_is_private(call: Call, folder: Path) -> None:
     assert (privacy["epsilon"], privacy["mu"]) == (None, None)
     assert [part["epsilon"] for part in privacy["releases"]] == [None, None]
     assert call("run", folder / "mine.toml", "--out", out, "--epsilon", "inf").code == 0
+
+
+def test_modes_are_not_asked_for_where_there_are_none(call: Call, folder: Path) -> None:
+    recipe = changed(
+        folder, no=("[modes]\nper_class = 2\n", ""), ask=("= 90", "= 90\nmodes = true")
+    )
+    refused(call("run", recipe, "--out", folder / "run"), "none without a section [modes]")
+    assert not (folder / "run").exists()
 
 
 def test_modes_are_written_where_the_recipe_asks(call: Call, folder: Path) -> None:

@@ -804,6 +804,28 @@ def test_totals_are_stated_under_the_second_release(
     assert Release.load(released.save(tmp_path / "r.safetensors")).metadata == released.metadata
 
 
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"array_sha256": "abc"}, "array_sha256 = 'abc'"),
+        ({"adjacency": "replace"}, "adjacency = 'replace'"),
+        ({"unit": ""}, "unit = ''"),
+        ({"unit": "patient"}, "unit = 'patient'"),
+        ({"epsilon": -1.0}, "epsilon"),
+        ({"mu": 0.1}, "mu = 0.1"),
+        ({"mu": -0.1}, "mu = -0.1"),
+    ],
+)
+def test_a_statement_that_no_release_makes_is_refused_before_the_spend(
+    change: dict[str, Any], field: str, tmp_path: Path
+) -> None:
+    """It would make a file that cannot be read again, and totals that are too small."""
+    modes, ledger = small_modes(origin=statement(**change)), tmp_path / "ledger"
+    with pytest.raises(PrivacyError, match=f"modes.origin.{field}.*Nothing was spent"):
+        exact(images(100), modes=modes, num_classes=3, insecure_test_noise=None, ledger=ledger)
+    assert not ledger.exists()
+
+
 def test_test_noise_is_stamped_whatever_the_modes_come_from() -> None:
     modes = small_modes(origin=statement(private=False))
     released = exact(images(40), modes=modes, num_classes=3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -260,13 +261,26 @@ def test_classes_in_the_place_of_rows_are_refused() -> None:
     for _ in range(9):
         loss(x, classes)
     loss.train()
-    for _ in range(5):
-        loss(x, classes)
-    with pytest.raises(ValueError, match=r"seem to be the 3 classes.* num_classes=6"):
-        loss(x, classes)
+    with pytest.raises(ValueError, match=r"in \d\d batches.* the 3 classes.* num_classes=6"):  # noqa: PT012
+        for _ in range(60):
+            loss(x, classes)
     in_turn = MMDLoss(releases()[1], small_encoder(), estimator="batch")
     for step in range(9):
         in_turn(x, batch_labels(6, 6, 6, step))
+
+
+def test_rows_that_are_drawn_are_not_taken_for_classes() -> None:
+    """One image a batch: of 4 rows of 3 classes the last one may not come in 4 batches, nor 60."""
+    counts = torch.tensor([100.0, 100, 100, 0, 100, 0], dtype=torch.float64)
+    released = dataclasses.replace(releases()[1], counts=counts)
+    assert released.num_rows == 4
+    loss = MMDLoss(released, small_encoder(), estimator="batch").train()
+    x = torch.rand(1, 1, 8, 8)
+    for step in range(60):
+        loss(x, torch.tensor([step % 3]))
+    with pytest.raises(ValueError, match="seem to be the 3 classes"):  # noqa: PT012
+        for step in range(60):
+            loss(x, torch.tensor([step % 3]))
 
 
 def test_a_generator_for_classes_is_refused() -> None:

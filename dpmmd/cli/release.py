@@ -181,6 +181,8 @@ def release(
     if rank:
         warnings.simplefilter("ignore")  # the first process says it
     loaded = None
+    if encoder == "none" and weights is not None:
+        raise ValueError(f"--weights {weights}: there are none with --encoder none; leave it out.")
     if encoder != "none":
         loaded = dpmmd.encoders.load(encoder, image_size=encoder_size, weights=weights).to(where)
     second = None

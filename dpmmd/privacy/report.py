@@ -333,8 +333,8 @@ def _modes_row(f: dict[str, Any]) -> str:
             f"({up(origin['epsilon'])}, {up(origin['delta'])}) under {origin['adjacency']}"
         )
     return (
-        f"{f['modes']['per_class']} a class, of which {sum(rows)} rows stand out from the noise "
-        f"({_range(rows)} a class); {source}"
+        f"{f['modes']['per_class']} a class, of which {sum(rows)} rows ({_range(rows)} a class) are "
+        f"left where those that the noise hides are merged; {source}"
     )
 
 
@@ -353,7 +353,8 @@ def _adjacency_row(f: dict[str, Any], adjacency: str) -> tuple[str, str]:
         value = (
             f"epsilon = {up(at['epsilon'], 4)} at delta = {up(f['delta'])}, mu = {up(at['mu'], 4)}"
         )
-    return f"the same release under {adjacency}", value
+    which = "the same release" if f["together"] is None else "this release alone,"
+    return f"{which} under {adjacency}", value
 
 
 def _ledger_rows(f: dict[str, Any]) -> list[tuple[str, str]]:

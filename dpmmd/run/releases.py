@@ -33,7 +33,7 @@ from dpmmd.recipe import ModesSection, Recipe
 from dpmmd.run import evaluation
 from dpmmd.run.folder import MOMENTS, RELEASE, Measured, Released, Say
 from dpmmd.run.noiseless import NO_NOISE_EPSILON, no_noise, stated_epsilon
-from dpmmd.train import ahead
+from dpmmd.train import CHECKPOINT, ahead
 from dpmmd.train.plan import Plan
 
 # The counts are blocks of both.
@@ -84,6 +84,7 @@ class Releasing:
         Raises:
             RunError, ValueError: what would only fail later, before anything is spent.
         """
+        self._check_trained()
         wanted = self.settings.modes
         if wanted is None:
             return Released(self._made(self._whole()))
@@ -238,6 +239,16 @@ class Releasing:
         source, asked = self._source(), self.settings.release
         private = asked.adjacency == "add-remove" or source.group_by is not None
         return None if private else source.num_images, source.image_shape
+
+    def _check_trained(self) -> None:
+        """Refuses a folder that trained on a release which is there no more."""
+        path, checkpoint = self.folder / RELEASE, self.folder / "checkpoints" / CHECKPOINT
+        if checkpoint.exists() and not path.exists():
+            raise RunError(
+                f"{path}: is not there, and {checkpoint} was trained on it; restore it from a "
+                "copy, or choose another folder with --out. Releasing the data again costs privacy "
+                "again."
+            )
 
     def _check_files(self) -> None:
         """Refuses a folder whose second release is there without the first."""

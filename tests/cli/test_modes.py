@@ -373,6 +373,27 @@ def test_partial_sums_go_on_within_the_budget_of_both(
     assert [e.array_sha256 is not None for e in Ledger(ledger).entries()] == [True, True]
 
 
+def test_what_was_trained_on_is_not_released_again(call: Call, folder: Path) -> None:
+    out, ledger = folder / "run", folder / "ledger.jsonl"
+    recipe = changed(folder, ledger=("[modes]", f'ledger = "{ledger}"\n[modes]'))
+    assert call("run", recipe, "--out", out).code == 0
+    (out / "release.safetensors").unlink()
+    refused(call("run", recipe, "--out", out), "is not there", "restore it")
+    (out / "moments.safetensors").unlink()
+    refused(call("run", recipe, "--out", out), "is not there", "restore it")
+    assert len(Ledger(ledger).entries()) == 2
+
+
+def test_weights_of_no_encoder_are_refused(call: Call, folder: Path) -> None:
+    out = folder / "r.safetensors"
+    result = call(
+        *("release", folder / "train.npz", "--epsilon", 1, "--delta", 1e-3, "--encoder", "none"),
+        *("--adjacency", "replace-one", "--pixel-moments", 8, "--weights", "w.pt", "--out", out),
+    )
+    refused(result, "there are none with --encoder none")
+    assert not out.exists()
+
+
 def test_a_release_without_modes_is_refused_before_moments_are_released(
     call: Call, folder: Path
 ) -> None:

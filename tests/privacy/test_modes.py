@@ -717,6 +717,15 @@ def test_both_releases_are_stated_together(pair: tuple[Release, Release]) -> Non
     assert "follow from these releases alone" in card
 
 
+def test_what_is_of_one_release_alone_says_so(pair: tuple[Release, Release]) -> None:
+    names = [[name for name, _ in report.rows(report.facts(each))] for each in pair]
+    for name in names[1]:
+        if name.startswith(("mu ", "(eps", "epsilon", "zCDP", "attacker")) or "under" in name:
+            assert ("this release alone" in name) != ("with the release of its modes" in name)
+    assert "the same release under zero-out" in names[0]
+    assert "this release alone, under zero-out" in names[1]
+
+
 def test_modes_that_will_not_stand_out_are_warned_about(recwarn: pytest.WarningsRecorder) -> None:
     """Before the spend, from N, which is public; not a word of it where N is private."""
     arguments: dict[str, Any] = {"modes": small_modes(bits=3), "num_classes": 3, "delta": 1e-5}

@@ -197,12 +197,12 @@ def test_a_size_it_cannot_make_is_refused(name: str, size: int, expected: str) -
 
 
 def test_an_unknown_name_lists_the_known() -> None:
-    with pytest.raises(ValueError, match=r"'stylegan'.*conv, dcgan, resnet"):
+    with pytest.raises(ValueError, match=r"'stylegan'.*conv, conv-by-class, dcgan, resnet"):
         small("stylegan")
 
 
 def test_the_registry_names_what_it_exports() -> None:
-    assert set(NAMES) == {"conv", "dcgan", "resnet"}
+    assert set(NAMES) == {"conv", "conv-by-class", "dcgan", "resnet"}
     assert isinstance(small("conv"), generators.ConvGenerator)
     assert isinstance(small("dcgan"), generators.DCGANGenerator)
     assert isinstance(small("resnet"), generators.ResNetGenerator)

@@ -29,7 +29,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from benches.quality import ideas, rounded
+from benches.quality import ideas, modes, rounded
 from benches.rows import between
 
 ROOT = Path(__file__).parents[2]
@@ -72,13 +72,16 @@ _SMALL = (
     "train.steps=3000",
 )
 _PLAIN = ("encoder.image_size=32", "sample.temperature=1")
+_MODES = "modes={share = 0.5}"
 _BY_CLASS = "release.weights={phi1 = 0.3, products = 0.5, class_products = 0.5}"
 CLAIMS = (
     # Noise on the features costs nothing here: most of the bound goes to the moments of pixels.
     # A covariance of each class stands out from the noise, too.
     Row("epsilon-10", "epsilon = 10", "10", (_BY_CLASS,), repeats=3),
+    Row("modes-10", "the same, with modes", "10", (_BY_CLASS, _MODES), repeats=3),
     Row("unaligned-10", "the same, not aligned", "10", recipe=_UNALIGNED),
     Row("epsilon-1", "epsilon = 1", "1", repeats=3),
+    Row("modes-1", "the same, with modes", "1", ("modes={share = 0.49}",), repeats=3),
     Row("unaligned-1", "the same, not aligned", "1", repeats=2, recipe=_UNALIGNED),
     # A quarter of the numbers: half the noise on the whole vector, at the same norm. Features need
     # most of the bound here, and products would be nothing but noise. Trained longer, a generator
@@ -410,6 +413,7 @@ def update(path: Path) -> None:
     tables = {"claims": claims(), "tried": tried(), "ablations": ablations()}
     tables["rounded"] = rounded.table(rounded.read())
     tables["ideas"] = ideas.table(ideas.read())
+    tables["explained"], tables["modes"] = modes.explained_table(), modes.trainings_table()
     for name, table in tables.items():
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
         if table:

@@ -10,7 +10,7 @@ import torch
 
 import dpmmd
 from benches.quality import __main__ as quality
-from benches.quality import colour, ideas, rounded, statistics, structure
+from benches.quality import colour, ideas, modes, rounded, statistics, structure
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -112,6 +112,8 @@ def test_the_docs_show_the_results() -> None:
     assert quality.ablations() in text
     assert rounded.table(rounded.read()) in text
     assert ideas.table(ideas.read()) in text
+    assert modes.explained_table() in text
+    assert modes.trainings_table() in text
     assert colour.read()
     assert colour.accuracies(colour.read()) in text
     assert colour.looks(colour.read()) in text
@@ -147,6 +149,15 @@ def test_structure_is_nonnegative_smooth_and_of_one_image(name: str) -> None:
     (gradient,) = torch.autograd.grad(sum(tap.square().sum() for tap in taps), images)
     assert bool(gradient.isfinite().all())
     assert float(gradient[0].norm()) > 0
+
+
+def test_rows_explain_what_they_tell_apart_within_classes() -> None:
+    labels, rows = torch.tensor([0, 0, 0, 0, 1, 1]), torch.tensor([0, 0, 1, 1, 2, 3])
+    values = torch.tensor([[0.0], [0], [2], [2], [10], [20]])
+    assert modes.explained(rows, values, labels) == pytest.approx(1)
+    assert modes.explained(labels, values, labels) == pytest.approx(0)
+    values[0], values[1] = -1, 1  # of 4 + 2 + 50 within classes, 2 are left
+    assert modes.explained(rows, values, labels) == pytest.approx(1 - 2 / 56)
 
 
 def test_a_histogram_tells_a_spread_from_its_mean() -> None:

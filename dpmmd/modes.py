@@ -158,7 +158,17 @@ def suggest(
     Args:
         first: a release of pixel moments of the same data.
         encoder, epsilon, delta, moments, selection: as the second release is to be made.
+
+    Raises:
+        TypeError: ``first`` is no Release, or ``encoder`` no encoder.
+        ValueError: epsilon, delta or moments out of range.
     """
+    for name, value, kind in (("first", first, Release), ("encoder", encoder, Encoder)):
+        if not isinstance(value, kind):
+            raise TypeError(
+                f"{name}: a {type(value).__name__}, expected a {kind.__name__}: give the release "
+                "of pixel moments, and the encoder (dpmmd.encoders.load) of the one with modes."
+            )
     m = first.metadata
     return by_rule(
         first.class_counts,

@@ -58,8 +58,8 @@ class MMDLoss(nn.Module):
     by itself. Labels are then rows, 0..A-1, and not classes: ``release.rows.classes[labels]`` are
     the classes. A, and not K, is the number of labels that a generator is to be built for. Where so
     many batches have no label but classes that no draw of rows explains it, they are refused. Rows
-    that are not in a batch are left out of its loss, and their estimates stay. ``"unbiased"`` needs
-    at least two images of a row that is in the batch.
+    that are not in a batch are left out of its loss, and their estimates stay. Of a row
+    with one image in the batch, which has no pairs, ``"unbiased"`` takes what ``"batch"`` does.
 
     Args:
         release: what to match.

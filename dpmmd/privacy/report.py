@@ -333,8 +333,8 @@ def _modes_row(f: dict[str, Any]) -> str:
             f"({up(origin['epsilon'])}, {up(origin['delta'])}) under {origin['adjacency']}"
         )
     return (
-        f"{f['modes']['per_class']} a class, of which {sum(rows)} rows ({_range(rows)} a class) are "
-        f"left where those that the noise hides are merged; {source}"
+        f"{f['modes']['per_class']} a class, of which {sum(rows)} rows ({_range(rows)} a class) "
+        f"are left where those that the noise hides are merged; {source}"
     )
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from dpmmd.export import png
 from dpmmd.files import expanded, write_atomically
-from dpmmd.train.sampling import Mixture, labels_of, seeded
+from dpmmd.train.sampling import Mixture, check_labels, labels_of, seeded
 
 
 def sample_grid(
@@ -27,8 +27,10 @@ def sample_grid(
 
     ``at_once`` images go through the generator together; None: all. ``temperature`` is the latent
     points' standard deviation, ``modes`` and ``alignment`` as in `sample`. Whether the generator is
-    in training and torch's global random state stay as they are.
+    in training and torch's global random state stay as they are. Labels that do not go with the
+    generator are refused as in `sample`.
     """
+    check_labels(generator, num_classes, modes)
     rows = num_classes or 10
     rng = torch.Generator().manual_seed(0)
     z = torch.randn(rows * columns, int(generator.z_dim), generator=rng)  # type: ignore[arg-type]

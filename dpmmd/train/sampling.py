@@ -113,7 +113,7 @@ def sample(
     Raises:
         ValueError: a generator that was trained with modes, and no ``modes``, or those of another.
     """
-    _check_labels(generator, num_classes, modes)
+    check_labels(generator, num_classes, modes)
     rng = torch.Generator().manual_seed(seed)
     device = device_of(generator)
     generator.eval()
@@ -170,7 +170,7 @@ def mark(generator: nn.Module, modes: Mixture) -> None:
     generator._label_rows = len(modes.classes)  # type: ignore[assignment]
 
 
-def _check_labels(generator: nn.Module, num_classes: int | None, modes: Mixture | None) -> None:
+def check_labels(generator: nn.Module, num_classes: int | None, modes: Mixture | None) -> None:
     """Refuses labels that are classes for a generator whose labels are rows, and the other way."""
     rows = getattr(generator, "_label_rows", None)
     if modes is None and rows is not None and num_classes != rows:
@@ -180,6 +180,11 @@ def _check_labels(generator: nn.Module, num_classes: int | None, modes: Mixture 
             "class each of them is of."
         )
     built = getattr(generator, "num_classes", None)
+    if modes is not None and num_classes not in (None, max(modes.classes) + 1):
+        raise ValueError(
+            f"num_classes={num_classes}: the modes are of {max(modes.classes) + 1} classes; give "
+            "trained.num_classes."
+        )
     if modes is not None and isinstance(built, int) and built != len(modes.classes):
         raise ValueError(
             f"modes: of {len(modes.classes)} rows, the generator has num_classes={built}; give the "

@@ -316,6 +316,26 @@ def test_the_public_rule_says_how_many(call: Call, folder: Path, epsilon: float)
         refused(call("sample", out, "--out", folder / "s.npz", "--modes"), "without modes")
 
 
+@pytest.mark.parametrize("made", ["moments", "release"])
+def test_a_rule_that_changes_makes_no_third_release(
+    call: Call, folder: Path, monkeypatch: pytest.MonkeyPatch, made: str
+) -> None:
+    """Another version may say none where moments were released: both keep to the recipe."""
+    recipe, out = changed(folder, rule=("per_class = 2\n", "")), folder / "run"
+    assert call("run", recipe, "--out", out).code == 0
+    for name in ("report.json", *(("release.safetensors",) if made == "moments" else ())):
+        (out / name).unlink()
+    if made == "moments":
+        shutil.rmtree(out / "checkpoints")
+        (out / "synthetic.npz").unlink()
+    monkeypatch.setattr("dpmmd.modes.NOISE", 1e-9)
+    result = call("run", recipe, "--out", out)
+    assert result.code == 0, result.err
+    second = Release.load(out / "release.safetensors")
+    assert second.metadata.per_class == (2 if made == "moments" else 4)
+    assert epsilon_of(together(second.metadata), 1e-3) <= 50
+
+
 def test_where_noise_makes_classes_small_there_are_fewer_modes(
     call: Call, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -639,6 +639,16 @@ def test_the_largest_number_of_modes_is_told() -> None:
         dpmmd.modes.fit(few, 2)
 
 
+@pytest.mark.parametrize("place", ["first", "encoder"])
+@pytest.mark.parametrize(
+    "wrong", [None, "squeezenet1.1", images(3)], ids=["None", "name", "images"]
+)
+def test_modes_are_suggested_of_a_release_and_an_encoder(place: str, wrong: Any) -> None:
+    arguments = {"first": first_of(images(100)), "encoder": small_encoder(), place: wrong}
+    with pytest.raises(TypeError, match=f"{place}: a "):
+        dpmmd.modes.suggest(**arguments, epsilon=1.0, delta=1e-3)
+
+
 def test_fewer_modes_are_suggested_for_more_noise() -> None:
     first = first_of(structured(3000), insecure_test_noise=no_noise)
     found = [

@@ -162,6 +162,10 @@ def test_labels_are_not_taken_for_classes() -> None:
     with pytest.raises(ValueError, match=r"num_classes=2 without modes: .* labels are 3 rows"):
         sample(trained.generator, 4, trained.num_classes)
     assert sample(trained.generator, 4, 3)[0][:, 0, 0, 0].tolist() == [0, 1, 2, 0]  # row by row
+    with pytest.raises(ValueError, match=r"num_classes=5: the modes are of 2 classes"):
+        sample(trained.generator, 4, 5, modes=modes)
+    with pytest.raises(ValueError, match=r"num_classes=2 without modes: .* labels are 3 rows"):
+        sample_grid(trained.generator, 2, torch.device("cpu"))
 
 
 # ----------------------------------------------------------------------------- batches

@@ -9,13 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
+import torch
+
 from dpmmd import recipe
 from dpmmd._memory import peak_memory, return_freed_memory
+from dpmmd.encoders import Encoder
 from dpmmd.errors import RunError
 from dpmmd.files import write_atomically
 from dpmmd.privacy import Release
 from dpmmd.recipe import Recipe
 from dpmmd.train import CHECKPOINT, load_checkpoint
+from dpmmd.train.plan import Plan
 
 Say = Callable[[str], None]
 
@@ -44,6 +48,32 @@ def is_new(folder: Path, settings: Recipe) -> bool:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunError(f"{folder}: exists and is not a run folder; choose another with --out.")
     return True
+
+
+@dataclass
+class Running:
+    """A recipe that runs in a folder.
+
+    Attributes:
+        settings: the recipe.
+        folder: where everything is written.
+        device: where everything is computed.
+        encoder, selection: on the device; the second is None without a selection block.
+        measured: seconds and memory of the stages.
+        say: called with one line of text at each stage.
+        progress: whether to show progress bars.
+        plan: of training; made, with a memory budget, before privacy is spent.
+    """
+
+    settings: Recipe
+    folder: Path
+    device: torch.device
+    encoder: Encoder
+    selection: Encoder | None
+    measured: Measured
+    say: Say
+    progress: bool
+    plan: Plan | None = None
 
 
 @dataclass(frozen=True, eq=False)

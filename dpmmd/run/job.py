@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ import torch
 
 from dpmmd import precision, recipe, train
 from dpmmd.devices import choose_device
-from dpmmd.encoders import Encoder
 from dpmmd.errors import RunError
 from dpmmd.evaluate import check_classifiers
 from dpmmd.files import expanded, write_atomically
@@ -20,12 +19,11 @@ from dpmmd.metrics import Extractor
 from dpmmd.privacy.report import facts
 from dpmmd.recipe import Recipe
 from dpmmd.run import evaluation
-from dpmmd.run.folder import MOMENTS, RELEASE, Measured, Released, Say, is_new
+from dpmmd.run.folder import MOMENTS, RELEASE, Measured, Released, Running, Say, is_new
 from dpmmd.run.releases import Releasing
 from dpmmd.run.report import make_report
 from dpmmd.run.samples import write_samples
 from dpmmd.train import CHECKPOINT, Trained, ahead
-from dpmmd.train.plan import Plan
 
 
 def run(
@@ -80,31 +78,14 @@ def run(
 
 
 @dataclass
-class Job:
+class Job(Running):
     """A recipe's run in its folder: four stages, each of which re-uses what is finished.
 
     Attributes:
-        settings: the recipe.
-        folder: where everything is written.
-        device: where everything is computed.
-        encoder, selection: on the device; the second is None without a selection block.
         extractors: of the evaluation's metrics.
-        measured: seconds and memory of the stages.
-        say: called with one line of text at each stage.
-        progress: whether to show progress bars.
-        plan: of training; made, with a memory budget, before privacy is spent.
     """
 
-    settings: Recipe
-    folder: Path
-    device: torch.device
-    encoder: Encoder
-    selection: Encoder | None
-    extractors: list[Extractor]
-    measured: Measured
-    say: Say
-    progress: bool
-    plan: Plan | None = None
+    extractors: list[Extractor] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -121,7 +102,15 @@ class Job:
         extractors = [] if finished else evaluation.extractors_of(settings, device)
         measured = Measured(folder / "measured.json")
         return cls(
-            settings, folder, device, encoder, selection, extractors, measured, say, progress
+            settings,
+            folder,
+            device,
+            encoder,
+            selection,
+            measured,
+            say,
+            progress,
+            extractors=extractors,
         )
 
     @property
@@ -138,16 +127,7 @@ class Job:
 
     def release(self) -> Released:
         """The one stage that reads private images and spends privacy."""
-        releasing = Releasing(
-            self.settings,
-            self.folder,
-            self.device,
-            self.encoder,
-            self.selection,
-            self.measured,
-            self.say,
-            self.progress,
-        )
+        releasing = Releasing(**{each.name: getattr(self, each.name) for each in fields(Running)})
         released = releasing()
         self.plan = releasing.plan
         told = facts(released.release)

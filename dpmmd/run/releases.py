@@ -17,7 +17,6 @@ import torch
 
 from dpmmd import generators, modes
 from dpmmd.data import ImageSource, open_source
-from dpmmd.encoders import Encoder
 from dpmmd.errors import RunError
 from dpmmd.files import expanded
 from dpmmd.nn import check_encoder
@@ -31,10 +30,9 @@ from dpmmd.privacy.printed import up
 from dpmmd.privacy.rows import LEAST
 from dpmmd.recipe import ModesSection, Recipe
 from dpmmd.run import evaluation
-from dpmmd.run.folder import MOMENTS, RELEASE, Measured, Released, Say
+from dpmmd.run.folder import MOMENTS, RELEASE, Released, Running
 from dpmmd.run.noiseless import NO_NOISE_EPSILON, no_noise, stated_epsilon
 from dpmmd.train import CHECKPOINT, ahead
-from dpmmd.train.plan import Plan
 
 # The counts are blocks of both.
 _OF_PIXELS = {name for name, kind in KINDS.items() if kind.encoder == "pixel_encoder"}
@@ -59,23 +57,9 @@ class _Part:
 
 
 @dataclass
-class Releasing:
-    """Makes the releases of a recipe in its folder, or finds them there.
+class Releasing(Running):
+    """Makes the releases of a recipe in its folder, or finds them there."""
 
-    Attributes:
-        settings, folder, device, encoder, selection, measured, say, progress: as of `run.Job`.
-        plan: of training; made, with a memory budget, before privacy is spent.
-    """
-
-    settings: Recipe
-    folder: Path
-    device: torch.device
-    encoder: Encoder
-    selection: Encoder | None
-    measured: Measured
-    say: Say
-    progress: bool
-    plan: Plan | None = None
     _opened: ImageSource | None = field(default=None, init=False)
 
     def __call__(self) -> Released:

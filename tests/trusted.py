@@ -83,6 +83,7 @@ DYNAMIC = {
     "dpmmd._choices": "looks for triton, a constant",
     "dpmmd._cores.triton": "the same",
     "dpmmd.data.named": "imports torchvision's data sets, and looks for a package: constants",
+    "dpmmd.data.photographs": "looks for a package: a constant",
     "dpmmd.encoders.weights": "looks for packages that carry weights: constants",
 }
 _IMPORTERS = ("importlib", "runpy", "pkgutil", "imp", "zipimport")

@@ -321,7 +321,7 @@ EDITS: list[tuple[str, str, Edit, str]] = [
     ("modes", "origin", put("modes", "origin", "array_sha256", value="0" * 64), r"modes\.sha256"),
     ("modes", "origin", put("modes", "origin", "mu", value=0.01), r"modes\.origin\.mu = 0\.01"),
     ("modes", "origin", put("modes", "origin", "epsilon", value=0.5), r"modes\.origin\.mu"),
-    ("modes", "origin", put("modes", "origin", "epsilon", value=-1.0), r"modes\.origin = \(-1"),
+    ("modes", "origin", put("modes", "origin", "epsilon", value=-1.0), r"origin\.epsilon = \(-1"),
     ("modes", "origin", put("modes", "origin", "delta", value=1e-9), r"modes\.origin\.mu"),
     ("modes", "origin", put("modes", "origin", "adjacency", value="x"), r"origin\.adjacency = 'x'"),
     ("modes", "origin", put("modes", "origin", "adjacency", value="zero-out"), r"modes\.sha256"),

@@ -87,13 +87,14 @@ def along(release: Release, bits: int) -> Modes:
     side = math.isqrt((release.pixels.shape[1] - 1) // channels)
     means = means_of(release.pixels, channels, side).nan_to_num(0.5).clamp(0, 1)  # [K, d]
     if release.class_products is not None:
-        seconds = torch.stack([products_of(own, channels, side) for own in release.class_products])
-        within = seconds - means[:, :, None] * means[:, None]
+        products = [products_of(own, channels, side) for own in release.class_products]
+        within = torch.stack([second - torch.outer(mean, mean) for second, mean in products])
     else:
         assert release.products is not None
         shares = release.counts / release.counts.sum()
-        whole = products_of(release.products, channels, side)
-        within = (whole - (means * shares[:, None]).T @ means)[None]
+        second, mean = products_of(release.products, channels, side)
+        centres = means + mean - shares @ means  # by the weights of the products in all
+        within = (second - (centres * shares[:, None]).T @ centres)[None]
     directions = torch.stack([_leading(own, bits) for own in within])  # [G, J, d]
     scores = torch.einsum("gjd,kd->kgj", directions.double(), LEVELS * means)
     own = torch.arange(len(means)) if len(directions) > 1 else 0

@@ -56,11 +56,15 @@ def means_of(sums: Tensor, channels: int, side: int) -> Tensor:
     return own[:, :-1] * (constant(len(back)) / own[:, -1:]) @ back.T
 
 
-def products_of(sums: Tensor, channels: int, side: int) -> Tensor:
-    """The mean of x x' [d, d], float64, of sums of v v' [d + 1, d + 1]; by 1 / |(u, c)|^2."""
+def products_of(sums: Tensor, channels: int, side: int) -> tuple[Tensor, Tensor]:
+    """The mean of x x' [d, d] and that of x [d], float64, of sums of v v' [d + 1, d + 1].
+
+    Both are weighted by 1 / |(u, c)|^2, so that a covariance follows from them.
+    """
     back = torch.linalg.inv(transform(channels, side, side))
-    own = sums.double()
-    return back @ own[:-1, :-1] @ back.T * (constant(len(back)) ** 2 / own[-1, -1])
+    own, c = sums.double(), constant(len(back))
+    own = own / own[-1, -1]
+    return back @ own[:-1, :-1] @ back.T * c**2, back @ own[:-1, -1] * c
 
 
 class _Pixels(nn.Module):

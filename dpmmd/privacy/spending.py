@@ -17,7 +17,7 @@ import torch
 from dpmmd._warn import warn
 from dpmmd.data.look import check_source
 from dpmmd.privacy.blocks import Raw
-from dpmmd.privacy.composition import check_population
+from dpmmd.privacy.composition import check_population, of_population
 from dpmmd.privacy.layout import Layout
 from dpmmd.privacy.ledger import Ledger
 from dpmmd.privacy.metadata import Metadata, PrivacyError
@@ -117,7 +117,7 @@ def spend(
     if book is not None and not (line and book.is_open(line)):
         asked = _asked(opened, claim, booking)
         book.check(**asked)  # a release that is refused looks at no image
-        _warn_unwritten(claim, book)
+        _warn_unwritten(claim, book, booking.population)
     ranks.gather(None)
     check_source(images, layout.batch_size)  # the last that may speak of private records
     if book is not None and asked:
@@ -149,16 +149,16 @@ def _try_encoders(layout: Layout, image_shape: tuple[int, int, int]) -> None:
             used(torch.zeros(layout.batch_size, *image_shape, device=layout.device))
 
 
-def _warn_unwritten(claim: Metadata, book: Ledger) -> None:
-    """Modes whose release is not in the ledger: its totals then lack that release."""
+def _warn_unwritten(claim: Metadata, book: Ledger, population: str | None) -> None:
+    """Modes whose release the ledger does not count for these people: its totals then lack it."""
     if claim.modes is None or (origin := claim.modes.origin) is None:
         return
-    entries = book.entries() if book.path.exists() else []
+    entries = of_population(book.entries() if book.path.exists() else [], population)
     if origin.array_sha256 not in {entry.array_sha256 for entry in entries}:
         warn(
             f"modes: fitted to the release {origin.array_sha256[:12]}, which is not in the ledger, "
-            "so that the ledger's totals and its budget leave it out. Keep both releases of the "
-            "same people in one ledger."
+            "or there for another population, so that the ledger's totals and its budget leave it "
+            "out. Keep both releases of the same people in one ledger, under one name."
         )
 
 

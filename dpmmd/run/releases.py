@@ -266,12 +266,11 @@ class Releasing(Running):
                 "of a class at most; lower the one or raise the other."
             )
         if n is not None:
-            most = modes.largest(n / (data.num_classes or 1) / LEAST)
+            most = modes.largest(n / LEAST)  # one class may have nearly all images
             if per_class > most:
                 raise RunError(
-                    f"modes.per_class = {per_class}: no mode could stand out: {n} images in "
-                    f"{data.num_classes or 1} classes are {n // (data.num_classes or 1)} a class, "
-                    f"and a mode needs {LEAST:.0f}; "
+                    f"modes.per_class = {per_class}: no mode could stand out: there are {n} "
+                    f"images, and a mode needs {LEAST:.0f}; "
                     + (f"at most {most} can." if most > 1 else "leave [modes] out.")
                 )
         with torch.inference_mode():

@@ -228,7 +228,7 @@ def test_a_budget_must_hold_both_before_the_first_is_spent(call: Call, folder: P
 WRONG = {
     "one mode": (("per_class = 2", "per_class = 1"), "modes.per_class = 1"),
     "no power of two": (("per_class = 2", "per_class = 6"), "a power of two, such as 8"),
-    "too many": (("per_class = 2", "per_class = 8"), "133 a class, and a mode needs 30; at most 4"),
+    "too many": (("per_class = 2", "per_class = 16"), "400 images, and a mode needs 30; at most 8"),
     "share": (("per_class = 2", "share = 1.0"), "modes.share = 1.0"),
     "unknown key": (("per_class = 2", "how = 'kmeans'"), "unknown key 'modes.how'"),
     "no moments": (("pixel_moments = 8", ""), "release.pixel_moments asks"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -590,6 +591,25 @@ def test_modes_are_the_signs_along_the_leading_directions(
     assert torch.equal(dpmmd.modes.fit(first, 4).directions, modes.directions)
 
 
+@pytest.mark.parametrize("weights_", [None, {"class_products": 0.7, "products": 0.0}])
+def test_brightness_is_a_direction_like_any_other(weights_: dict[str, float] | None) -> None:
+    """The bound norms images, and most of all bright ones: moments are weighted means.
+
+    Means that have other weights than the products would make the variance of brightness negative.
+    """
+    rng = np.random.default_rng(0)
+    y = np.arange(900) % 3
+    bright = 0.45 + 0.05 * y + 0.12 * rng.normal(size=900)
+    x = bright[:, None, None, None] + 0.02 * rng.normal(size=(900, 1, 8, 8))
+    first = first_of(
+        ((x.clip(0, 1) * 255).round().astype(np.uint8), y),
+        insecure_test_noise=no_noise,
+        weights=weights_,
+    )
+    for own in dpmmd.modes.fit(first, 2).directions[:, 0].double():
+        assert float(own.sum().abs() / own.norm()) > 0.95 * 8  # all ones, of length 8
+
+
 def test_fitting_survives_noise_and_empty_classes() -> None:
     x, y = structured()
     rng = np.random.default_rng(0)
@@ -772,6 +792,14 @@ def test_a_ledger_has_both_as_ordinary_lines(tmp_path: Path) -> None:
         UserWarning, match=r"modes: fitted to the release [0-9a-f]{12}, which is not"
     ):
         dpmmd.release(data, small_encoder(), ledger=tmp_path / "another", **arguments)
+    apart = {**arguments, "ledger": tmp_path / "third"}
+    one = first_of(data, ledger=apart["ledger"], population="ward 1")
+    apart["modes"] = dpmmd.modes.fit(one, 2)
+    with pytest.warns(UserWarning, match="or there for another population"):
+        dpmmd.release(data, small_encoder(), population="ward 2", **apart)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="modes: fitted to")
+        dpmmd.release(data, small_encoder(), population="Ward 1", **apart)
 
 
 def statement(**change: Any) -> Statement:

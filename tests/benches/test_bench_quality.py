@@ -151,6 +151,26 @@ def test_structure_is_nonnegative_smooth_and_of_one_image(name: str) -> None:
     assert float(gradient[0].norm()) > 0
 
 
+@pytest.mark.parametrize(
+    ("side", "epsilon", "expected"),
+    [(32, 10.0, 16), (64, 10.0, 8), (32, 1.0, 4), (64, 1.0, 1), (32, 0.2, 1), (64, 0.2, 1)],
+)
+def test_the_docs_say_how_many_modes_the_rule_makes(
+    side: int, epsilon: float, expected: int
+) -> None:
+    found = dpmmd.modes.by_rule(
+        torch.full((10,), 6000.0),
+        (1, 28, 28),
+        dpmmd.encoders.load("squeezenet1.1", image_size=side),
+        num_classes=10,
+        adjacency="replace-one",
+        grouped=False,
+        epsilon=dpmmd.privacy.split_epsilon(epsilon, 1e-5, 0.5)[1],
+        delta=1e-5,
+    )
+    assert found == expected
+
+
 def test_rows_explain_what_they_tell_apart_within_classes() -> None:
     labels, rows = torch.tensor([0, 0, 0, 0, 1, 1]), torch.tensor([0, 0, 1, 1, 2, 3])
     values = torch.tensor([[0.0], [0], [2], [2], [10], [20]])

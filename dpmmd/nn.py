@@ -492,9 +492,10 @@ def _until_sure(release: Release) -> int:
     uniformly, by their counts, or by their shares of a class, others have come up too, but for one
     training in a million.
     """
-    rows, k = release.rows, release.num_classes
-    if release.modes is None or len(rows.counts) <= k:
+    k = release.num_classes
+    if release.modes is None or release.num_rows <= k:
         return 0
+    rows = release.rows
     of_class = rows.classes.bincount(rows.counts, minlength=k)
     weights = (torch.ones_like(rows.counts), rows.counts, rows.counts / of_class[rows.classes])
     others = min(float(each[k:].sum() / each.sum()) for each in weights)

@@ -226,7 +226,7 @@ MUTATIONS = (
     Mutation(
         "any-origin-is-believed",
         "the mu of the release that modes come from need not follow from its epsilon",
-        (Edit(CHECKS, "if not math.isclose(origin.mu, least, rel_tol=_GUESS):", "if False:"),),
+        (Edit(COMPOSITION, "if not math.isclose(origin.mu, least, rel_tol=GUESS):", "if False:"),),
         (_EDITED,),
     ),
     # ------------------------------------------------------------------------- noise
@@ -1467,7 +1467,7 @@ MUTATIONS = (
         "epsilon-not-checked",
         "a file may claim a smaller epsilon than its noise gives",
         (
-            Edit(CHECKS, '("mu", calibrate(epsilon=m.epsilon, delta=m.delta).mu, _GUESS),', ""),
+            Edit(CHECKS, '("mu", calibrate(epsilon=m.epsilon, delta=m.delta).mu, GUESS),', ""),
             Edit(CHECKS, "> allowed:", "> 1:"),
         ),
         (f"{_CLAIM}[change0]",),

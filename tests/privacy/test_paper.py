@@ -24,7 +24,7 @@ from dpmmd.privacy import Release
 pytest.importorskip("sklearn")
 if any(importlib.util.find_spec(name) is None for name in ("torch_fidelity", "prdc")):
     pytest.skip("the metrics' packages are not installed", allow_module_level=True)
-SHAPES = {"fashion": (1, 28), "mnist": (1, 28), "celeba64": (3, 64)}
+SHAPES = {"fashion": (1, 28), "mnist": (1, 28), "celeba64": (3, 64), "photos64": (3, 64)}
 
 
 def shape_of(name: str) -> tuple[int, int]:
@@ -40,7 +40,7 @@ def stand_ins(name: str, folder: Path) -> list[str]:
     for split, n in (("train", 40), ("test", 20)):
         arrays = {"x": rng.integers(0, 256, (n, channels, side, side), dtype=np.uint8)}
         if settings.data.num_classes is not None:
-            arrays["y"] = np.arange(n, dtype=np.int64) % 10
+            arrays["y"] = np.arange(n, dtype=np.int64) % settings.data.num_classes
         np.savez(folder / f"{split}.npz", **arrays)
     changes = [
         f'data.source="{folder}/train.npz"',

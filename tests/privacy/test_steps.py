@@ -47,7 +47,7 @@ def test_what_is_sealed_has_its_noise() -> None:
     assert takers("Noised") == {"mechanism._sealed"}
     parameters = inspect.signature(mechanism._sealed).parameters.values()
     assert [p.annotation for p in parameters] == [
-        "Noised", "Metadata", "Ledger | None", "str | None", "Path | None",
+        "Noised", "Metadata", "Modes | None", "Ledger | None", "str | None", "Path | None",
     ]  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from dpmmd.generators import ConvGenerator, ResNetGenerator
 from dpmmd.nn import ESTIMATORS, MMDLoss
 from dpmmd.privacy import Release
 from dpmmd.recipe import RecipeError, parse, with_changes
-from dpmmd.train import CheckpointError, plan, train
+from dpmmd.train import CheckpointError, ahead, plan, train
 from dpmmd.train.state import Average, adam
 from dpmmd.train.step import Stepper, rate
 from tests.conftest import small_encoder
@@ -449,7 +449,7 @@ def test_precision_is_refused_before_the_spend(
     def loaded(*_: object) -> None:
         raise AssertionError("something was loaded")
 
-    monkeypatch.setattr(plan, "loaded", loaded)
+    monkeypatch.setattr(ahead, "loaded", loaded)
     (tmp_path / "mine.toml").write_text(MINIMAL + '[train]\nprecision = "bfloat16"\n')
     with pytest.raises(ValueError, match=r"train\.precision='bfloat16': this CPU"):
         dpmmd.run.run(tmp_path / "mine.toml", tmp_path / "out", say=print, device="cpu")

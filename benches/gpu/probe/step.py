@@ -140,7 +140,10 @@ def played_release(encoder: Encoder, classes: int, moments: tuple[int, ...] = (1
     target = torch.rand(len(moments), classes, encoder.dim, device=device)
     metadata = SimpleNamespace(
         moments=moments, bound="sphere", clip=1.0, joint_weight=None, num_classes=classes,
-        labelled=True, encoder=encoder.spec(), array_sha256="",
+        labelled=True, features_of=encoder.spec(), array_sha256="",
     )  # fmt: skip
     target.mul_(2 / encoder.dim**0.5)
-    return SimpleNamespace(metadata=metadata, target=target, shared_target=None, shared=None)
+    return SimpleNamespace(
+        metadata=metadata, target=target, shared_target=None, shared=None, modes=None,
+        num_classes=classes, num_rows=classes,
+    )  # fmt: skip
